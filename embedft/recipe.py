@@ -1,0 +1,292 @@
+"""YAML + key=value → a frozen EmbeddingRecipe | CausalLMRecipe. Imports no torch and reads no data.
+
+Everything has a default but `task`, `base.model` and `data`. Paths in a recipe are relative to the recipe.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+
+from embedft.errors import RecipeError
+
+Quantization = Literal["none", "int8", "nf4"]
+
+
+class Section(BaseModel):
+    """A closed, frozen part of a recipe: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseSection(Section):
+    model: str
+    quantization: Quantization = "none"
+    revision: str | None = None
+
+
+class EmbeddingBaseSection(BaseSection):
+    """`pooling` and `normalize` are read from the base's own sentence-transformers files where None."""
+
+    pooling: Literal["mean", "cls", "lasttoken"] | None = None
+    normalize: bool | None = None
+
+
+class AdapterSection(Section):
+    """`alpha` None means 2 r. `targets`: 'all-linear' or a list of module name suffixes."""
+
+    method: str = "lora"
+    r: PositiveInt = 16
+    alpha: PositiveInt | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+    @property
+    def scale_alpha(self) -> int:
+        return 2 * self.r if self.alpha is None else self.alpha
+
+
+class EmbeddingAdapterSection(AdapterSection):
+    side: Literal["both", "query"] = "both"
+
+
+class Prompts(Section):
+    query: str = ""
+    document: str = ""
+
+
+class EmbeddingData(Section):
+    """`train` and `eval`: a file, a BEIR folder or hf://name[:config][@revision]. `limit`: first rows only."""
+
+    train: str
+    eval: str | None = None
+    format: Literal["pairs", "beir"] | None = None
+    prompts: Prompts = Prompts()
+    limit: PositiveInt | None = None
+
+
+class CausalLMData(Section):
+    train: str
+    eval: str | None = None
+    format: Literal["prompt_completion", "messages", "alpaca"] | None = None
+    template: str | None = None
+    train_on_inputs: bool = False
+    limit: PositiveInt | None = None
+
+
+class LossSection(Section):
+    """`scale` is the inverse temperature of the contrastive losses."""
+
+    name: str = "mnrl"
+    scale: PositiveFloat = 20.0
+
+
+class TrainSection(Section):
+    """`lr` per optimizer step, `warmup` a share of all steps, `checkpoint_every` in steps (None: only when stopped)."""
+
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    batch: PositiveInt = 32
+    accumulate: PositiveInt = 1
+    lr: PositiveFloat = 2e-4
+    max_length: PositiveInt = 128
+    seed: int = 7
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    checkpoint_every: PositiveInt | None = None
+
+
+class CausalLMTrain(TrainSection):
+    batch: PositiveInt = 16
+    max_length: PositiveInt = 512
+
+
+class EmbeddingEval(Section):
+    """`queries` and `documents` cap what is scored (None: all); a query's relevant documents are always kept."""
+
+    metric: Literal["ndcg@10", "mrr@10", "hit@1", "hit@5", "hit@10", "recall@10"] = "ndcg@10"
+    batch: PositiveInt = 64
+    queries: PositiveInt | None = None
+    documents: PositiveInt | None = None
+    keep_texts: bool = False
+
+
+class CausalLMEval(Section):
+    metric: Literal["exact_match", "token_f1", "bits_per_character"] = "exact_match"
+    batch: PositiveInt = 32
+    rows: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 32
+    keep_texts: bool = False
+
+
+class _Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+    def resolved_yaml(self) -> str:
+        """The recipe with every default written out and data paths shortened to their last two parts."""
+        content = self.model_dump(mode="json")
+        for key in ("train", "eval"):
+            content["data"][key] = _portable(content["data"][key])
+        if Path(content["base"]["model"]).is_absolute():
+            content["base"]["model"] = Path(content["base"]["model"]).name
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """sha256 of all settings: a run resumes only under the same digest."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+class EmbeddingRecipe(_Recipe):
+    task: Literal["embedding"]
+    base: EmbeddingBaseSection
+    adapter: EmbeddingAdapterSection = EmbeddingAdapterSection()
+    data: EmbeddingData
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    eval: EmbeddingEval = EmbeddingEval()
+
+
+class CausalLMRecipe(_Recipe):
+    task: Literal["causal_lm"]
+    base: BaseSection
+    adapter: AdapterSection = AdapterSection()
+    data: CausalLMData
+    train: CausalLMTrain = CausalLMTrain()
+    eval: CausalLMEval = CausalLMEval()
+
+
+Recipe = Annotated[EmbeddingRecipe | CausalLMRecipe, Field(discriminator="task")]
+_ADAPTER: TypeAdapter[EmbeddingRecipe | CausalLMRecipe] = TypeAdapter(Recipe)
+_MODELS: dict[str, type[BaseModel]] = {"embedding": EmbeddingRecipe, "causal_lm": CausalLMRecipe}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name (file stem) → path of each recipe that comes with the package."""
+    return {path.stem: path for path in sorted(recipes_root().glob("*/*.yaml"))}
+
+
+def recipes_root() -> Path:
+    """The shipped recipes: inside the wheel, or beside the package in a checkout."""
+    packaged = Path(__file__).parent / "_recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> EmbeddingRecipe | CausalLMRecipe:
+    """Read a recipe from a file or by a shipped recipe's name and apply dotted `key=value` overrides.
+
+    Paths of a recipe file are relative to the file; those of a shipped recipe and of overrides to the working directory.
+    Raises RecipeError naming all faults at once, with the nearest known key for an unknown one.
+    """
+    path, folder = _locate(str(path_or_name))
+    content = _read_yaml(path)
+    for override in overrides:
+        _apply(content, override)
+    _resolve_paths(content, folder, overrides)
+    return parse_recipe(content, where=str(path_or_name))
+
+
+def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> EmbeddingRecipe | CausalLMRecipe:
+    """A mapping as YAML gives it → a Recipe; RecipeError lists every fault."""
+    content.setdefault("name", Path(where).stem)
+    try:
+        return _ADAPTER.validate_python(content)
+    except ValidationError as error:
+        raise RecipeError(where, [_fault(item, content) for item in error.errors()]) from None
+
+
+def _locate(given: str) -> tuple[Path, Path]:
+    path = Path(given)
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        if not path.is_file():
+            raise RecipeError(given, ["there is no such file"])
+        return path, path.resolve().parent
+    shipped = shipped_recipes()
+    if given in shipped:
+        return shipped[given], Path.cwd()
+    near = difflib.get_close_matches(given, shipped, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise RecipeError(given, [f"neither a file nor a shipped recipe (see `embedft recipes list`){hint}"])
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [f"not readable as YAML: {error}"]) from None
+    if not isinstance(content, dict):
+        raise RecipeError(str(path), ["expected a mapping with `task`, `base` and `data`"])
+    return cast("dict[str, Any]", content)
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(override, ["expected key=value, for example train.lr=1e-4"])
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(override, [f"the value is not readable: {error}"]) from None
+    if isinstance(parsed, str):
+        parsed = _number(parsed)
+    *parents, last = key.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise RecipeError(override, [f"{parent} is not a section"])
+    content[last] = parsed
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads 1e-4 as a string; a person means a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path, overrides: Iterable[str]) -> None:
+    overridden = {override.partition("=")[0] for override in overrides}
+    for section, key in (("data", "train"), ("data", "eval"), ("base", "model")):
+        part = content.get(section)
+        value = cast("dict[str, Any]", part).get(key) if isinstance(part, dict) else None
+        if not isinstance(value, str) or value.startswith("hf://"):
+            continue
+        path = (Path.cwd() if f"{section}.{key}" in overridden else folder) / Path(value).expanduser()
+        if section == "data" or path.exists():
+            cast("dict[str, Any]", part)[key] = str(path.resolve())
+
+
+def _fault(item: Any, content: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"] if part not in _MODELS]
+    dotted = ".".join(location) or "task"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(dotted, _known_keys(str(content.get("task"))), n=1, cutoff=0.5)
+        return f"{dotted}: no such key" + (f"; did you mean {near[0]!r}?" if near else "")
+    if item["type"].startswith("union_tag"):
+        return "task: expected 'embedding' or 'causal_lm'"
+    return f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}" + ("" if item["type"] == "missing" else f" (got {item['input']!r})")
+
+
+def _known_keys(task: str) -> list[str]:
+    model = _MODELS.get(task)
+    return sorted(_keys(model, "")) if model else ["task"]
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _keys(kind, f"{prefix}{name}.")
+
+
+def _portable(path: str | None) -> str | None:
+    return path if path is None or path.startswith("hf://") else "/".join(Path(path).parts[-2:])
