@@ -5,6 +5,7 @@ A quantized base is always a folder (embedft.quantize writes it once); trainer a
 
 import hashlib
 import json
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -218,8 +219,7 @@ def compute_dtype() -> "torch.dtype":
 
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    capability = torch.backends.cpu.get_capabilities()
-    return torch.bfloat16 if capability.get("avx512_bf16") or capability.get("amx_bf16") or capability.get("amx_tile") else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # pyright: ignore[reportPrivateUsage]
 
 
 def load_base(spec: BaseSpec, *, task: Task) -> Base:
@@ -236,6 +236,7 @@ def load_model(folder: Path, *, task: Task) -> "PreTrainedModel":
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # int8: one line a layer about its cast
     loader: Any = AutoModelForCausalLM if task == "causal_lm" else AutoModel
     device = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     model = loader.from_pretrained(folder, dtype=compute_dtype(), **device)

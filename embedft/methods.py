@@ -119,7 +119,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, adapter_name: str = 
         raise AdapterInvalid(folder.name, f"its folder lacks {CONFIG} or {WEIGHTS}")
     config: Any = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
-    config.init_lora_weights = False if config.init_lora_weights is not True else True
+    config.base_model_name_or_path = model.name_or_path  # else PEFT warns that the recorded name differs from the folder's
     peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
     _check_tensors(peft_model, folder, adapter_name)
     tensors = load_file(str(folder / WEIGHTS))
