@@ -1,0 +1,92 @@
+"""The folder of an unfinished run: what it was started with, and its checkpoints. Gone once the adapter is published."""
+
+import json
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from embedft.errors import ResumeRefused
+from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
+
+COMPLETE = "complete"   # written last into a checkpoint: one without it was cut off and is ignored
+
+
+@dataclass(frozen=True)
+class Run:
+    """`folder` holds run.json and checkpoint-N/; `checkpoint` is where to go on from (None: from the start)."""
+
+    folder: Path
+    checkpoint: Path | None
+    command: str
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_run(
+    recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash: str, base_fingerprint: str, resume: bool
+) -> Run:
+    """Begin a run afresh under `root`/.training/<name>, or find where the last one stopped.
+
+    Raises ResumeRefused where there is no complete checkpoint, or naming each setting that is no longer the same.
+    """
+    folder = root / ".training" / recipe.name
+    facts = {"recipe": recipe.model_dump(mode="json"), "data": data_hash, "base": base_fingerprint, "machine": _machine()}
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
+        return Run(folder, None, resume_command(recipe))
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise ResumeRefused(f"there is no checkpoint of {recipe.name!r} to resume: start it without --resume")
+    _refuse_changes(recipe.name, json.loads((folder / "run.json").read_text(encoding="utf-8")), facts)
+    return Run(folder, checkpoint, resume_command(recipe))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written to its end."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def resume_command(recipe: EmbeddingRecipe | CausalLMRecipe) -> str:
+    """The command line that goes on: this process's own with --resume, where it is embedft's."""
+    if Path(sys.argv[0]).name in {"embedft", "embedft.exe"}:
+        given = [part for part in sys.argv[1:] if part != "--resume"]
+        return shlex.join(["embedft", *given, "--resume"])
+    command = "train-embed" if recipe.task == "embedding" else "train-lm"
+    return f"embedft {command} RECIPE --resume   # RECIPE: that of {recipe.name!r}"
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+
+
+def _refuse_changes(name: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+    before, after = _flat(then["recipe"]), _flat(now["recipe"])
+    changes = [
+        f"{key} was {before.get(key)!r}, is now {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    changes += [f"the {what} changed ({then[what][:12]}… → {now[what][:12]}…)" for what in ("data", "base") if then[what] != now[what]]
+    if changes:
+        raise ResumeRefused(f"{name!r} cannot resume: " + "; ".join(changes) + ": undo that, or start without --resume")
+    if then["machine"] != now["machine"]:
+        print(f"note: resuming on {now['machine']}, begun on {then['machine']}: the last bits may differ", file=sys.stderr)
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            flat |= _flat(cast("dict[str, Any]", value), f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
