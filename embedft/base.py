@@ -3,18 +3,16 @@
 A quantized base is always a folder (embedft.quantize writes it once); trainer and engine load that same folder.
 """
 
-import hashlib
 import json
 import logging
 import os
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedft.errors import BaseNotFound, QuantizationUnsupported
+from embedft.files import hash_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -144,30 +142,11 @@ def _identity_files(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=64)
 def _fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    weights = [Path(name) for name, _, _ in files if name.endswith(".safetensors")]
-    for name, dtype, shape, path, start, length in sorted(entry for path in weights for entry in _tensors(path)):
-        digest.update(json.dumps([name, dtype, shape]).encode())
-        with path.open("rb") as file:
-            file.seek(start)
-            while length > 0 and (chunk := file.read(min(length, 1 << 24))):
-                digest.update(chunk)
-                length -= len(chunk)
+    digest = hash_tensors(Path(name) for name, _, _ in files if name.endswith(".safetensors"))
     for name, _, _ in files:
         if not name.endswith(".safetensors"):
             digest.update(Path(name).read_bytes())
     return digest.hexdigest()
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]:
-    """Each tensor's name, dtype, shape, file, first byte and length, from the safetensors header."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(size))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield name, entry["dtype"], entry["shape"], path, 8 + size + start, end - start
 
 
 def describe(folder: Path) -> BaseInfo:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedft.adapters.passport import CONFIG, WEIGHTS
 from embedft.base import Base, Task
 from embedft.errors import AdapterInvalid, MethodUnsupported
 from embedft.recipe import AdapterSection
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ Quantizing once, to files, is what lets two programs agree: each quantizing for 
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from embedft.base import RECORD, describe, fingerprint, quantization_of
 from embedft.errors import QuantizationUnsupported
+from embedft.files import publish_folder, staged_folder
 
 SCHEMES = ("nf4", "int8")
 # Left in full precision: the output embedding, and a pooler that sentence embeddings never use.
@@ -30,23 +30,16 @@ def quantize(source: Path, out: Path, *, scheme: str) -> Path:
         raise QuantizationUnsupported(f"{source} is already {quantization_of(source)}: start from the unquantized weights")
     if out.exists() and any(out.iterdir()):
         raise QuantizationUnsupported(f"{out} is not empty: name a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with staged_folder(out.parent) as stage:
         _write_weights(source, stage, scheme)
         _copy_rest(source, stage)
         record = {"scheme": scheme, "parent": fingerprint(source), "source": source.name}
         (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        stage.chmod(0o755)
-        if out.exists():
-            out.rmdir()
         try:
-            stage.rename(out)
+            publish_folder(stage, out)
         except OSError:
-            if not (out / RECORD).is_file():  # another process finished first: its folder is as good
+            if not (out / RECORD).is_file():  # else another process finished first: its folder is as good
                 raise
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return out
 
 
@@ -70,8 +63,6 @@ def _write_weights(source: Path, stage: Path, scheme: str) -> None:
     device = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     model = loader.from_pretrained(source, quantization_config=config, dtype="auto", **device)
     model.save_pretrained(stage)
-    for path in stage.glob("*.safetensors"):
-        path.chmod(0o644)
 
 
 def _copy_rest(source: Path, stage: Path) -> None:

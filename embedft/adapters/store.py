@@ -1,0 +1,146 @@
+"""AdapterStore: content-addressed adapters under names. An object's path never changes its content; names are pointers.
+
+    ROOT/objects/<generation>/     an adapter folder, immutable
+    ROOT/names/<name>.json         {"generation", "history": [generation, …]}, newest last
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from embedft.adapters.passport import Passport, generation, read_passport
+from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, GenerationConflict
+from embedft.files import locked, publish_folder, staged_folder, write_text
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+GENERATION = re.compile(r"[0-9a-f]{12,64}")
+MAX_FILES, MAX_BYTES = 10_000, 8 << 30
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+
+
+def default_root() -> Path:
+    """$EMBEDFT_ADAPTERS, or adapters/ in the working directory."""
+    return Path(os.environ.get("EMBEDFT_ADAPTERS", "adapters"))
+
+
+class AdapterStore:
+    """Adapters on disk. Safe against other processes and against a crash at any moment."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or default_root()).resolve()
+        self._objects, self._names = self.root / "objects", self.root / "names"
+
+    @contextmanager
+    def stage(self) -> Iterator[Path]:
+        """A folder on the store's own disk to write an adapter in; `put` takes it, otherwise it vanishes."""
+        with staged_folder(self._objects) as folder:
+            yield folder
+
+    def put(self, staged: Path, name: str, *, expected: str | None = None, replace: bool = True) -> str:
+        """Take a staged folder as the newest generation of `name` and return that generation (64 hex).
+
+        `expected` is compare-and-swap: GenerationConflict unless `name` is there now. AdapterExists if it may not be replaced.
+        """
+        check_name(name)
+        check_folder(staged, name)
+        identity = generation(staged)
+        with locked(self.root / ".lock"):
+            if not (self._objects / identity).is_dir():
+                publish_folder(staged, self._objects / identity)
+            self._point(name, identity, expected=expected, replace=replace)
+        return identity
+
+    def point(self, name: str, generation: str, *, expected: str | None = None) -> str:
+        """Let `name` be a generation that the store already holds (a rollback). Returns the full generation."""
+        check_name(name)
+        identity = self.folder(generation).name
+        with locked(self.root / ".lock"):
+            self._point(name, identity, expected=expected, replace=True)
+        return identity
+
+    def names(self) -> dict[str, str]:
+        """Name → current generation, sorted by name."""
+        return {path.stem: self._read(path)[-1] for path in sorted(self._names.glob("*.json")) if NAME.fullmatch(path.stem)}
+
+    def history(self, name: str) -> list[str]:
+        """Generations that `name` has pointed at, oldest first. AdapterNotFound."""
+        check_name(name)
+        path = self._names / f"{name}.json"
+        if not path.is_file():
+            raise AdapterNotFound(name, list(self.names()))
+        return self._read(path)
+
+    def current(self, name: str) -> str:
+        """The generation that `name` points at. AdapterNotFound."""
+        return self.history(name)[-1]
+
+    def folder(self, name_or_generation: str) -> Path:
+        """The folder behind a name or a generation (12 to 64 hex digits). AdapterNotFound."""
+        if NAME.fullmatch(name_or_generation) and (self._names / f"{name_or_generation}.json").is_file():
+            return self._objects / self.current(name_or_generation)
+        if GENERATION.fullmatch(name_or_generation):
+            found = [path for path in self._objects.glob(f"{name_or_generation}*") if path.is_dir()]
+            if len(found) == 1:
+                return found[0]
+        raise AdapterNotFound(name_or_generation, list(self.names()))
+
+    def passport(self, name_or_generation: str) -> Passport:
+        return read_passport(self.folder(name_or_generation), name=name_or_generation)
+
+    def remove(self, name: str) -> None:
+        """Forget `name`. Its objects stay until `collect`."""
+        self.history(name)
+        with locked(self.root / ".lock"):
+            (self._names / f"{name}.json").unlink(missing_ok=True)
+
+    def collect(self, *, leased: Collection[str] = ()) -> list[str]:
+        """Delete objects that no name points at, now or in its history, and nobody leases; returns their generations."""
+        with locked(self.root / ".lock"):
+            named = {identity for name in self.names() for identity in self.history(name)}
+            unused = [path for path in self._objects.glob("[0-9a-f]*") if path.name not in named and path.name not in leased]
+            for path in unused:
+                shutil.rmtree(path)
+        return [path.name for path in unused]
+
+    def _point(self, name: str, identity: str, *, expected: str | None, replace: bool) -> None:
+        self._names.mkdir(parents=True, exist_ok=True)
+        path = self._names / f"{name}.json"
+        history = self._read(path) if path.is_file() else []
+        if history and not replace:
+            raise AdapterExists(f"there is an adapter named {name!r} already: choose another name or remove it first")
+        if expected is not None and (not history or not history[-1].startswith(expected)):
+            raise GenerationConflict(name, expected=expected, current=history[-1] if history else None)
+        if not history or history[-1] != identity:
+            history.append(identity)
+        write_text(path, json.dumps({"generation": identity, "history": history}, indent=2) + "\n")
+
+    def _read(self, path: Path) -> list[str]:
+        try:
+            history = json.loads(path.read_text(encoding="utf-8"))["history"]
+            if history and all(GENERATION.fullmatch(item) for item in history):
+                return history
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise AdapterInvalid(path.stem, f"the store's pointer {path.name} is damaged: point it again with `embedft adapters import`")
+
+
+def check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise AdapterInvalid(name, "a name is 1 to 64 letters, digits, '.', '_' or '-', and begins with a letter or digit")
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse links, devices, pickles and sizes beyond reason, before a byte of it is interpreted."""
+    count = size = 0
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise AdapterInvalid(name, f"{path.name} is a link or no plain file")
+        if path.suffix.lower() in _PICKLES:
+            raise AdapterInvalid(name, f"{path.name} is a pickle; only safetensors is read: convert it with save_file")
+        count, size = count + 1, size + path.stat().st_size
+    if count > MAX_FILES or size > MAX_BYTES:
+        raise AdapterInvalid(name, f"{count} files, {size} bytes: more than {MAX_FILES} files or {MAX_BYTES} bytes")

@@ -1,0 +1,111 @@
+"""Files that are whole or absent, and hashes of what tensors they hold. Knows nothing of models."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+
+
+class HeaderInvalid(ValueError):
+    """A safetensors file whose header is not what the format says."""
+
+
+def tensor_table(path: Path) -> list[tuple[str, str, list[int], int, int]]:
+    """(name, dtype, shape, first byte, length in bytes) of each tensor in a safetensors file. HeaderInvalid where it is malformed."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise HeaderInvalid(f"{path.name}: a header of {length} bytes in a file of {size}")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            rows = [
+                (name, str(entry["dtype"]), [int(n) for n in entry["shape"]], *(int(n) for n in entry["data_offsets"]))
+                for name, entry in header.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise HeaderInvalid(f"{path.name}: header not readable: {error}") from None
+    body = 8 + length
+    if any(not 0 <= first <= last <= size - body for *_, first, last in rows):
+        raise HeaderInvalid(f"{path.name}: a tensor lies outside the file")
+    return [(name, dtype, shape, body + first, last - first) for name, dtype, shape, first, last in rows]
+
+
+def hash_tensors(paths: Iterable[Path]) -> "hashlib._Hash":
+    """sha256 over the sorted (name, dtype, shape, bytes) of all tensors in the safetensors files."""
+    digest = hashlib.sha256()
+    for name, dtype, shape, path, start, length in sorted((row[0], row[1], row[2], path, row[3], row[4]) for path in paths for row in tensor_table(path)):
+        digest.update(json.dumps([name, dtype, shape]).encode())
+        with path.open("rb") as file:
+            file.seek(start)
+            while length > 0 and (chunk := file.read(min(length, 1 << 24))):
+                digest.update(chunk)
+                length -= len(chunk)
+    return digest
+
+
+def hash_json(content: Any) -> str:
+    """sha256 (64 hex) of `content` as canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextmanager
+def staged_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder inside `parent`, removed at the end unless it was moved away."""
+    parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".stage-", dir=parent))
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish_folder(stage: Path, out: Path) -> None:
+    """Move a finished folder to `out` in one step, after its bytes are on the disk. `out` must not hold anything."""
+    for path in stage.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        _fsync(path)
+    stage.chmod(0o755)
+    _fsync(stage)
+    stage.rename(out)
+    _fsync(out.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+    _fsync(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (made if absent) against other processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
