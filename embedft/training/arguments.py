@@ -41,6 +41,7 @@ def hf_arguments(train: TrainSection, *, output_dir: Path, steps_per_epoch: int)
         "seed": train.seed,
         "data_seed": train.seed,
         "bf16": compute_dtype() is torch.bfloat16,
+        "fp16": compute_dtype() is torch.float16,
         "use_cpu": not cuda,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": cuda,
@@ -51,3 +52,8 @@ def hf_arguments(train: TrainSection, *, output_dir: Path, steps_per_epoch: int)
         "report_to": "none",
         "log_level": "error",
     }
+
+
+def steps_an_epoch(examples: int, train: TrainSection) -> int:
+    """Optimizer steps in one pass over the examples; the last batch may be short."""
+    return max(1, math.ceil(math.ceil(examples / train.batch) / train.accumulate))

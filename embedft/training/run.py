@@ -65,7 +65,8 @@ def resume_command(recipe: EmbeddingRecipe | CausalLMRecipe) -> str:
 def _machine() -> dict[str, Any]:
     import torch
 
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": device}
 
 
 def _refuse_changes(name: str, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -75,7 +76,9 @@ def _refuse_changes(name: str, then: dict[str, Any], now: dict[str, Any]) -> Non
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-    changes += [f"the {what} changed ({then[what][:12]}… → {now[what][:12]}…)" for what in ("data", "base") if then[what] != now[what]]
+    for what in ("data", "base"):
+        if then[what] != now[what]:
+            changes.append(f"the {what} changed ({then[what][:12]}… → {now[what][:12]}…)")
     if changes:
         raise ResumeRefused(f"{name!r} cannot resume: " + "; ".join(changes) + ": undo that, or start without --resume")
     if then["machine"] != now["machine"]:

@@ -1,0 +1,137 @@
+"""Records → conversations that end in an answer. Every fault of a file is found at once, before any model loads.
+
+Formats, told apart by their columns (or named in the recipe):
+  prompt_completion  {"prompt": str, "completion": str}
+  messages           {"messages": [{"role": "system" | "user" | "assistant", "content": str}, …]}, the last by the assistant
+  alpaca             {"instruction": str, "input": str (optional), "output": str}
+All three become messages: a prompt is the user's, a completion the assistant's. Other columns are ignored.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from embedft.causal_lm.sources import records
+from embedft.errors import DataError
+
+Format = Literal["prompt_completion", "messages", "alpaca"]
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """`messages` ends with the assistant's; `id` is unique in its file."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1].content
+
+
+def read_rows(source: str, *, format: Format | None = None, limit: int | None = None) -> list[Row]:
+    """All rows of a file or hub data set, in order. Raises DataError listing every bad row: place, fault, what was expected."""
+    problems: list[str] = []
+    rows: list[Row] = []
+    for place, record in records(source):
+        if isinstance(record, str):
+            problems.append(f"{place}: {record}")
+            continue
+        format = format or detect(record, place)
+        messages = PARSERS[format](record)
+        if isinstance(messages, str):
+            problems.append(f"{place}: {messages}")
+        else:
+            rows.append(Row(str(record.get("id", len(rows))), messages))
+        if limit is not None and len(rows) >= limit:
+            break
+    if problems:
+        raise DataError(problems)
+    if not rows:
+        raise DataError([f"{source}: no rows"])
+    return rows if len({row.id for row in rows}) == len(rows) else _renumbered(rows)
+
+
+def detect(record: dict[str, Any], place: str) -> Format:
+    """The format whose columns `record` has; DataError where none fits."""
+    columns = record.keys()
+    if "messages" in columns:
+        return "messages"
+    if {"prompt", "completion"} <= columns:
+        return "prompt_completion"
+    if {"instruction", "output"} <= columns:
+        return "alpaca"
+    raise DataError([f"{place}: columns {', '.join(columns)}; expected prompt and completion, messages, or instruction and output"])
+
+
+def data_hash(*parts: Sequence[Row]) -> str:
+    """sha256 (64 hex) over the conversations of all parts, in order."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        for row in rows:
+            digest.update(json.dumps([[message.role, message.content] for message in row.messages]).encode())
+        digest.update(b"\n--\n")
+    return digest.hexdigest()
+
+
+def _renumbered(rows: Iterable[Row]) -> list[Row]:
+    return [Row(str(number), row.messages) for number, row in enumerate(rows)]
+
+
+def _text(record: dict[str, Any], key: str) -> str | None:
+    """What is wrong with a text column, or None."""
+    value = record.get(key)
+    if key not in record:
+        return f"no {key!r}, expected a text under it"
+    if not isinstance(value, str):
+        return f"{key!r} is a {type(value).__name__}, expected a text"
+    return None if value.strip() else f"{key!r} is empty, expected a text"
+
+
+def _prompt_completion(record: dict[str, Any]) -> tuple[Message, ...] | str:
+    fault = _text(record, "prompt") or _text(record, "completion")
+    return fault or (Message("user", record["prompt"]), Message("assistant", record["completion"]))
+
+
+def _alpaca(record: dict[str, Any]) -> tuple[Message, ...] | str:
+    fault = _text(record, "instruction") or _text(record, "output")
+    given = record.get("input")
+    if fault or not isinstance(given, str | None):
+        return fault or f"'input' is a {type(given).__name__}, expected a text"
+    prompt = record["instruction"] + (f"\n\n{given}" if given else "")
+    return (Message("user", prompt), Message("assistant", record["output"]))
+
+
+def _messages(record: dict[str, Any]) -> tuple[Message, ...] | str:
+    given = record.get("messages")
+    if not isinstance(given, list) or not given:
+        return "'messages' is not a list with messages in it, expected [{role, content}, …]"
+    messages: list[Message] = []
+    for number, item in enumerate(cast("list[Any]", given), 1):
+        if not isinstance(item, dict):
+            return f"message {number} is a {type(item).__name__}, expected {{role, content}}"
+        message = cast("dict[str, Any]", item)
+        if message.get("role") not in ROLES:
+            return f"message {number} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}"
+        if fault := _text(message, "content"):
+            return f"message {number}: {fault}"
+        messages.append(Message(message["role"], message["content"]))
+    if messages[-1].role != "assistant":
+        return f"the last message is by the {messages[-1].role}, expected the assistant"
+    return tuple(messages)
+
+
+PARSERS: dict[str, Callable[[dict[str, Any]], tuple[Message, ...] | str]] = {
+    "prompt_completion": _prompt_completion,
+    "messages": _messages,
+    "alpaca": _alpaca,
+}

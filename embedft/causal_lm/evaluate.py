@@ -1,0 +1,143 @@
+"""What a causal LM answers on held-out rows, row by row: exact match, token F1, bits per character."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from embedft.causal_lm.data import Row
+from embedft.causal_lm.template import IGNORED, Example, Template, stop_tokens
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+HIGHER_IS_BETTER = {"exact_match": True, "token_f1": True, "bits_per_character": False}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Scores of n rows in the rows' order; `answers` are what the model wrote."""
+
+    ids: tuple[str, ...]
+    answers: tuple[str, ...]
+    scores: "dict[str, npt.NDArray[np.float64]]"   # metric → (n,)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: float(values.mean()) for name, values in self.scores.items()}
+
+    def gains(self, base: "Generation", metric: str) -> "tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]":
+        """(base's, own) scores of `metric`, signed so that more is better."""
+        sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
+        return sign * base.scores[metric], sign * self.scores[metric]
+
+
+def evaluate_generation(
+    model: Any, template: Template, rows: Sequence[Row], *, max_new_tokens: int, batch: int = 32, max_length: int = 512
+) -> Generation:
+    """Greedy answers to the rows' last turn, and how likely the model holds the true ones.
+
+    A prompt keeps its last `max_length` tokens. exact_match: equal but for white space at the ends. token_f1: of the
+    multisets of lower-case words (as SQuAD, arXiv 1606.05250, without its article rule). bits_per_character: the negative
+    log2-likelihood of answer and end token over the answer's characters.
+    """
+    import numpy as np
+
+    answers = greedy(model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=max_length)
+    bits = answer_bits(model, template, rows, batch=batch, max_length=max_length)
+    scores = {
+        "exact_match": [float(answer.strip() == row.answer.strip()) for answer, row in zip(answers, rows, strict=True)],
+        "token_f1": [token_f1(answer, row.answer) for answer, row in zip(answers, rows, strict=True)],
+        "bits_per_character": [value / len(row.answer) for value, row in zip(bits, rows, strict=True)],
+    }
+    return Generation(
+        tuple(row.id for row in rows), tuple(answers), {name: np.array(values) for name, values in scores.items()}
+    )
+
+
+def greedy(
+    model: Any, template: Template, rows: Sequence[Row], *, max_new_tokens: int, batch: int, max_length: int
+) -> list[str]:
+    """The model's most likely continuation of each row's prompt, up to a stop token."""
+    import torch
+
+    stops = stop_tokens(template.tokenizer)
+    pad = pad_token(template.tokenizer)
+    prompts = [template.prompt_ids(row)[-max_length:] for row in rows]
+    answers = [""] * len(rows)
+    for chosen in _by_length(prompts, batch):
+        length = max(len(prompts[i]) for i in chosen)
+        ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
+        mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device)
+        with torch.inference_mode():
+            made = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=stops,
+                pad_token_id=pad,
+            )
+        for i, tokens in zip(chosen, made[:, length:].tolist(), strict=True):
+            end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
+            answers[i] = str(template.tokenizer.decode(tokens[:end], skip_special_tokens=True))
+    return answers
+
+
+def answer_bits(model: Any, template: Template, rows: Sequence[Row], *, batch: int, max_length: int) -> list[float]:
+    """−log2 p(last answer and its end | prompt) of each row, teacher-forced."""
+    import torch
+
+    from embedft.causal_lm.batches import Collate
+
+    examples = [_scored(template, row, max_length) for row in rows]
+    collate = Collate(pad_token(template.tokenizer))
+    bits = [0.0] * len(rows)
+    for chosen in _by_length([example.ids for example in examples], batch):
+        inputs = collate([examples[i] for i in chosen])
+        labels = inputs.pop("labels").to(model.device)
+        with torch.inference_mode():
+            given = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in inputs.items()}
+            logits = model(**given).logits.float()   # (batch, kept, vocabulary)
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+        ).view(len(chosen), -1)
+        for i, value in zip(chosen, losses.sum(1).tolist(), strict=True):
+            bits[i] = value / math.log(2)
+    return bits
+
+
+def _scored(template: Template, row: Row, max_length: int) -> Example:
+    prompt, answer = template.prompt_ids(row)[-max_length:], template.answer_ids(row)
+    return Example(tuple(prompt + answer), tuple([IGNORED] * len(prompt) + answer))
+
+
+def _by_length(sequences: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, so that little is padding."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), batch):
+        yield order[start : start + batch]
+
+
+def token_f1(answer: str, expected: str) -> float:
+    """Harmonic mean of precision and recall over words; 1 when both have none."""
+    left, right = Counter(_words(answer)), Counter(_words(expected))
+    if not left or not right:
+        return float(left == right)
+    shared = (left & right).total()
+    return 2.0 * shared / (left.total() + right.total())
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Padding is masked everywhere, so any token will do where a tokenizer has none."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

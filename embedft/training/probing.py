@@ -1,0 +1,152 @@
+"""Record an adapter's effect on the probes, and replay it, in this process: on a freshly loaded base, from files alone."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedft.adapters.passport import ProbeRecord, read_passport
+from embedft.adapters.probes import (
+    PROBE_CONTINUATIONS,
+    PROBE_TEXTS,
+    Probe,
+    ProbeReport,
+    RecordedProbes,
+    choose,
+    compare,
+    read_probes,
+)
+from embedft.base import Task, load_model
+from embedft.encode import Encoder, EncodeSettings, TextPreparer
+from embedft.errors import AdapterInvalid
+from embedft.methods import load_adapter
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Outputs = list[npt.NDArray[np.float32]]
+
+
+def candidates(folder: Path, tokenizer: Any, *, task: Task, settings: EncodeSettings | None) -> list[Probe]:
+    """Probes to choose from. A language model gets each text as a user's message where the base has a chat template,
+    followed by two of the continuations."""
+    if settings is not None:
+        return [Probe(tuple(ids)) for ids in TextPreparer(folder, settings).prepare(PROBE_TEXTS).ids]
+    probes: list[Probe] = []
+    for number, text in enumerate(PROBE_TEXTS):
+        for shift in (0, 3):
+            continuation = PROBE_CONTINUATIONS[(number + shift) % len(PROBE_CONTINUATIONS)]
+            probes.append(Probe(_asked(tokenizer, text), tuple(tokenizer(continuation, add_special_tokens=False)["input_ids"])))
+    return probes
+
+
+def _asked(tokenizer: Any, text: str) -> tuple[int, ...]:
+    if not tokenizer.chat_template:
+        return tuple(tokenizer(text)["input_ids"])
+    message = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def outputs(model: Any, probes: Sequence[Probe], *, folder: Path, settings: EncodeSettings | None) -> "Outputs":
+    """One array a probe: its vector (with `settings`), or the log-probabilities of its continuation's tokens."""
+    if settings is not None:
+        return list(Encoder(model, folder, settings).encode_ids([probe.ids for probe in probes]))
+    return _log_probabilities(model, probes)
+
+
+def _log_probabilities(model: Any, probes: Sequence[Probe], *, batch: int = 16) -> "Outputs":
+    import torch
+
+    from embedft.encode import pad
+
+    made: Outputs = []
+    for start in range(0, len(probes), batch):
+        chosen = probes[start : start + batch]
+        ids, mask = (tensor.to(model.device) for tensor in pad([probe.ids + probe.continuation for probe in chosen]))
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask).logits.float()   # (batch, length, vocabulary)
+        for row, probe in enumerate(chosen):
+            first, last = len(probe.ids), len(probe.ids) + len(probe.continuation)
+            scores = logits[row, first - 1 : last - 1].log_softmax(-1)
+            made.append(scores.gather(1, ids[row, first:last, None])[:, 0].cpu().numpy())
+    return made
+
+
+def record(folder: Path, *, base_folder: Path, tokenizer: Any, task: Task, settings: EncodeSettings | None) -> RecordedProbes:
+    """The effect of the adapter in `folder`, loaded from its files onto a base loaded from its own.
+
+    Raises AdapterInvalid if it changes nothing. A module type whose loss the probes would not notice is in `unnoticed`.
+    """
+    base = load_model(base_folder, task=task)
+    probes = candidates(base_folder, tokenizer, task=task, settings=settings)
+    before = outputs(base, probes, folder=base_folder, settings=settings)
+    model = load_adapter(base, folder)
+    effects = _difference(outputs(model, probes, folder=base_folder, settings=settings), before)
+    if not any(effect.any() for effect in effects):
+        raise AdapterInvalid(folder.name, "it changes nothing: it did not train")
+    without: dict[str, Outputs] = {}
+    for kind in module_types(model):
+        with dropped(model, kind):
+            without[kind] = _difference(outputs(model, probes, folder=base_folder, settings=settings), before)
+    return choose(probes, effects, without)
+
+
+def replay(folder: Path, *, base_folder: Path, settings: EncodeSettings | None = None) -> ProbeReport:
+    """Load base and adapter afresh and hold the adapter's effect against its recorded one (`adapters verify`)."""
+    task: Task = read_passport(folder).task
+    recorded = read_probes(folder)
+    model = load_model(base_folder, task=task)
+    base, again = (outputs(model, recorded.probes, folder=base_folder, settings=settings) for _ in range(2))
+    adapted = outputs(load_adapter(model, folder), recorded.probes, folder=base_folder, settings=settings)
+    return compare(recorded, base=base, adapted=adapted, base_again=again)
+
+
+def unnoticed(recorded: RecordedProbes) -> list[str]:
+    """Module types that could be dropped without the probes failing."""
+    return [kind for kind, change in recorded.sensitivity.items() if change <= recorded.tolerance]
+
+
+def as_record(recorded: RecordedProbes, task: Task) -> ProbeRecord:
+    sensitivity = {kind: round(change, 4) for kind, change in recorded.sensitivity.items()}
+    return ProbeRecord(kind=task, count=len(recorded.probes), tolerance=recorded.tolerance, sensitivity=sensitivity)
+
+
+def module_types(model: Any) -> list[str]:
+    """Adapted module types, named by their path within a layer: `self_attn.q_proj`, `attention.output.dense`."""
+    return sorted({_type(name) for name, _ in _adapter_tensors(model)})
+
+
+@contextmanager
+def dropped(model: Any, kind: str) -> Iterator[None]:
+    """The adapter without its tensors of one module type, inside the block."""
+    import torch
+
+    tensors = [tensor for name, tensor in _adapter_tensors(model) if _type(name) == kind]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.zero_()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
+
+
+def _adapter_tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            yield name.partition(".lora_")[0], parameter
+
+
+def _type(module: str) -> str:
+    parts = module.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[last + 1 :])
+
+
+def _difference(one: "Outputs", other: "Outputs") -> "Outputs":
+    return [left - right for left, right in zip(one, other, strict=True)]

@@ -1,0 +1,136 @@
+"""A trained adapter → its whole folder in the store: weights, files that make it load elsewhere, passport, probes, card."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedft.adapters.passport import BaseIdentity, Passport
+from embedft.adapters.probes import RecordedProbes, write_probes
+from embedft.base import Base
+from embedft.methods import save_weights
+from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
+from embedft.training.card import model_card
+from embedft.training.measure import AdapterResult, trainable
+from embedft.training.probing import as_record, record, unnoticed
+from embedft.training.sentence_files import write_sentence_files
+
+if TYPE_CHECKING:
+    from embedft.adapters.store import AdapterStore
+    from embedft.encode import EncodeSettings
+
+HUB_IDS = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}   # a built-in whose files are those of a hub model
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a trainer knows of its run beyond the weights. `rows`: eval/rows.jsonl, one object a query or row.
+
+    `settings` for embedding adapters, `template_hash` for language models'. `data_hash` 64 hex; `seconds` of training.
+    """
+
+    metrics: Mapping[str, Any]
+    data_hash: str
+    max_length: int
+    seconds: float
+    peak_bytes: int
+    template_hash: str | None = None
+    settings: "EncodeSettings | None" = None
+    dimensions: tuple[int, ...] = ()
+    rows: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+
+def publish(
+    model: Any, base: Base, recipe: EmbeddingRecipe | CausalLMRecipe, *, store: "AdapterStore", published: Published
+) -> AdapterResult:
+    """Write the adapter folder in a stage and put it into the store under `recipe.name`: whole, or not at all.
+
+    `model` is the PeftModel. The probes are recorded on a base and an adapter loaded afresh from files, never from the
+    trainer's memory, so what is published is what anyone will load. Raises AdapterInvalid if it changes nothing.
+    """
+    trained = trainable(model).count
+    with store.stage() as folder:
+        save_weights(model, folder, base_name=public_name(recipe.base.model))
+        if published.settings is not None:
+            write_sentence_files(folder, base.tokenizer, published.settings, dimension=base.info.hidden_size)
+        recorded = record(
+            folder, base_folder=base.folder, tokenizer=base.tokenizer, task=recipe.task, settings=published.settings
+        )
+        _note_unnoticed(recipe.name, recorded)
+        write_probes(folder, recorded)
+        passport = _passport(base, recipe, published, recorded)
+        passport.write(folder)
+        (folder / "recipe.yaml").write_text(recipe.resolved_yaml(), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(passport), encoding="utf-8")
+        _write_rows(folder / "eval", published.rows)
+        generation = store.put(folder, recipe.name)
+    return AdapterResult(
+        name=recipe.name,
+        path=str(store.folder(generation)),
+        generation=generation,
+        metrics=dict(published.metrics),
+        seconds=published.seconds,
+        peak_bytes=published.peak_bytes,
+        trainable=trained,
+    )
+
+
+def public_name(model: str) -> str:
+    """What others may call the base: a hub id or a built-in's name; of a local folder only its last part."""
+    if model in HUB_IDS:
+        return HUB_IDS[model]
+    return Path(model).name if Path(model).expanduser().is_dir() or Path(model).is_absolute() else model
+
+
+def _passport(
+    base: Base, recipe: EmbeddingRecipe | CausalLMRecipe, published: Published, recorded: RecordedProbes
+) -> Passport:
+    settings = published.settings
+    return Passport(
+        name=recipe.name,
+        task=recipe.task,
+        base=BaseIdentity(
+            model=recipe.base.model if recipe.base.model in HUB_IDS else public_name(recipe.base.model),
+            revision=recipe.base.revision,
+            quantization=base.info.quantization,
+            fingerprint=base.info.fingerprint,
+            parent=base.info.parent,
+        ),
+        method=recipe.adapter.method,
+        r=recipe.adapter.r,
+        alpha=recipe.adapter.scale_alpha,
+        side=recipe.adapter.side if isinstance(recipe, EmbeddingRecipe) else "both",
+        prompts=dict(settings.prompts) if settings else {},
+        pooling=settings.pooling if settings else None,
+        normalize=settings.normalize if settings else None,
+        max_length=published.max_length,
+        dimensions=published.dimensions,
+        template_hash=published.template_hash,
+        data_hash=published.data_hash,
+        recipe_hash=recipe.digest(),
+        metrics=dict(published.metrics),
+        probes=as_record(recorded, recipe.task),
+        versions={name: version(name) for name in ("torch", "transformers", "peft")},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _note_unnoticed(name: str, recorded: RecordedProbes) -> None:
+    if kinds := unnoticed(recorded):
+        print(
+            f"note: {name!r} hardly uses {', '.join(kinds)}: its probes would not notice their loss; train longer or leave them"
+            " out of adapter.targets",
+            file=sys.stderr,
+        )
+
+
+def _write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        return
+    folder.mkdir()
+    lines = (json.dumps(row, ensure_ascii=False, sort_keys=False) for row in rows)
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
