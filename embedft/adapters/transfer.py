@@ -1,0 +1,135 @@
+"""Adapters in and out of a store: import and export of folders, push and pull to any fsspec place or the hub, bit for bit."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from embedft.adapters.passport import CONFIG, WEIGHTS, read_passport
+from embedft.adapters.store import AdapterStore, check_folder
+from embedft.errors import AdapterExists, AdapterInvalid, EmbedftError, UsageError
+from embedft.files import HeaderInvalid, publish_folder, staged_folder, tensor_table
+
+TEXTS = "texts.jsonl"  # in eval/: the only file that carries training or evaluation texts
+
+
+class TransferFailed(EmbedftError):
+    """The other end did not take or give the adapter; nothing here was changed."""
+
+    code = "transfer_failed"
+
+
+def import_folder(store: AdapterStore, source: Path, *, name: str | None = None) -> str:
+    """Copy an adapter folder into the store, validated first; returns its generation. AdapterInvalid says what is wrong."""
+    if not source.is_dir():
+        raise UsageError(f"{source} is not a folder")
+    called = name or _name_of(source)
+    check_folder(source, called)
+    with store.stage() as stage:
+        _copy(source, stage)
+        check_contents(stage, called)
+        return store.put(stage, called)
+
+
+def export_folder(store: AdapterStore, name: str, out: Path, *, keep_texts: bool = False) -> list[str]:
+    """Copy the current generation of `name` to `out`, which must not exist; returns the files left out because they carry texts."""
+    if out.exists():
+        raise AdapterExists(f"{out} exists already: name a new folder")
+    source = store.folder(name)
+    left_out: list[str] = []
+    with staged_folder(out.resolve().parent) as stage:
+        _copy(source, stage)
+        if not keep_texts and (stage / "eval" / TEXTS).is_file():
+            (stage / "eval" / TEXTS).unlink()
+            left_out.append(f"eval/{TEXTS}")
+        publish_folder(stage, out)
+    return left_out
+
+
+def push(store: AdapterStore, name: str, place: str) -> str:
+    """Upload the current generation of `name` to `place` (a folder, hf://user/repo or any fsspec URL); returns the generation."""
+    source, generation = store.folder(name), store.current(name)
+    try:
+        if place.startswith("hf://"):
+            _hub().create_repo(place[5:], exist_ok=True)
+            _hub().upload_folder(repo_id=place[5:], folder_path=str(source))
+        else:
+            files, root = _filesystem(place)
+            for path in sorted(item for item in source.rglob("*") if item.is_file()):
+                target = f"{root}/{path.relative_to(source).as_posix()}"
+                files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                files.put_file(str(path), target)
+    except EmbedftError:
+        raise
+    except Exception as error:  # fsspec's backends and the hub raise what they like
+        raise TransferFailed(f"pushing {name!r} to {place} failed: {error}") from error
+    return generation
+
+
+def pull(store: AdapterStore, place: str, *, name: str | None = None) -> tuple[str, str]:
+    """Download an adapter from where `push` put it (hf://user/repo@revision too) into the store; returns its name and generation."""
+    with store.stage() as stage:
+        try:
+            if place.startswith("hf://"):
+                repo, _, revision = place[5:].partition("@")
+                _hub().snapshot_download(repo, revision=revision or None, local_dir=str(stage))
+                shutil.rmtree(stage / ".cache", ignore_errors=True)
+            else:
+                files, root = _filesystem(place)
+                _download(files, root, stage)
+        except EmbedftError:
+            raise
+        except Exception as error:
+            raise TransferFailed(f"pulling from {place} failed: {error}") from error
+        called = name or _name_of(stage)
+        check_contents(stage, called)
+        return called, store.put(stage, called)
+
+
+def check_contents(folder: Path, name: str) -> None:
+    """A passport, PEFT's two files and readable tensors: what any adapter must have before an engine hears of it."""
+    check_folder(folder, name)
+    read_passport(folder, name=name)
+    for required in (CONFIG, WEIGHTS):
+        if not (folder / required).is_file():
+            raise AdapterInvalid(name, f"its folder lacks {required}")
+    try:
+        if not tensor_table(folder / WEIGHTS):
+            raise AdapterInvalid(name, f"{WEIGHTS} holds no tensors")
+    except HeaderInvalid as error:
+        raise AdapterInvalid(name, str(error)) from None
+
+
+def _name_of(folder: Path) -> str:
+    return read_passport(folder).name
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True, symlinks=True)
+
+
+def _hub() -> Any:
+    import huggingface_hub
+
+    return huggingface_hub
+
+
+def _filesystem(place: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        files, root = fsspec.core.url_to_fs(place)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"{place}: {error}") from None
+    return files, str(root).rstrip("/")
+
+
+def _download(files: Any, root: str, stage: Path) -> None:
+    found: list[str] = files.find(root)
+    if not found:
+        raise FileNotFoundError("there is nothing there")
+    for remote in found:
+        relative = Path(remote.removeprefix(root).lstrip("/"))
+        if relative.is_absolute() or ".." in relative.parts:
+            raise UsageError(f"a file named {relative} does not belong in an adapter")
+        (stage / relative).parent.mkdir(parents=True, exist_ok=True)
+        files.get_file(remote, str(stage / relative))
