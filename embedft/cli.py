@@ -1,0 +1,361 @@
+"""The command line: parses, calls, prints. Everything heavy is imported inside the functions that need it.
+
+Exit status: 0 done, 1 it failed and says what to do, 2 wrong usage. `--json` prints one object; otherwise a table for people.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedft.errors import EmbedftError, UsageError
+
+if TYPE_CHECKING:
+    from embedft.adapters.store import AdapterStore
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("TOKENIZERS_PARALLELISM", "false"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
+    try:
+        return arguments.run(arguments) or 0
+    except EmbedftError as error:
+        if arguments.json:
+            print(json.dumps({"error": {"code": error.code, "message": str(error)}}))
+        print(f"embedft: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("embedft: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader went away: `embedft … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from embedft import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="embedft", description="Train adapters for embedding and language models, prove that they help, serve many over one base."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, task in (("train-embed", "embedding"), ("train-lm", "causal_lm")):
+        command = _command(commands, name, _train, f"train an adapter for {'a retrieval' if task == 'embedding' else 'a causal language'} model")
+        command.set_defaults(task=task)
+        command.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")
+        command.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the recipe, dotted: train.lr=1e-4")
+        command.add_argument("--dry-run", action="store_true", help="one real step; prints time, peak memory and trainable parameters")
+        command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+        _store_option(command)
+    command = _command(commands, "eval", _eval, "score an adapter against its base on a data set")
+    command.add_argument("adapter", metavar="ADAPTER", help="a name in the store, or an adapter folder")
+    command.add_argument("--data", metavar="DATA", required=True, help="a BEIR folder, or a file of rows")
+    _store_option(command)
+    _adapters(commands)
+    _recipes(commands)
+    _data(commands)
+    command = _command(commands, "quantize", _quantize, "write a quantized base folder that trainer and engine both load")
+    command.add_argument("base", metavar="BASE", help="minilm, seed-lm, a model folder or a hub id")
+    command.add_argument("out", metavar="OUT", type=Path)
+    command.add_argument("--scheme", choices=("nf4", "int8"), required=True)
+    command.add_argument("--revision")
+    _serve(commands)
+    command = _command(commands, "demo", _demo, "train four adapters, serve them over two quantized bases, compare")
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    command.add_argument("--engine", choices=("vllm", "peft"), help="default: vllm where it is installed")
+    _command(commands, "doctor", _doctor, "what is installed, what works, and how to mend what does not")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    command.add_argument("--json", action="store_true", help="print one JSON object, for machines")
+    command.set_defaults(run=run)
+    return command
+
+
+def _store_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--adapters", type=Path, metavar="DIR", help="the adapter store (default: $EMBEDFT_ADAPTERS, or adapters/)")
+
+
+def _adapters(commands: Any) -> None:
+    group = commands.add_parser("adapters", help="list, inspect, verify and move adapters")
+    actions = group.add_subparsers(metavar="ACTION", required=True)
+    for name, run, help in (
+        ("list", _adapters_list, "the adapters in the store"),
+        ("show", _adapters_show, "one adapter's passport and history"),
+        ("verify", _adapters_verify, "replay an adapter's probes on a freshly loaded base"),
+        ("import", _adapters_import, "copy an adapter folder into the store"),
+        ("export", _adapters_export, "copy an adapter out of the store"),
+        ("remove", _adapters_remove, "forget a name, and delete what nothing names any more"),
+        ("push", _adapters_push, "upload an adapter to a folder, the hub or any fsspec URL"),
+        ("pull", _adapters_pull, "download an adapter from where push put it"),
+    ):
+        action = _command(actions, name, run, help)
+        _store_option(action)
+        if name in {"show", "verify", "export", "remove", "push"}:
+            action.add_argument("adapter", metavar="NAME")
+        if name in {"import", "pull"}:
+            action.add_argument("source", metavar="FOLDER" if name == "import" else "PLACE")
+            action.add_argument("--name", help="the name to store it under (default: its own)")
+        if name in {"export", "push"}:
+            action.add_argument("place", metavar="OUT" if name == "export" else "PLACE")
+        if name == "export":
+            action.add_argument("--keep-texts", action="store_true", help="also copy evaluation texts, where the adapter carries them")
+
+
+def _recipes(commands: Any) -> None:
+    group = commands.add_parser("recipes", help="list, show and copy the shipped recipes")
+    actions = group.add_subparsers(metavar="ACTION", required=True)
+    _command(actions, "list", _recipes_list, "the recipes that come with embedft")
+    show = _command(actions, "show", _recipes_show, "print a recipe with every default written out")
+    show.add_argument("recipe", metavar="RECIPE")
+    show.add_argument("overrides", metavar="key=value", nargs="*")
+    copy = _command(actions, "copy", _recipes_copy, "copy a shipped recipe to a file of your own")
+    copy.add_argument("recipe", metavar="RECIPE")
+    copy.add_argument("out", metavar="OUT", type=Path)
+
+
+def _data(commands: Any) -> None:
+    group = commands.add_parser("data", help="make data sets")
+    actions = group.add_subparsers(metavar="ACTION", required=True)
+    pydocs = _command(actions, "pydocs", _data_pydocs, "make retrieval and language-model tasks from the Python packages installed here")
+    pydocs.add_argument("out", metavar="OUT", type=Path)
+    pydocs.add_argument("--limit", type=int, help="at most so many rows a task")
+
+
+def _serve(commands: Any) -> None:
+    serve = _command(commands, "serve", _run_server, "serve adapters over their bases, chosen per request by adapter=")
+    serve.add_argument("config", metavar="CONFIG", nargs="?", type=Path, help="a YAML file; without one, the bases that the store's adapters need")
+    serve.add_argument("--engine", choices=("vllm", "peft", "fake"), help="default: vllm where it is installed, else peft")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    _store_option(serve)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from embedft.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if recipe.task != arguments.task:
+        other = "train-lm" if recipe.task == "causal_lm" else "train-embed"
+        raise UsageError(f"{arguments.recipe} has task: {recipe.task}; use embedft {other}")
+    options = {"resume": arguments.resume, "dry_run": arguments.dry_run, "progress": not arguments.json}
+    if recipe.task == "embedding":
+        from embedft.embedding.train import train as train_embedding
+
+        outcome = train_embedding(recipe, store=_store(arguments), **options)
+    else:
+        from embedft.causal_lm.train import train as train_causal_lm
+
+        outcome = train_causal_lm(recipe, store=_store(arguments), **options)
+    from embedft.training.measure import DryRunReport
+
+    if isinstance(outcome, DryRunReport):
+        _print(arguments, vars(outcome), title=f"one step of {outcome.name}")
+        return 0
+    if arguments.json:
+        print(json.dumps(outcome.as_json()))
+        return 0
+    _scores(outcome.metrics, title=f"{outcome.name}@{outcome.generation[:12]}")
+    print(f"trained in {outcome.seconds:.0f} s, {outcome.trainable:,} parameters, {outcome.peak_bytes / 2**20:.0f} MiB at the peak")
+    print(f"stored in {outcome.path}\nserve it with: embedft serve")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.passport import read_passport
+
+    store = _store(arguments)
+    given = Path(arguments.adapter)
+    folder = given if given.is_dir() else store.folder(arguments.adapter)
+    if read_passport(folder).task == "embedding":
+        from embedft.embedding.evaluate import evaluate_adapter
+    else:
+        from embedft.causal_lm.evaluate import evaluate_adapter
+    metrics = evaluate_adapter(folder, arguments.data, store)
+    if arguments.json:
+        print(json.dumps(metrics))
+    else:
+        _scores(metrics, title=arguments.adapter)
+
+
+def _adapters_list(arguments: argparse.Namespace) -> None:
+    store = _store(arguments)
+    rows: list[dict[str, Any]] = []
+    for name, identity in store.names().items():
+        passport = store.passport(name)
+        base = f"{passport.base.model} ({passport.base.quantization})"
+        proof = "unproven" if passport.unproven else "probes" if passport.probes else "none"
+        rows.append({"name": name, "generation": identity[:12], "task": passport.task, "method": passport.method, "base": base, "proof": proof})
+    if arguments.json:
+        print(json.dumps({"adapters": rows}))
+    elif rows:
+        _table(rows)
+    else:
+        print(f"no adapters in {store.root}; train one: embedft recipes list")
+
+
+def _adapters_show(arguments: argparse.Namespace) -> None:
+    store = _store(arguments)
+    passport = store.passport(arguments.adapter).model_dump(mode="json", by_alias=True)
+    _print(arguments, {"path": str(store.folder(arguments.adapter)), "history": store.history(arguments.adapter), **passport}, title=arguments.adapter)
+
+
+def _adapters_verify(arguments: argparse.Namespace) -> int:
+    from embedft.verify import verify
+
+    report = verify(_store(arguments).folder(arguments.adapter))
+    _print(arguments, vars(report), title=arguments.adapter)
+    return 0 if report.passed else 1
+
+
+def _adapters_import(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.transfer import import_folder
+
+    identity = import_folder(_store(arguments), Path(arguments.source), name=arguments.name)
+    _print(arguments, {"generation": identity}, title="imported")
+
+
+def _adapters_export(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.transfer import export_folder
+
+    left_out = export_folder(_store(arguments), arguments.adapter, Path(arguments.place), keep_texts=arguments.keep_texts)
+    _print(arguments, {"path": arguments.place, "left out": left_out}, title="exported")
+
+
+def _adapters_remove(arguments: argparse.Namespace) -> None:
+    store = _store(arguments)
+    store.remove(arguments.adapter)
+    _print(arguments, {"removed": arguments.adapter, "deleted": store.collect()}, title="removed")
+
+
+def _adapters_push(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.transfer import push
+
+    _print(arguments, {"generation": push(_store(arguments), arguments.adapter, arguments.place), "place": arguments.place}, title="pushed")
+
+
+def _adapters_pull(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.transfer import pull
+
+    name, identity = pull(_store(arguments), arguments.source, name=arguments.name)
+    _print(arguments, {"name": name, "generation": identity}, title="pulled")
+
+
+def _recipes_list(arguments: argparse.Namespace) -> None:
+    from embedft.recipe import load_recipe, shipped_recipes
+
+    rows: list[dict[str, Any]] = []
+    for name, path in shipped_recipes().items():
+        recipe = load_recipe(path)
+        rows.append({"name": name, "task": recipe.task, "base": recipe.base.model, "quantization": recipe.base.quantization})
+    if arguments.json:
+        print(json.dumps({"recipes": rows}))
+    else:
+        _table(rows)
+
+
+def _recipes_show(arguments: argparse.Namespace) -> None:
+    from embedft.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(json.dumps(recipe.model_dump(mode="json")) if arguments.json else recipe.resolved_yaml().rstrip())
+
+
+def _recipes_copy(arguments: argparse.Namespace) -> None:
+    from embedft.recipe import load_recipe, shipped_recipes
+
+    load_recipe(arguments.recipe)  # says what there is, where there is none of that name
+    if arguments.out.exists():
+        raise UsageError(f"{arguments.out} exists already: name a new file")
+    arguments.out.write_text(shipped_recipes()[arguments.recipe].read_text(encoding="utf-8"), encoding="utf-8")
+    _print(arguments, {"path": str(arguments.out)}, title="copied")
+
+
+def _data_pydocs(arguments: argparse.Namespace) -> None:
+    from embedft.pydocs import make_pydocs
+
+    _print(arguments, vars(make_pydocs(arguments.out, limit=arguments.limit)), title=str(arguments.out))
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from embedft.base import BaseSpec, describe, source_folder
+    from embedft.quantize import quantize
+
+    folder = quantize(source_folder(BaseSpec(arguments.base, revision=arguments.revision)), arguments.out, scheme=arguments.scheme)
+    info = describe(folder)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    _print(arguments, {"path": str(folder), "fingerprint": info.fingerprint, "parent": info.parent, "bytes": size}, title="quantized")
+
+
+def _run_server(arguments: argparse.Namespace) -> int:
+    from serve.config import load_config
+    from serve.run import run
+
+    config = load_config(arguments.config, store=_store(arguments), engine=arguments.engine, host=arguments.host, port=arguments.port)
+    return run(config)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from embedft.demo import demo
+
+    report = demo(arguments.out, engine=arguments.engine)
+    if arguments.json:
+        print(json.dumps(report))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from embedft.doctor import examine
+
+    checks = examine()
+    words = {True: "ok", None: "-", False: "FAULT"}
+    if arguments.json:
+        print(json.dumps({"checks": [vars(check) for check in checks]}))
+    else:
+        _table([{"check": c.name, "": words[c.ok], "found": c.found, "mend it with": "" if c.ok else c.mend} for c in checks])
+    return 1 if any(check.ok is False for check in checks) else 0
+
+
+def _store(arguments: argparse.Namespace) -> "AdapterStore":
+    from embedft.adapters.store import AdapterStore
+
+    return AdapterStore(arguments.adapters)
+
+
+def _print(arguments: argparse.Namespace, content: Mapping[str, Any], *, title: str) -> None:
+    if arguments.json:
+        print(json.dumps(dict(content), default=str))
+        return
+    print(title)
+    width = max(len(key) for key in content)
+    for key, value in content.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        print(f"  {key:<{width}}  {json.dumps(shown, ensure_ascii=False) if isinstance(shown, dict | list) else shown}")
+
+
+def _scores(metrics: Mapping[str, Any], *, title: str) -> None:
+    """The quality table: one row each for base, BM25 and adapter, then the gain's 95 % interval."""
+    rows = [{"": side, **{k: f"{v:.4f}" for k, v in metrics[side].items()}} for side in ("base", "bm25", "adapter") if metrics.get(side)]
+    print(title)
+    if rows:
+        _table(rows)
+    if metrics.get("gain_ci95"):
+        low, high = metrics["gain_ci95"]
+        verdict = "better than the base" if low > 0 else "worse than the base" if high < 0 else "no proven difference from the base"
+        print(f"gain over the base, 95 % interval: {low:+.4f} … {high:+.4f}: {verdict}")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Columns as wide as their widest cell; plain text, so that it pipes."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    width = {column: max(len(column), *(len(str(row.get(column, ""))) for row in rows)) for column in columns}
+    print("  ".join(column.ljust(width[column]) for column in columns).rstrip())
+    for row in rows:
+        print("  ".join(str(row.get(column, "")).ljust(width[column]) for column in columns).rstrip())
