@@ -1,0 +1,1 @@
+"""Retrieval models: examples, batches, losses, training and evaluation. Never imports causal_lm."""

@@ -1,0 +1,91 @@
+"""Which examples share a batch: in-batch negatives must be negatives, and rows of like length cost least. Knows no model."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from embedft.embedding.data import Examples
+
+WINDOW = 16  # batches sorted by length together: more pads less and mixes less
+
+
+class BatchPlan:
+    """Batches of row indices for each epoch; the same seed and epoch give the same batches.
+
+    In a batch no query meets a second document that answers it, neither as a document nor as a negative, and no query
+    or document occurs twice; a row that would break this waits for a later batch. `exclusive=False` lifts all that, for
+    losses that compare no row with another row's document. `set_epoch` is what Trainers call.
+    """
+
+    def __init__(self, examples: Examples, *, batch: int, seed: int, exclusive: bool = True) -> None:
+        self.batch_size = min(batch, len(examples))
+        self.seed, self.epoch = seed, 0
+        self.drop_last = False
+        numbers: dict[str, int] = {}
+        for row in examples.rows:
+            for text in (row.document, *row.negatives):
+                numbers.setdefault(text, len(numbers))
+        self._documents = [frozenset(numbers[text] for text in (row.document, *row.negatives)) for row in examples.rows]
+        nothing: frozenset[int] = frozenset()
+        answers = {query: frozenset(numbers[text] for text in texts) for query, texts in examples.relevant.items()}
+        self._answers = [answers[row.query] if exclusive else nothing for row in examples.rows]
+        self._lengths = [len(row.document) for row in examples.rows]
+        self._count = len(self._plan(0))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self._plan(self.epoch)[: self._count]
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        """Full batches in random order, then those that the last rows fill only in part; a batch of one teaches nothing."""
+        generator = random.Random(f"{self.seed}-{epoch}")
+        order = list(range(len(self._documents)))
+        generator.shuffle(order)
+        size = WINDOW * self.batch_size
+        full: list[list[int]] = []
+        waiting: list[int] = []
+        for start in range(0, len(order), size):
+            window = sorted(waiting + order[start : start + size], key=lambda row: self._lengths[row])
+            batches, waiting = self._fill(window)
+            full += batches
+        generator.shuffle(full)
+        partial = list(self._rest(waiting))
+        return full + [batch for batch in partial if len(batch) > 1]
+
+    def _fill(self, rows: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        """As many full batches as the rows give, in their order; the rows left over."""
+        batches: list[list[int]] = []
+        while len(rows) >= self.batch_size:
+            batch, rows = self._take(rows)
+            if len(batch) < self.batch_size:
+                return batches, [*batch, *rows]
+            batches.append(batch)
+        return batches, list(rows)
+
+    def _rest(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        while rows:
+            batch, rows = self._take(rows)
+            yield batch
+
+    def _take(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The first rows that may share a batch, and the others."""
+        batch: list[int] = []
+        documents: set[int] = set()
+        answers: set[int] = set()
+        for position, row in enumerate(rows):
+            if len(batch) == self.batch_size:
+                return batch, self._after(rows, batch, position)
+            if documents.isdisjoint(self._answers[row]) and answers.isdisjoint(self._documents[row]):
+                batch.append(row)
+                documents |= self._documents[row]
+                answers |= self._answers[row]
+        return batch, self._after(rows, batch, len(rows))
+
+    @staticmethod
+    def _after(rows: Sequence[int], batch: Sequence[int], position: int) -> list[int]:
+        taken = set(batch)
+        return [row for row in rows[:position] if row not in taken] + list(rows[position:])

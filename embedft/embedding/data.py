@@ -1,0 +1,160 @@
+"""What a recipe names as data → training examples and a retrieval set. Every fault is reported at once, before any model loads."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedft.embedding.beir import is_beir, read_beir, splits
+from embedft.embedding.pairs import Example, parse
+from embedft.embedding.rows import first, read_rows
+from embedft.errors import DataError
+from embedft.recipe import EmbeddingData, EmbeddingEval
+
+HELD_OUT = 0.1  # share of the queries kept for evaluation where the recipe names no eval data
+HELD_OUT_MOST = 500
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training rows without repeats. `relevant`: query text → every document text known to answer it. `hash`: of the rows in order."""
+
+    rows: tuple[Example, ...]
+    relevant: Mapping[str, frozenset[str]]
+    hash: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def negatives(self) -> int:
+        """Negatives that every row has: as many as the row with the fewest."""
+        return min((len(row.negatives) for row in self.rows), default=0)
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """`relevant`: query id → document id → grade above 0. Every query has at least one relevant document here."""
+
+    queries: Mapping[str, str]
+    documents: Mapping[str, str]
+    relevant: Mapping[str, Mapping[str, int]]
+    hash: str
+
+
+def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool) -> tuple[Examples, RetrievalSet]:
+    """Both sets of a recipe. A training row whose query is also an evaluation query is left out. Raises DataError."""
+    problems: list[str] = []
+    rows = _examples(data.train, data.limit, problems, scored=scored, format=data.format)
+    source = data.eval or (data.train if is_beir(data.train) else None)
+    if source is None and scored:
+        problems.append("data.eval: a loss of scored pairs needs its own evaluation data; expected pairs or a BEIR folder")
+    if source is None:
+        rows, held = _hold_out(rows)
+        retrieval = _of_pairs(held, extra_documents=[row.document for row in rows])
+    else:
+        retrieval = load_retrieval(source, problems, format=data.format if source == data.train else None)
+    if problems:
+        raise DataError(problems)
+    retrieval = reduce_to(retrieval, queries=evaluation.queries, documents=evaluation.documents)
+    seen = set(retrieval.queries.values())
+    examples = make_examples(row for row in rows if row.query not in seen)
+    if len(examples) < 2:
+        raise DataError([f"{Path(data.train).name}: {len(examples)} usable rows besides the evaluation's queries; expected at least 2"])
+    if not retrieval.queries:
+        raise DataError([f"{Path(source or data.train).name}: no query with a relevant document to evaluate on; expected at least 1"])
+    return examples, retrieval
+
+
+def load_retrieval(source: str, problems: list[str] | None = None, *, format: str | None = None) -> RetrievalSet:
+    """Evaluation data: a BEIR folder's test (else dev) split, or pairs, whose documents are the corpus. Raises DataError."""
+    faults = [] if problems is None else problems
+    if _as_beir(source, format):
+        folder = Path(source)
+        known = splits(folder)
+        split = next((name for name in ("test", "dev") if name in known), "test")
+        beir = read_beir(folder, split, faults)
+        queries = {identifier: beir.queries[identifier] for identifier in beir.relevant}
+        retrieval = _retrieval(queries, beir.documents, beir.relevant)
+    else:
+        rows = list(parse(read_rows(source, faults, split="test"), faults, scored=False))
+        retrieval = _of_pairs(rows, extra_documents=[text for row in rows for text in row.negatives])
+    if problems is None and faults:
+        raise DataError(faults)
+    return retrieval
+
+
+def make_examples(rows: Iterable[Example]) -> Examples:
+    """Drop repeated rows and collect each query's relevant documents."""
+    kept = tuple(dict.fromkeys(rows))
+    relevant: dict[str, set[str]] = {}
+    for row in kept:
+        relevant.setdefault(row.query, set()).add(row.document)
+    content = [[row.query, row.document, row.negatives, row.score] for row in kept]
+    return Examples(kept, {query: frozenset(texts) for query, texts in relevant.items()}, _hash(content))
+
+
+def reduce_to(retrieval: RetrievalSet, *, queries: int | None, documents: int | None) -> RetrievalSet:
+    """At most so many queries and documents, chosen by the hash of their ids; relevant documents stay, even above the cap."""
+    if (queries is None or queries >= len(retrieval.queries)) and (documents is None or documents >= len(retrieval.documents)):
+        return retrieval
+    chosen = sorted(retrieval.queries, key=_rank)[:queries]
+    relevant = {identifier: retrieval.relevant[identifier] for identifier in chosen}
+    kept = {identifier for grades in relevant.values() for identifier in grades}
+    others = [identifier for identifier in sorted(retrieval.documents, key=_rank) if identifier not in kept]
+    kept.update(others if documents is None else others[: max(0, documents - len(kept))])
+    texts = {identifier: text for identifier, text in retrieval.documents.items() if identifier in kept}
+    return _retrieval({identifier: retrieval.queries[identifier] for identifier in chosen}, texts, relevant)
+
+
+def data_hash(examples: Examples, retrieval: RetrievalSet) -> str:
+    """64 hex digits for a passport: the same rows and the same evaluation give the same hash."""
+    return _hash([examples.hash, retrieval.hash])
+
+
+def _as_beir(source: str, format: str | None) -> bool:
+    if format == "beir" and not is_beir(source):
+        raise DataError([f"{Path(source).name}: data.format is beir, but this is no folder; expected corpus.jsonl, queries.jsonl and qrels/"])
+    return is_beir(source)
+
+
+def _examples(source: str, limit: int | None, problems: list[str], *, scored: bool, format: str | None) -> list[Example]:
+    if not _as_beir(source, format):
+        return list(parse(first(read_rows(source, problems), limit), problems, scored=scored))
+    if scored:
+        raise DataError([f"{Path(source).name}: a BEIR folder holds relevant pairs, and this loss takes scored ones; expected rows with a score"])
+    beir = read_beir(Path(source), "train", problems)
+    pairs = [(query, document) for query, grades in beir.relevant.items() for document in grades]
+    return [Example(beir.queries[query], beir.documents[document]) for query, document in pairs[:limit]]
+
+
+def _hold_out(rows: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Split by query, so that no query is on both sides; the same queries whatever the order of the rows."""
+    queries = sorted({row.query for row in rows}, key=_rank)
+    held = set(queries[: min(HELD_OUT_MOST, max(1, round(HELD_OUT * len(queries))))])
+    return [row for row in rows if row.query not in held], [row for row in rows if row.query in held]
+
+
+def _of_pairs(rows: Sequence[Example], *, extra_documents: Iterable[str]) -> RetrievalSet:
+    """Equal texts become one query or one document."""
+    queries = {text: f"q{number}" for number, text in enumerate(dict.fromkeys(row.query for row in rows))}
+    texts = dict.fromkeys([row.document for row in rows])
+    texts.update(dict.fromkeys(extra_documents))
+    documents = {text: f"d{number}" for number, text in enumerate(texts)}
+    relevant: dict[str, dict[str, int]] = {}
+    for row in rows:
+        relevant.setdefault(queries[row.query], {})[documents[row.document]] = 1
+    return _retrieval({v: k for k, v in queries.items()}, {v: k for k, v in documents.items()}, relevant)
+
+
+def _retrieval(queries: Mapping[str, str], documents: Mapping[str, str], relevant: Mapping[str, Mapping[str, int]]) -> RetrievalSet:
+    return RetrievalSet(queries, documents, relevant, _hash([queries, documents, relevant]))
+
+
+def _rank(identifier: str) -> str:
+    return hashlib.sha256(identifier.encode()).hexdigest()
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()

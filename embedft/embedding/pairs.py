@@ -1,0 +1,122 @@
+"""Rows → examples: which column is the query, which the document, and whether a row can be used. Reads no file itself."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from embedft.embedding.rows import Row
+
+QUERY = ("query", "anchor", "question", "sentence1", "sentence_1")
+DOCUMENT = ("document", "positive", "passage", "answer", "doc", "pos", "sentence2", "sentence_2")
+NEGATIVE = ("negative", "negatives", "hard_negative", "hard_negatives", "neg")
+LABEL = ("label", "labels", "score", "similarity", "relevance")
+EXPECTED = f"a query column ({', '.join(QUERY[:3])}) and a document column ({', '.join(DOCUMENT[:4])})"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query with one relevant document; `score` only where the loss takes scored pairs."""
+
+    query: str
+    document: str
+    negatives: tuple[str, ...] = ()
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column plays which part; found by name, never by position, so swapped columns are the same data."""
+
+    query: str
+    document: str
+    negatives: tuple[str, ...]
+    label: str | None
+
+
+def parse(rows: Iterable[Row], problems: list[str], *, scored: bool) -> Iterator[Example]:
+    """Usable rows as examples; what is wrong with the others goes to `problems`. `scored`: the loss needs a score column."""
+    found: dict[tuple[str, ...], Columns | None] = {}
+    for row in rows:
+        names = tuple(row.values)
+        if names not in found:
+            found[names] = _columns(row, problems, scored=scored)
+        columns = found[names]
+        if columns is not None:
+            faults = list(_faults(row, columns))
+            problems.extend(f"{row.where}: {fault}" for fault in faults)
+            if not faults:
+                yield _example(row.values, columns)
+
+
+def _columns(row: Row, problems: list[str], *, scored: bool) -> Columns | None:
+    """Noted once for each set of columns, at the first row that has it."""
+    names = list(row.values)
+    queries, documents = _matching(names, QUERY), _matching(names, DOCUMENT)
+    labels = _matching(names, LABEL)
+    before = len(problems)
+    for part, matching in (("query", queries), ("document", documents)):
+        if not matching:
+            problems.append(f"{row.where}: no {part} column among {', '.join(names) or 'no columns'}; expected {EXPECTED}")
+        elif len(matching) > 1:
+            problems.append(f"{row.where}: columns {', '.join(matching)} all name the {part}; expected one of them")
+    if labels and not scored:
+        problems.append(
+            f"{row.where}: column {labels[0]!r} would be ignored: every row of pairs counts as relevant; "
+            "keep the relevant rows and drop the column, or use a loss that takes scores (cosent, angle)"
+        )
+    if scored and len(labels) != 1:
+        problems.append(f"{row.where}: this loss takes scored pairs; expected exactly one of the columns {', '.join(LABEL)}")
+    if len(problems) > before:
+        return None
+    negatives = tuple(name for name in names if _base_name(name) in NEGATIVE)
+    return Columns(queries[0], documents[0], negatives, labels[0] if scored else None)
+
+
+def _matching(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    return [name for name in names if name.strip().lower() in known]
+
+
+def _base_name(name: str) -> str:
+    """negative_3 and negative3 are negatives too."""
+    return name.strip().lower().rstrip("0123456789").rstrip("_")
+
+
+def _faults(row: Row, columns: Columns) -> Iterator[str]:
+    for name in (columns.query, columns.document):
+        value = row.values[name]
+        if not isinstance(value, str):
+            yield f"{name} is {_kind(value)}; expected text"
+        elif not value.strip():
+            yield f"{name} is empty; expected text"
+    for name in columns.negatives:
+        for value in _as_list(row.values[name]):
+            if not isinstance(value, str) or not value.strip():
+                yield f"{name} holds {_kind(value) if not isinstance(value, str) else 'empty text'}; expected text or a list of texts"
+            elif value == row.values[columns.document]:
+                yield f"{name} is the document itself; expected a document that does not answer the query"
+    if columns.label and _number(row.values[columns.label]) is None:
+        yield f"{columns.label} is {row.values[columns.label]!r}; expected a number"
+
+
+def _example(values: Mapping[str, Any], columns: Columns) -> Example:
+    negatives = tuple(text for name in columns.negatives for text in _as_list(values[name]))
+    score = _number(values[columns.label]) if columns.label else None
+    return Example(values[columns.query].strip(), values[columns.document].strip(), tuple(text.strip() for text in negatives), score)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if number == number and abs(number) != float("inf") else None
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,85 @@
+"""The PEFT model as sentence-transformers modules, and the trainer around it. The base is wrapped, never reloaded.
+
+Knows no recipe and no files but the tokenizer's.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.base.modules.input_module import InputModule
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from embedft.embedding.batches import BatchPlan
+from embedft.encode import EncodeSettings, InputType, TextPreparer, pad
+from embedft.training.interrupt import AdapterCheckpoints
+
+
+class Tower(InputModule):
+    """Token ids → hidden states. Tokenises with the same TextPreparer as inference, prompts included.
+
+    `side='query'`: documents pass through with the adapter switched off.
+    """
+
+    def __init__(self, model: Any, preparer: TextPreparer, *, side: str = "both") -> None:
+        super().__init__()
+        self.model = model
+        self.preparer = preparer
+        self.side = side
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, task: InputType | None = None, **_: Any) -> dict[str, Any]:
+        """Texts → input_ids and attention_mask (n, longest). `task` picks the prompt; sentence-transformers' own `prompt` is not used."""
+        input_ids, mask = pad(self.preparer.prepare(list(inputs), task).ids)
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        alone = self.side == "query" and features.get("task") == "document"
+        with self.model.disable_adapter() if alone else nullcontext():
+            output = self.model(input_ids=features["input_ids"], attention_mask=features["attention_mask"])
+        hidden = output.last_hidden_state
+        if alone and self.training:
+            hidden = hidden.detach().requires_grad_()  # the cached losses call backward on every column
+        features["token_embeddings"] = hidden
+        return features
+
+    def train(self, mode: bool = True) -> "Tower":
+        """Only the adapter's own layers train; dropout in the frozen ones would add noise and switch fused attention off."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        super().train(mode)
+        if mode:
+            self.model.eval()
+            for layer in self.model.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    for name, child in layer.named_children():  # pyright: ignore[reportAttributeAccessIssue]
+                        if name != "base_layer":
+                            child.train()
+        return self
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("adapters are published by embedft.training.publish")
+
+
+def sentence_transformer(model: Any, folder: Path, settings: EncodeSettings, *, hidden_size: int, side: str) -> SentenceTransformer:
+    """The adapted model as sentence-transformers sees it; `folder` is the base's, for its tokenizer."""
+    modules: list[Any] = [Tower(model, TextPreparer(folder, settings), side=side), Pooling(hidden_size, settings.pooling)]
+    if settings.normalize:
+        modules.append(Normalize())
+    return SentenceTransformer(modules=modules, device=str(next(model.parameters()).device))
+
+
+class PairTrainer(AdapterCheckpoints, SentenceTransformerTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """sentence-transformers' trainer with our batches, adapter-only checkpoints and no model card of its own."""
+
+    def __init__(self, *args: Any, plan: BatchPlan, **kwargs: Any) -> None:
+        self.plan = plan
+        super().__init__(*args, **kwargs)
+
+    def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> Any:
+        return self.plan
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Its card asks the hub for data sets; ours is written at publication."""

@@ -1,0 +1,151 @@
+"""A recipe → a published retrieval adapter: load, attach, fit, evaluate, publish. Reads like the flow."""
+
+import tempfile
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedft.base import Base, BaseSpec, load_base
+from embedft.embedding.batches import BatchPlan
+from embedft.embedding.data import Examples, data_hash, load_data
+from embedft.embedding.evaluate import RetrievalResult, compare_towers, comparison
+from embedft.embedding.losses import Loss, loss_named
+from embedft.encode import EncodeSettings, TextPreparer
+from embedft.errors import BaseError, DataError
+from embedft.recipe import EmbeddingRecipe
+
+if TYPE_CHECKING:
+    from embedft.adapters.store import AdapterStore
+    from embedft.training.measure import AdapterResult, DryRunReport
+
+_SAMPLES = ("Return the number of items.", "  two  spaces, and\na line's end ", "naïve Straße 東京 42", "x" * 600)
+
+
+def train(
+    recipe: EmbeddingRecipe, *, store: "AdapterStore", resume: bool = False, dry_run: bool = False, progress: bool = True
+) -> "AdapterResult | DryRunReport":
+    """Train, evaluate against base and BM25, and put the adapter into the store under `recipe.name`.
+
+    Raises DataError and MethodUnsupported before a model loads; BaseNotFound, ResumeRefused, TrainingInterrupted.
+    """
+    from transformers import set_seed
+
+    from embedft.methods import attach
+    from embedft.training.loop import fit, rehearse
+    from embedft.training.measure import PeakMemory
+    from embedft.training.publish import publish
+    from embedft.training.run import open_run
+
+    loss = loss_named(recipe.loss.name)
+    examples, retrieval = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored")
+    _check_negatives(examples, loss)
+    base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision), task="embedding")
+    settings = settings_for(recipe, base)
+    _check_tokenizer(base, settings)
+    set_seed(recipe.train.seed)
+    model = attach(base, recipe.adapter, task="embedding")
+    plan = BatchPlan(examples, batch=recipe.train.batch, seed=recipe.train.seed, exclusive=loss.takes != "scored")
+    steps = ceil(len(plan) / recipe.train.accumulate)
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            short = recipe.train.model_copy(update={"max_steps": 2})
+            short_recipe = recipe.model_copy(update={"train": short})
+            trainer = make_trainer(model, base, settings, examples, short_recipe, plan=plan, output=Path(folder))
+            return rehearse(trainer, recipe.train, name=recipe.name, examples=len(examples), steps_per_epoch=steps)
+    identity = data_hash(examples, retrieval)
+    run = open_run(recipe, root=store.root, data_hash=identity, base_fingerprint=base.info.fingerprint, resume=resume)
+    trainer = make_trainer(model, base, settings, examples, recipe, plan=plan, output=run.folder)
+    with PeakMemory() as peak:
+        seconds = fit(trainer, run, name=recipe.name, progress=progress)
+    model.eval()
+    results = compare_towers(model, base.folder, settings, retrieval, side=recipe.adapter.side, batch_size=recipe.eval.batch)
+    return publish(
+        model,
+        base,
+        recipe,
+        metrics=comparison(**results, metric=recipe.eval.metric),
+        settings=settings,
+        per_query=per_query(results, retrieval.queries if recipe.eval.keep_texts else None),
+        data_hash=identity,
+        store=store,
+        seconds=seconds,
+        peak_bytes=peak.bytes,
+        run=run,
+    )
+
+
+def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
+    """The base's own pooling, normalisation and length, where the recipe does not say otherwise."""
+    given = recipe.base
+    return EncodeSettings(
+        pooling=given.pooling or base.info.pooling,
+        normalize=base.info.normalize if given.normalize is None else given.normalize,
+        max_length=min(recipe.train.max_length, base.info.max_length),
+        prompts=recipe.data.prompts.model_dump(),
+    )
+
+
+def make_trainer(
+    model: Any, base: Base, settings: EncodeSettings, examples: Examples, recipe: EmbeddingRecipe, *, plan: BatchPlan, output: Path
+) -> Any:
+    """A sentence-transformers trainer over the adapted model; it writes nothing but checkpoints into `output`."""
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    from embedft.embedding.tower import PairTrainer, sentence_transformer
+    from embedft.training.arguments import hf_arguments
+
+    loss = loss_named(recipe.loss.name)
+    tower = sentence_transformer(model, base.folder, settings, hidden_size=base.info.hidden_size, side=recipe.adapter.side)
+    columns = training_columns(examples, loss)
+    common = hf_arguments(recipe.train, output_dir=output, steps_per_epoch=ceil(len(plan) / recipe.train.accumulate))
+    sides: Any = {name: "query" if name == "query" else "document" for name in columns.column_names if name != "label"}
+    return PairTrainer(
+        model=tower,
+        args=SentenceTransformerTrainingArguments(**common, router_mapping=sides),
+        train_dataset=columns,
+        loss=loss.build(tower, scale=recipe.loss.scale),
+        plan=plan,
+    )
+
+
+def training_columns(examples: Examples, loss: Loss) -> Any:
+    """A datasets.Dataset in the order that the losses expect: query, document, negative_1 …, or query, document, label."""
+    from datasets import Dataset
+
+    rows = examples.rows
+    columns: dict[str, list[Any]] = {"query": [row.query for row in rows], "document": [row.document for row in rows]}
+    if loss.takes == "scored":
+        columns["label"] = [row.score for row in rows]
+    else:
+        for index in range(examples.negatives):
+            columns[f"negative_{index + 1}"] = [row.negatives[index] for row in rows]
+    return Dataset.from_dict(columns)
+
+
+def per_query(results: dict[str, RetrievalResult], texts: Any = None) -> list[dict[str, Any]]:
+    """What eval/ keeps of each query: its id, the scores of base, bm25 and adapter, the adapter's ranking; the text only if asked."""
+    rows: list[dict[str, Any]] = []
+    for index, identifier in enumerate(results["base"].ids):
+        row: dict[str, Any] = {"id": identifier}
+        for name, result in results.items():
+            row[name] = {metric: round(float(values[index]), 6) for metric, values in result.per_query.items()}
+        row["ranked"] = list(results["adapter"].ranked[index])
+        rows.append(row if texts is None else row | {"query": texts[identifier]})
+    return rows
+
+
+def _check_negatives(examples: Examples, loss: Loss) -> None:
+    if loss.takes == "triplets" and examples.negatives == 0:
+        raise DataError([f"loss {loss.name!r} takes triplets, and some rows have no negative; expected a negative in every row"])
+
+
+def _check_tokenizer(base: Base, settings: EncodeSettings) -> None:
+    """The tokenizer's own file must give the ids that transformers gives: plain sentence-transformers and vLLM read it through transformers."""
+    tokenizer: Any = base.tokenizer
+    ours = TextPreparer(base.folder, settings).prepare(_SAMPLES).ids
+    theirs = tokenizer(list(_SAMPLES), truncation=True, max_length=settings.max_length)["input_ids"]
+    if ours != theirs:
+        raise BaseError(
+            f"base {base.spec.model!r}: its tokenizer.json and its tokenizer_config.json disagree: "
+            "save it once with AutoTokenizer.from_pretrained(…).save_pretrained(…) and train on that folder"
+        )

@@ -1,0 +1,157 @@
+"""Texts → vectors: prompts, truncation, pooling, normalisation. The one encoder of evaluation, RAG and the peft engine.
+
+Knows no adapter, no recipe and no engine. Nothing here imports torch before a vector is asked for: the gateway only prepares token ids.
+
+Last-token pooling takes the last token that the base's own tokenizer gives; no end-of-sequence token is added to what it adds.
+So a text, its token ids sent to vLLM's pooling runner, and plain sentence-transformers on the same folder all pool the same position.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from embedft.errors import BaseNotFound, InputInvalid
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+InputType = Literal["query", "document"]
+Pooling = Literal["mean", "cls", "lasttoken"]
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What turns a base's hidden states into a vector. `max_length` counts tokens, special ones and the prompt included.
+
+    `dimensions`: keep the first so many components (Matryoshka); None keeps all.
+    """
+
+    pooling: Pooling
+    normalize: bool
+    max_length: int
+    prompts: Mapping[str, str] = field(default_factory=dict[str, str])
+    dimensions: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            raise InputInvalid("pooling_unknown", f"pooling {self.pooling!r}: expected one of {', '.join(get_args(Pooling))}", "pooling")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Token ids of each text, and how many texts lost tokens to `max_length`."""
+
+    ids: list[list[int]]
+    truncated: int
+
+
+class TextPreparer:
+    """Prompt + text → token ids, truncated exactly as in training. Safe to share between threads."""
+
+    def __init__(self, folder: Path | str, settings: EncodeSettings) -> None:
+        from tokenizers import Tokenizer
+
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise BaseNotFound(f"{Path(folder).name} has no tokenizer.json: save it there once with transformers' AutoTokenizer.save_pretrained")
+        self.settings = settings
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer.no_padding()  # some files (MiniLM's) carry fixed padding and a shorter truncation
+        self._tokenizer.enable_truncation(settings.max_length)
+
+    def prepare(self, texts: Sequence[str], input_type: InputType | None = None, *, truncate: bool = True) -> Prepared:
+        """`input_type` None adds no prompt. Raises InputInvalid: input_too_long (only with truncate=False), input_empty."""
+        prompt = self.settings.prompts.get(input_type, "") if input_type else ""
+        encodings = self._tokenizer.encode_batch([prompt + text for text in texts])
+        ids = [encoding.ids for encoding in encodings]
+        too_long = [index for index, encoding in enumerate(encodings) if encoding.overflowing]
+        if too_long and not truncate:
+            raise InputInvalid("input_too_long", f"input {too_long[0]} is longer than {self.settings.max_length} tokens", "input")
+        if empty := [index for index, row in enumerate(ids) if not row]:
+            raise InputInvalid("input_empty", f"input {empty[0]} has no tokens: expected some text", "input")
+        return Prepared(ids, len(too_long))
+
+
+class Encoder:
+    """Texts → float32 vectors by a loaded transformer (with or without an adapter) on whatever device it is on."""
+
+    def __init__(self, model: Any, tokenizer_folder: Path | str, settings: EncodeSettings) -> None:
+        self.model = model
+        self.settings = settings
+        self.preparer = TextPreparer(tokenizer_folder, settings)
+
+    def encode(self, texts: Sequence[str], *, input_type: InputType | None = None, batch_size: int = 64) -> "np.ndarray":
+        """(n,) texts → (n, dimensions) float32, in input order."""
+        return self.encode_ids(self.preparer.prepare(texts, input_type).ids, batch_size=batch_size)
+
+    def encode_ids(self, ids: Sequence[Sequence[int]], *, batch_size: int = 64, **forward: Any) -> "np.ndarray":
+        """Token ids → (n, dimensions) float32, in input order. `forward` goes to the model (PEFT's adapter_names)."""
+        import numpy as np
+        import torch
+
+        order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+        vectors: list[Tensor] = []
+        device = next(self.model.parameters()).device
+        with _evaluating(self.model), torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                input_ids, mask = pad([ids[row] for row in rows])
+                extra = {key: [value[row] for row in rows] for key, value in forward.items()}
+                hidden = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), **extra).last_hidden_state
+                vectors.append(finish(pool(hidden, mask.to(device), self.settings.pooling), self.settings).cpu())
+        if not vectors:
+            return np.zeros((0, 0), dtype=np.float32)
+        result = torch.empty_like(torch.cat(vectors))
+        result[order] = torch.cat(vectors)
+        return result.numpy()
+
+
+def pad(ids: Sequence[Sequence[int]]) -> "tuple[Tensor, Tensor]":
+    """n rows of ids → (n, longest) ids padded on the right with 0 (masked, so any id will do) and the mask, both int64."""
+    import torch
+
+    width = max(len(row) for row in ids)
+    input_ids = torch.zeros(len(ids), width, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(ids):
+        input_ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+    return input_ids, mask
+
+
+def pool(hidden: "Tensor", mask: "Tensor", how: Pooling) -> "Tensor":
+    """(n, length, d) hidden states padded on the right, (n, length) mask → (n, d) float32."""
+    import torch
+
+    if how == "cls":
+        return hidden[:, 0].float()
+    if how == "lasttoken":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1].float()
+    weights = mask.unsqueeze(-1).float()
+    return (hidden.float() * weights).sum(1) / weights.sum(1)
+
+
+def finish(vectors: "Tensor", settings: EncodeSettings) -> "Tensor":
+    """Truncate to `dimensions`, then normalise; a truncated vector of a normalising model has length 1 again."""
+    import torch
+
+    vectors = vectors[:, : settings.dimensions]
+    return torch.nn.functional.normalize(vectors, dim=1) if settings.normalize else vectors
+
+
+class _evaluating:
+    """The model in eval mode inside, in the mode it was in after."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.was_training = self.model.training
+        if self.was_training:
+            self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        if self.was_training:
+            self.model.train()
