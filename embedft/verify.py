@@ -1,140 +1,166 @@
-"""Record an adapter's probes, and replay them on a freshly loaded base. What an engine must reproduce is decided here, in process."""
+"""Record an adapter's effect on the probes, and replay it, in this process: on a freshly loaded base, from files alone."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.adapters.passport import Passport, read_passport
-from embedft.adapters.probes import PROBE_CONTINUATIONS, PROBE_TEXTS, Probe, ProbeReport, RecordedProbes, choose, compare, read_probes
-from embedft.base import BaseSpec, base_folder, describe, load_model
-from embedft.encode import EncodeSettings, Encoder, TextPreparer
-from embedft.errors import BaseMismatch
+from embedft.adapters.passport import Passport, ProbeRecord, read_passport
+from embedft.adapters.probes import (
+    PROBE_CONTINUATIONS,
+    PROBE_TEXTS,
+    Probe,
+    ProbeReport,
+    RecordedProbes,
+    choose,
+    compare,
+    read_probes,
+)
+from embedft.base import BaseSpec, Task, base_folder, fingerprint, load_model
+from embedft.encode import Encoder, EncodeSettings, TextPreparer
+from embedft.errors import AdapterInvalid, BaseMismatch
 from embedft.methods import load_adapter
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
-    from peft import PeftModel
+    import numpy.typing as npt
 
-Outputs = list["NDArray[np.float32]"]
-MAX_PROBE_TOKENS = 48
+    Outputs = list[npt.NDArray[np.float32]]
 
 
-def settings_of(passport: Passport) -> EncodeSettings:
-    """How the vectors of an embedding adapter are made."""
-    assert passport.pooling is not None
-    return EncodeSettings(
-        pooling=passport.pooling, normalize=bool(passport.normalize), max_length=passport.max_length, prompts=passport.prompts, dimensions=None
-    )
-
-
-def embedding_probes(folder: Path, settings: EncodeSettings, *, side: str) -> tuple[Probe, ...]:
-    """The fixed texts as token ids under the adapter's prompts: documents, or queries where only those are adapted."""
-    prepared = TextPreparer(folder, settings).prepare(PROBE_TEXTS, "query" if side == "query" else "document")
-    return tuple(Probe(tuple(ids[:MAX_PROBE_TOKENS])) for ids in prepared.ids)
-
-
-def lm_probes(tokenizer: Any) -> tuple[Probe, ...]:
-    """The fixed texts as prompts, each with one of the fixed continuations, as token ids."""
+def candidates(folder: Path, tokenizer: Any, *, settings: EncodeSettings | None) -> list[Probe]:
+    """Probes to choose from. A language model gets each text as a user's message where the base has a chat template,
+    followed by two of the continuations."""
+    if settings is not None:
+        return [Probe(tuple(ids)) for ids in TextPreparer(folder, settings).prepare(PROBE_TEXTS).ids]
     probes: list[Probe] = []
-    for index, text in enumerate(PROBE_TEXTS):
-        continuation = PROBE_CONTINUATIONS[index % len(PROBE_CONTINUATIONS)]
-        ids = tokenizer(text)["input_ids"][:MAX_PROBE_TOKENS]
-        probes.append(Probe(tuple(ids), tuple(tokenizer(continuation, add_special_tokens=False)["input_ids"])))
-    return tuple(probes)
+    for number, text in enumerate(PROBE_TEXTS):
+        for shift in (0, 3):
+            continuation = PROBE_CONTINUATIONS[(number + shift) % len(PROBE_CONTINUATIONS)]
+            probes.append(Probe(_asked(tokenizer, text), tuple(tokenizer(continuation, add_special_tokens=False)["input_ids"])))
+    return probes
 
 
-def embedding_outputs(model: Any, folder: Path, settings: EncodeSettings, probes: Sequence[Probe]) -> Outputs:
-    """One vector (dimensions,) a probe."""
-    return list(Encoder(model, folder, settings).encode_ids([probe.ids for probe in probes]))
+def _asked(tokenizer: Any, text: str) -> tuple[int, ...]:
+    if not tokenizer.chat_template:
+        return tuple(tokenizer(text)["input_ids"])
+    message = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
-def lm_outputs(model: Any, probes: Sequence[Probe]) -> Outputs:
-    """Log-probabilities (continuation tokens,) of each probe's continuation given its prompt, teacher-forced, float32."""
+def outputs(model: Any, probes: Sequence[Probe], *, folder: Path, settings: EncodeSettings | None) -> "Outputs":
+    """One array a probe: its vector (with `settings`), or the log-probabilities of its continuation's tokens."""
+    if settings is not None:
+        return list(Encoder(model, folder, settings).encode_ids([probe.ids for probe in probes]))
+    return _log_probabilities(model, probes)
+
+
+def _log_probabilities(model: Any, probes: Sequence[Probe], *, batch: int = 16) -> "Outputs":
     import torch
 
-    outputs: Outputs = []
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        for probe in probes:
-            ids = torch.tensor([probe.ids + probe.continuation], device=device)
-            logits = model(input_ids=ids).logits[0, len(probe.ids) - 1 : -1].float()  # position i predicts token i + 1
-            scores = torch.log_softmax(logits, dim=-1)
-            outputs.append(scores.gather(1, ids[0, len(probe.ids) :, None])[:, 0].cpu().numpy())
-    return outputs
+    from embedft.encode import pad
+
+    made: Outputs = []
+    for start in range(0, len(probes), batch):
+        chosen = probes[start : start + batch]
+        ids, mask = (tensor.to(model.device) for tensor in pad([probe.ids + probe.continuation for probe in chosen]))
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask).logits.float()   # (batch, length, vocabulary)
+        for row, probe in enumerate(chosen):
+            first, last = len(probe.ids), len(probe.ids) + len(probe.continuation)
+            scores = logits[row, first - 1 : last - 1].log_softmax(-1)
+            made.append(scores.gather(1, ids[row, first:last, None])[:, 0].cpu().numpy())
+    return made
 
 
-def record(model: "PeftModel", probes: Sequence[Probe], run: Callable[[Any], Outputs]) -> RecordedProbes:
-    """Run the candidates with the adapter, without it, and with each adapted module type dropped; keep the probes that show most."""
-    with model.disable_adapter():
-        base = run(model)
-    effects = [one - other for one, other in zip(run(model), base, strict=True)]
+def record(folder: Path, *, base: Path, tokenizer: Any, task: Task, settings: EncodeSettings | None) -> RecordedProbes:
+    """The effect of the adapter in `folder`, loaded from its files onto a base loaded from its own.
+
+    Raises AdapterInvalid if it changes nothing. A module type whose loss the probes would not notice is in `unnoticed`.
+    """
+    model: Any = load_model(base, task=task)
+    probes = candidates(base, tokenizer, settings=settings)
+    before = outputs(model, probes, folder=base, settings=settings)
+    model = load_adapter(model, folder)
+    effects = _difference(outputs(model, probes, folder=base, settings=settings), before)
+    if not any(effect.any() for effect in effects):
+        raise AdapterInvalid(folder.name, "it changes nothing: it did not train")
     without: dict[str, Outputs] = {}
-    for kind in _module_types(model):
-        with _dropped(model, kind):
-            without[kind] = [one - other for one, other in zip(run(model), base, strict=True)]
+    for kind in module_types(model):
+        with dropped(model, kind):
+            without[kind] = _difference(outputs(model, probes, folder=base, settings=settings), before)
     return choose(probes, effects, without)
 
 
-def record_folder(folder: Path, *, base: Path) -> RecordedProbes:
-    """The probes of an adapter folder (with its passport), recorded on a freshly loaded base: what a server will load, not what trained."""
-    passport = read_passport(folder)
-    model = load_adapter(load_model(base, task=passport.task), folder)
-    probes, run = _runner(passport, base)
-    return record(model, probes, run)
-
-
 def verify(folder: Path, *, base: Path | None = None) -> ProbeReport:
-    """Replay an adapter's probes on a freshly loaded base (by default the one its passport names).
+    """Load base (by default the one that the passport names) and adapter afresh; hold the effect against the recorded one.
 
     Raises BaseMismatch where the base is not the one trained on, AdapterInvalid where the folder is damaged.
     """
-    passport = read_passport(folder)
-    recorded = read_probes(folder)
-    where = base or base_folder(BaseSpec(passport.base.model, passport.base.quantization, passport.base.revision))
-    found = describe(where).fingerprint
+    passport, recorded = read_passport(folder), read_probes(folder)
+    base_dir = base or base_folder(BaseSpec(passport.base.model, passport.base.quantization, passport.base.revision))
+    found = fingerprint(base_dir)
     if found != passport.base.fingerprint:
         raise BaseMismatch(passport.name, trained_on=passport.base.fingerprint, serving=found)
-    model = load_adapter(load_model(where, task=passport.task), folder)
-    _, run = _runner(passport, where, probes=recorded.probes)
-    with model.disable_adapter():
-        plain, again = run(model), run(model)
-    return compare(recorded, base=plain, adapted=run(model), base_again=again)
+    settings = settings_of(passport) if passport.task == "embedding" else None
+    model = load_model(base_dir, task=passport.task)
+    plain, again = (outputs(model, recorded.probes, folder=base_dir, settings=settings) for _ in range(2))
+    adapted = outputs(load_adapter(model, folder), recorded.probes, folder=base_dir, settings=settings)
+    return compare(recorded, base=plain, adapted=adapted, base_again=again)
 
 
-def _runner(passport: Passport, base: Path, *, probes: Sequence[Probe] | None = None) -> tuple[Sequence[Probe], Callable[[Any], Outputs]]:
-    if passport.task == "embedding":
-        settings = settings_of(passport)
-        chosen = probes or embedding_probes(base, settings, side=passport.side)
-        return chosen, lambda model: embedding_outputs(model, base, settings, chosen)
-    from transformers import AutoTokenizer
-
-    chosen = probes or lm_probes(AutoTokenizer.from_pretrained(base))
-    return chosen, lambda model: lm_outputs(model, chosen)
+def settings_of(passport: Passport) -> EncodeSettings:
+    """How the vectors of an embedding adapter are made, as its passport says."""
+    if passport.pooling is None:
+        raise AdapterInvalid(passport.name, "its passport names no pooling: it is not an embedding adapter")
+    return EncodeSettings(passport.pooling, bool(passport.normalize), passport.max_length, passport.prompts)
 
 
-def _module_types(model: "PeftModel") -> list[str]:
-    """Last names of the adapted modules: query, value, dense …"""
-    return sorted({name.rpartition(".")[2] for name, _ in _tuned(model)})
+def unnoticed(recorded: RecordedProbes) -> list[str]:
+    """Module types that could be dropped without the probes failing."""
+    return [kind for kind, change in recorded.sensitivity.items() if change <= recorded.tolerance]
 
 
-def _tuned(model: "PeftModel") -> Iterator[tuple[str, Any]]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def as_record(recorded: RecordedProbes, task: Task) -> ProbeRecord:
+    sensitivity = {kind: round(change, 4) for kind, change in recorded.sensitivity.items()}
+    return ProbeRecord(kind=task, count=len(recorded.probes), tolerance=recorded.tolerance, sensitivity=sensitivity)
 
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            yield name, module
+
+def module_types(model: Any) -> list[str]:
+    """Adapted module types, named by their path within a layer: `self_attn.q_proj`, `attention.output.dense`."""
+    return sorted({_type(name) for name, _ in _adapter_tensors(model)})
 
 
 @contextmanager
-def _dropped(model: "PeftModel", kind: str) -> Iterator[None]:
-    """The adapter without its modules of one type."""
-    modules = [module for name, module in _tuned(model) if name.rpartition(".")[2] == kind]
-    for module in modules:
-        module._disable_adapters = True
+def dropped(model: Any, kind: str) -> Iterator[None]:
+    """The adapter without its tensors of one module type, inside the block."""
+    import torch
+
+    tensors = [tensor for name, tensor in _adapter_tensors(model) if _type(name) == kind]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.zero_()
     try:
         yield
     finally:
-        for module in modules:
-            module._disable_adapters = False
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
+
+
+def _adapter_tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            yield name.partition(".lora_")[0], parameter
+
+
+def _type(module: str) -> str:
+    parts = module.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[last + 1 :])
+
+
+def _difference(one: "Outputs", other: "Outputs") -> "Outputs":
+    return [left - right for left, right in zip(one, other, strict=True)]

@@ -16,8 +16,8 @@ from embedft.methods import save_weights
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
 from embedft.training.card import model_card
 from embedft.training.measure import AdapterResult, trainable
-from embedft.training.probing import as_record, record, unnoticed
 from embedft.training.sentence_files import write_sentence_files
+from embedft.verify import as_record, record, unnoticed
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
@@ -58,7 +58,7 @@ def publish(
         if published.settings is not None:
             write_sentence_files(folder, base.tokenizer, published.settings, dimension=base.info.hidden_size)
         recorded = record(
-            folder, base_folder=base.folder, tokenizer=base.tokenizer, task=recipe.task, settings=published.settings
+            folder, base=base.folder, tokenizer=base.tokenizer, task=recipe.task, settings=published.settings
         )
         _note_unnoticed(recipe.name, recorded)
         write_probes(folder, recorded)
