@@ -1,0 +1,68 @@
+"""How an engine process is started: its arguments and environment. Starts nothing itself.
+
+Every engine is a child process that speaks vLLM's HTTP on a Unix socket and calls its base "base".
+"""
+
+import secrets
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from embedft.base import Pooling, Task
+
+EngineKind = Literal["vllm", "peft", "fake"]
+KEY = "EMBEDFT_ENGINE_KEY"  # the bearer key, in the engine's environment only: never in its arguments
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What one engine is given. `cores` as in '0-1,4'; `max_length` in tokens; `kv_gib` is the KV cache, vLLM only.
+
+    None means: all cores, the base's own length and pooling, vLLM's own choice of cache (1 GiB on a CPU).
+    """
+
+    max_loras: int = 4
+    max_lora_rank: int = 16
+    cores: str | None = None
+    max_length: int | None = None
+    kv_gib: float | None = None
+    pooling: "Pooling | None" = None
+
+
+def engine_key() -> str:
+    """A fresh bearer key for one engine."""
+    return secrets.token_urlsafe(32)
+
+
+def engine_command(
+    kind: EngineKind, *, folder: Path, task: "Task", socket: Path, settings: EngineSettings, key: str | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """(argv, env) of an engine over the base in `folder`; `env` holds only what is added to the parent's environment.
+
+    The key is env[KEY]. Raises EngineFailed when this engine cannot serve that base so; nothing has been started then.
+    """
+    key = key or engine_key()
+    if kind == "vllm":
+        from serve.engines.vllm import vllm_command
+
+        return vllm_command(folder=folder, task=task, socket=socket, settings=settings, key=key)
+    argv = [sys.executable, "-m", f"serve.engines.{kind}", "--socket", str(socket), "--task", task]
+    env = {KEY: key}
+    if kind == "peft":
+        argv += ["--folder", str(folder), "--max-loras", str(settings.max_loras), "--max-lora-rank", str(settings.max_lora_rank)]
+        argv += ["--max-length", str(settings.max_length)] if settings.max_length else []
+        argv += ["--pooling", settings.pooling] if settings.pooling else []
+        argv += ["--cores", settings.cores] if settings.cores else []
+        env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return argv, env
+
+
+def parse_cores(text: str) -> set[int]:
+    """'0-2,5' → {0, 1, 2, 5}."""
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores

@@ -1,0 +1,86 @@
+"""vLLM as an engine: which bases it can serve, and the flags it needs for them. Imports no vLLM.
+
+Flags found by running vLLM 0.32: bitsandbytes folders need `--quantization` and `--load-format` spelled out, and on a CPU
+the mendings of serve.engines.vllm_server. With an explicit KV cache and `--enforce-eager` nothing is profiled at the start.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from embedft.base import BaseInfo, compute_dtype, describe, read_json
+from embedft.errors import EngineFailed
+from serve.engines.command import KEY, EngineSettings, parse_cores
+
+if TYPE_CHECKING:
+    from embedft.base import Task
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all slots are padded to the one chosen at the start
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+POOLING_TYPES = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
+
+
+def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSettings, key: str) -> tuple[list[str], dict[str, str]]:
+    """(argv, env) of a vLLM server over the base in `folder`. Raises EngineFailed."""
+    import torch
+
+    on_cpu = not torch.cuda.is_available()
+    info = describe(folder)
+    check_base(folder, info, task=task, on_cpu=on_cpu)
+    length = min(settings.max_length or info.max_length, info.max_length)
+    argv = [sys.executable, "-m", "serve.engines.vllm_server", "--model", str(folder), "--served-model-name", "base", "--uds", str(socket)]
+    argv += ["--dtype", str(compute_dtype()).removeprefix("torch."), "--max-model-len", str(length)]
+    argv += ["--enable-lora", "--max-loras", str(settings.max_loras), "--max-lora-rank", str(lora_rank(settings.max_lora_rank))]
+    argv += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    if info.quantization in {"nf4", "int8"}:
+        argv += ["--quantization", "bitsandbytes", "--load-format", "bitsandbytes"]
+    if task == "embedding":
+        pooler = {"seq_pooling_type": POOLING_TYPES[settings.pooling or info.pooling], "use_activation": info.normalize}
+        argv += ["--runner", "pooling", "--pooler-config", json.dumps(pooler)]
+    else:
+        argv += ["--generation-config", "vllm"]  # the request alone decides how tokens are chosen
+    kv_gib = settings.kv_gib or (1.0 if on_cpu else None)
+    if kv_gib:
+        argv += ["--kv-cache-memory-bytes", str(int(kv_gib * 2**30))]
+    if on_cpu:
+        argv += ["--enforce-eager", "--max-num-batched-tokens", str(max(length, 2048)), "--max-num-seqs", "32"]
+    return argv, _environment(settings, key, on_cpu=on_cpu)
+
+
+def _environment(settings: EngineSettings, key: str, *, on_cpu: bool) -> dict[str, str]:
+    env = {
+        KEY: key,
+        "VLLM_API_KEY": key,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_PLUGINS": "bitsandbytes",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if on_cpu:
+        count = len(parse_cores(settings.cores)) if settings.cores else len(os.sched_getaffinity(0))
+        # the launcher sets the cores on the whole process, so that vLLM need not (nor start a process more to do it)
+        env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(count), "EMBEDFT_ENGINE_CORES": settings.cores or ""}
+        env |= {"VLLM_ENGINE_READY_TIMEOUT_S": "600"}
+    return env
+
+
+def lora_rank(wanted: int) -> int:
+    """The smallest rank vLLM can be started with that holds `wanted`."""
+    for rank in LORA_RANKS:
+        if rank >= wanted:
+            return rank
+    raise EngineFailed(f"vLLM cannot serve this: its largest LoRA rank is {LORA_RANKS[-1]}, asked for {wanted}")
+
+
+def check_base(folder: Path, info: BaseInfo, *, task: "Task", on_cpu: bool) -> None:
+    """Raise EngineFailed with the reason when vLLM cannot serve this base for `task`."""
+    if task == "causal_lm" and info.kind == "encoder":
+        raise EngineFailed(f"vLLM cannot serve this: {info.architecture} is an encoder: it generates nothing")
+    config = read_json(folder / "config.json")
+    size = config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"])
+    if on_cpu and size not in CPU_HEAD_SIZES:
+        raise EngineFailed(f"vLLM cannot serve this: its CPU attention takes head sizes {', '.join(map(str, CPU_HEAD_SIZES))}, this base has {size}: use the peft engine")

@@ -1,0 +1,124 @@
+"""Starts vLLM's own OpenAI server, mended first where it would be wrong or slow. Knows nothing of tenants or the gateway.
+
+`python -m serve.engines.vllm_server` takes vLLM's arguments. Everywhere, an adapter is refused whose modules the model
+lacks: vLLM would load it and apply nothing. (Names saved from a bare decoder, without `model.`, are matched first.) On a CPU:
+
+1. Children are forked and the worker lives in the engine process: vLLM would import itself three times, once a process.
+   The cores are set on the whole process beforehand (EMBEDFT_ENGINE_CORES), which is why one worker needs no process of its own.
+2. vllm-bnb-plugin sizes 4-bit weights by the activations' dtype (right for 16-bit ones only): with fp32 no NF4 folder loads.
+3. It multiplies in bf16 whatever the dtype: tens of times slower than fp32 on CPUs without AVX512-BF16, and other
+   rounding than transformers has, so adapters would not meet the base that they were trained on.
+"""
+
+import os
+from typing import Any
+
+from serve.engines.command import parse_cores
+
+
+def main() -> None:
+    """Run vLLM's API server with the arguments of this process."""
+    cores = os.environ.get("EMBEDFT_ENGINE_CORES")
+    if cores:
+        os.sched_setaffinity(0, parse_cores(cores))
+    from vllm.platforms import current_platform
+
+    _every_module_of_an_adapter_must_match()
+    if current_platform.is_cpu():
+        _one_process_for_engine_and_worker(type(current_platform))
+        _bitsandbytes_in_the_activations_dtype()
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+
+    serve()
+
+
+def _every_module_of_an_adapter_must_match() -> None:
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    stock = WorkerLoRAManager._load_adapter
+
+    def load_adapter(self: Any, lora_request: Any) -> Any:
+        lora = stock(self, lora_request)
+        manager = self._adapter_manager
+        known = set(manager.modules) | {part for parts in manager.packed_modules.values() for part in parts}
+        lora.loras = match_modules(lora.loras, known)
+        for name, weights in lora.loras.items():
+            weights.module_name = name
+        return lora
+
+    WorkerLoRAManager._load_adapter = load_adapter
+
+
+def match_modules(loras: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """`loras` by the model's own module names; ValueError when a module is in none of them."""
+    matched = {name if name in known else f"model.{name}": weights for name, weights in loras.items()}
+    missing = sorted(set(matched) - known)
+    if missing or not matched:
+        raise ValueError(f"the adapter adapts modules that the model lacks: {', '.join(missing[:3]) or 'it adapts none'}")
+    return matched
+
+
+def _one_process_for_engine_and_worker(platform: Any) -> None:
+    stock = platform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        stock(cls, vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        if vllm_config.parallel_config.world_size == 1:
+            vllm_config.parallel_config.distributed_executor_backend = "uni"
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _bitsandbytes_in_the_activations_dtype() -> None:
+    try:
+        from vllm_bnb_plugin.quantization import linear
+    except ImportError:  # without the plugin only unquantized and compressed-tensors bases are served
+        return
+
+    def halves_of_a_byte(dtype: Any) -> int:
+        del dtype
+        return 2
+
+    linear.calculate_quant_ratio = halves_of_a_byte
+    linear.BitsAndBytesLinearMethod._apply_4bit_weight = _apply_4bit
+    linear.BitsAndBytesLinearMethod._apply_8bit_weight = _apply_8bit
+
+
+def _apply_4bit(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
+    """x (..., in) → (..., out), shard by shard as bitsandbytes' Linear4bit computes it."""
+    import torch
+    from bitsandbytes import matmul_4bit
+
+    del self
+    weight = layer.weight
+    offsets, states = weight.bnb_shard_offsets, weight.bnb_quant_state
+    flat = x.reshape(-1, x.shape[-1])
+    parts = [matmul_4bit(flat, weight[offsets[i] : offsets[i + 1]].t(), states[i]) for i in range(len(states))]
+    out = torch.cat(parts, dim=-1).view(*x.shape[:-1], -1)
+    return out if bias is None else out + bias
+
+
+def _apply_8bit(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
+    """x (..., in) → (..., out), shard by shard as bitsandbytes' Linear8bitLt computes it in eval mode."""
+    import torch
+    from bitsandbytes import MatmulLtState, matmul
+
+    weight = layer.weight
+    offsets, states = weight.bnb_shard_offsets, weight.matmul_state
+    flat = x.reshape(-1, x.shape[-1])
+    parts: list[Any] = []
+    for i in range(len(states)):
+        if states[i] is None:
+            state = MatmulLtState()
+            state.CB, state.SCB = weight[offsets[i] : offsets[i + 1]], weight.bnb_quant_state[i].to(x.device)
+            state.threshold = self.quant_config.llm_int8_threshold
+            state.has_fp16_weights, state.is_training = False, False
+            states[i] = state
+        parts.append(matmul(flat, states[i].CB, state=states[i]))
+    out = torch.cat(parts, dim=-1).view(*x.shape[:-1], -1).to(x.dtype)
+    return out if bias is None else out + bias
+
+
+if __name__ == "__main__":
+    main()
