@@ -33,7 +33,7 @@ def train(
     from embedft.methods import attach
     from embedft.training.loop import fit, rehearse
     from embedft.training.measure import PeakMemory
-    from embedft.training.publish import publish
+    from embedft.training.publish import Published, publish
     from embedft.training.run import open_run
 
     loss = loss_named(recipe.loss.name)
@@ -59,19 +59,19 @@ def train(
         seconds = fit(trainer, run, name=recipe.name, progress=progress)
     model.eval()
     results = compare_towers(model, base.folder, settings, retrieval, side=recipe.adapter.side, batch_size=recipe.eval.batch)
-    return publish(
-        model,
-        base,
-        recipe,
+    published = Published(
         metrics=comparison(**results, metric=recipe.eval.metric),
-        settings=settings,
-        per_query=per_query(results, retrieval.queries if recipe.eval.keep_texts else None),
         data_hash=identity,
-        store=store,
+        max_length=settings.max_length,
         seconds=seconds,
         peak_bytes=peak.bytes,
-        run=run,
+        settings=settings,
+        dimensions=(base.info.hidden_size,),
+        rows=per_query(results, retrieval.queries if recipe.eval.keep_texts else None),
     )
+    result = publish(model, base, recipe, store=store, published=published)
+    run.discard()
+    return result
 
 
 def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
