@@ -236,6 +236,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise RecipeError(override, [f"the value is not readable: {error}"]) from None
     if isinstance(parsed, str):
         parsed = _number(parsed)
+    elif isinstance(parsed, dict) and not value.lstrip().startswith("{"):
+        parsed = value  # a prompt such as 'query: ', not a mapping
     *parents, last = key.split(".")
     for parent in parents:
         content = content.setdefault(parent, {})

@@ -1,0 +1,217 @@
+"""The store, transfer and verification of adapters, on a real MiniLM adapter of random weights."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, generation, lineage, read_passport
+from embedft.adapters.probes import PROBES, Probe, RecordedProbes, choose, compare, read_probes
+from embedft.adapters.store import AdapterStore
+from embedft.adapters.transfer import export_folder, import_folder, pull, push
+from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, BaseMismatch, GenerationConflict
+from embedft.verify import verify
+from tests.embedft.adapter_fixtures import make_adapter
+
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("made") / "a")
+
+
+@pytest.fixture
+def adapter(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "adapter"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")
+
+
+def damaged(folder: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> Path:
+    tensors: Tensors = load_file(str(folder / WEIGHTS))
+    save_file({name: change(name, tensor) for name, tensor in tensors.items()}, str(folder / WEIGHTS))
+    return folder
+
+
+def test_an_untouched_adapter_passes_its_probes(adapter: Path) -> None:
+    report = verify(adapter)
+    assert report.passed
+    assert report.error < 1e-5
+    assert report.signal > 0.1
+
+
+@pytest.mark.parametrize("kind", ["query", "key", "value", "intermediate.dense", "attention.output.dense"])
+def test_an_adapter_with_any_module_type_zeroed_is_refused(adapter: Path, kind: str) -> None:
+    report = verify(damaged(adapter, lambda name, tensor: tensor * 0 if f"{kind}.lora_B" in name else tensor))
+    assert not report.passed
+    assert "differs from the trainer's" in report.reason
+
+
+def test_an_adapter_scaled_by_0_8_is_refused(adapter: Path) -> None:
+    report = verify(damaged(adapter, lambda name, tensor: tensor * np.float32(0.8) if "lora_B" in name else tensor))
+    assert not report.passed
+    assert 0.1 < report.error < 0.4
+
+
+def test_an_adapter_that_does_nothing_is_refused(adapter: Path) -> None:
+    report = verify(damaged(adapter, lambda name, tensor: tensor * 0 if "lora_B" in name else tensor))
+    assert not report.passed
+    assert "changes nothing" in report.reason
+
+
+def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:
+    from embedft.base import BaseSpec, source_folder
+
+    other = Path(shutil.copytree(source_folder(BaseSpec("minilm")), tmp_path / "other"))
+    tensors: Tensors = load_file(str(other / "model.safetensors"))
+    tensors["embeddings.LayerNorm.bias"] = tensors["embeddings.LayerNorm.bias"] + 1e-3
+    save_file(tensors, str(other / "model.safetensors"))
+    with pytest.raises(BaseMismatch, match="was trained on base"):
+        verify(adapter, base=other)
+
+
+def test_missing_or_misshapen_tensors_are_named(adapter: Path) -> None:
+    tensors: Tensors = load_file(str(adapter / WEIGHTS))
+    gone = sorted(tensors)[0]
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, str(adapter / WEIGHTS))
+    with pytest.raises(AdapterInvalid, match="the file has none"):
+        verify(adapter)
+
+
+def test_the_store_keeps_generations_and_names_point_at_them(made: Path, store: AdapterStore, tmp_path: Path) -> None:
+    first = import_folder(store, made, name="legal")
+    second_folder = damaged(Path(shutil.copytree(made, tmp_path / "second")), lambda name, tensor: tensor * np.float32(1.5))
+    second = import_folder(store, second_folder, name="legal")
+    assert first != second
+    assert store.names() == {"legal": second}
+    assert store.history("legal") == [first, second]
+    assert generation(store.folder(first)) == first
+    assert store.folder(second[:12]) == store.folder("legal")
+    store.point("legal", first)
+    assert store.current("legal") == first
+
+
+def test_a_generation_ignores_metrics_and_the_card_but_not_what_changes_answers(adapter: Path) -> None:
+    before = generation(adapter)
+    (adapter / "README.md").write_text("another card")
+    passport = json.loads((adapter / PASSPORT).read_text())
+    (adapter / PASSPORT).write_text(json.dumps({**passport, "metrics": {"x": 1}, "created": "later"}))
+    assert generation(adapter) == before
+    (adapter / PASSPORT).write_text(json.dumps({**passport, "prompts": {"query": "query: "}}))
+    assert generation(adapter) != before
+
+
+def test_compare_and_swap_refuses_a_stale_expectation(adapter: Path, store: AdapterStore) -> None:
+    current = import_folder(store, adapter, name="legal")
+    with store.stage() as stage, pytest.raises(GenerationConflict):
+        shutil.copytree(adapter, stage, dirs_exist_ok=True)
+        store.put(stage, "legal", expected="0" * 12)
+    assert store.current("legal") == current
+
+
+def test_a_failed_put_leaves_nothing_behind(adapter: Path, store: AdapterStore) -> None:
+    (adapter / CONFIG).unlink()
+    with pytest.raises(AdapterInvalid):
+        import_folder(store, adapter)
+    assert store.names() == {}
+    assert not list((store.root / "objects").iterdir())
+
+
+def test_collect_deletes_only_what_nothing_names_or_leases(adapter: Path, store: AdapterStore) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    assert store.collect() == []
+    store.remove("legal")
+    assert store.collect(leased={identity}) == []
+    assert store.collect() == [identity]
+    with pytest.raises(AdapterNotFound):
+        store.folder("legal")
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a" * 65, "ａ", "a\nb", "a@b"])
+def test_names_that_could_leave_the_store_are_refused(adapter: Path, store: AdapterStore, name: str) -> None:
+    if name:
+        with pytest.raises(AdapterInvalid):
+            import_folder(store, adapter, name=name)
+    with pytest.raises((AdapterNotFound, AdapterInvalid)):
+        store.folder(name)
+
+
+def test_links_and_pickles_are_refused(adapter: Path, store: AdapterStore, tmp_path: Path) -> None:
+    (adapter / "extra.bin").write_bytes(b"x")
+    with pytest.raises(AdapterInvalid, match="pickle"):
+        import_folder(store, adapter)
+    (adapter / "extra.bin").unlink()
+    os.symlink(tmp_path, adapter / "link")
+    with pytest.raises(AdapterInvalid, match="link"):
+        import_folder(store, adapter)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all!", (10**10).to_bytes(8, "little") + b"{}"])
+def test_a_weights_file_with_a_false_header_is_refused(adapter: Path, store: AdapterStore, content: bytes) -> None:
+    (adapter / WEIGHTS).write_bytes(content)
+    with pytest.raises(AdapterInvalid, match="header"):
+        import_folder(store, adapter)
+
+
+def test_push_and_pull_round_trip_bit_for_bit(adapter: Path, store: AdapterStore, tmp_path: Path) -> None:
+    import_folder(store, adapter, name="legal")
+    for place in (str(tmp_path / "elsewhere"), "memory://adapters/legal"):
+        pushed = push(store, "legal", place)
+        other = AdapterStore(tmp_path / f"other{len(place)}")
+        assert pull(other, place, name="copy") == ("copy", pushed)
+        for path in store.folder("legal").rglob("*"):
+            if path.is_file():
+                assert (other.folder("copy") / path.relative_to(store.folder("legal"))).read_bytes() == path.read_bytes()
+
+
+def test_export_leaves_evaluation_texts_out_and_says_so(adapter: Path, store: AdapterStore, tmp_path: Path) -> None:
+    (adapter / "eval").mkdir()
+    (adapter / "eval" / "texts.jsonl").write_text('{"text": "private"}\n')
+    import_folder(store, adapter, name="legal")
+    assert export_folder(store, "legal", tmp_path / "out") == ["eval/texts.jsonl"]
+    assert not (tmp_path / "out" / "eval" / "texts.jsonl").exists()
+    assert read_passport(tmp_path / "out").name == "a"
+    with pytest.raises(AdapterExists):
+        export_folder(store, "legal", tmp_path / "out")
+
+
+def test_probes_that_were_tampered_with_are_refused(adapter: Path) -> None:
+    (adapter / PROBES).write_bytes(b"nonsense")
+    with pytest.raises(AdapterInvalid, match="malformed"):
+        read_probes(adapter)
+
+
+def test_the_probes_kept_are_those_that_show_the_least_visible_module() -> None:
+    probes = [Probe((index,)) for index in range(4)]
+    effects = [np.ones(2, np.float32)] * 4
+    without = {
+        "seen everywhere": [np.zeros(2, np.float32)] * 4,
+        "seen in two": [np.full(2, 1 - share, np.float32) for share in (0.01, 0.3, 0.02, 0.4)],
+    }
+    recorded = choose(probes, effects, without, keep=2)
+    assert {probe.ids[0] for probe in recorded.probes} == {1, 3}
+    assert recorded.tolerance == pytest.approx(0.1)
+
+
+def test_a_signal_within_the_engines_noise_fails() -> None:
+    effect = (np.full(4, 0.1, np.float32),)
+    recorded = RecordedProbes((Probe((1,)),), effect, {}, 0.1)
+    base, again = [np.zeros(4, np.float32)], [np.full(4, 0.05, np.float32)]
+    assert not compare(recorded, base=base, adapted=list(effect), base_again=again).passed
+    assert compare(recorded, base=base, adapted=list(effect), base_again=base).passed
+
+
+def test_lineage_changes_with_everything_that_changes_a_vector() -> None:
+    same = {"side": "both", "prompts": {}, "pooling": "mean", "max_length": 128, "dimensions": (), "normalize": True}
+    changes = [{"prompts": {"query": "q"}}, {"pooling": "cls"}, {"max_length": 64}, {"dimensions": (64,)}, {"normalize": False}]
+    identities = [lineage("b", "g", **{**same, **change}) for change in [{}, *changes]]  # type: ignore[arg-type]
+    assert len({*identities, lineage("b", None, **same), lineage("c", "g", **same)}) == len(changes) + 3  # type: ignore[arg-type]

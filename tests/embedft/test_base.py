@@ -1,0 +1,98 @@
+"""Bases: fingerprints, quantized folders and refusals."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from embedft.base import BaseSpec, base_folder, compute_dtype, describe, fingerprint, load_base, source_folder
+from embedft.errors import BaseNotFound, MethodUnsupported, QuantizationUnsupported
+from embedft.files import hash_tensors
+from embedft.methods import attach, targeted_modules
+from embedft.quantize import quantize
+from embedft.recipe import AdapterSection
+
+
+def test_a_fingerprint_is_of_tensors_not_of_files(tmp_path: Path) -> None:
+    a, b = np.arange(6, dtype=np.float32), np.ones((2, 2), np.float32)
+    save_file({"a": a, "b": b}, str(tmp_path / "one.safetensors"), metadata={"format": "pt"})
+    save_file({"b": b}, str(tmp_path / "two-1.safetensors"))
+    save_file({"a": a}, str(tmp_path / "two-2.safetensors"))
+    one = hash_tensors([tmp_path / "one.safetensors"]).hexdigest()
+    assert one == hash_tensors([tmp_path / "two-1.safetensors", tmp_path / "two-2.safetensors"]).hexdigest()
+    save_file({"a": a.reshape(2, 3), "b": b}, str(tmp_path / "one.safetensors"))
+    assert one != hash_tensors([tmp_path / "one.safetensors"]).hexdigest()
+
+
+def test_changing_one_weight_or_the_tokenizer_changes_the_fingerprint(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(source_folder(BaseSpec("minilm")), tmp_path / "copy"))
+    before = fingerprint(folder)
+    assert before == fingerprint(source_folder(BaseSpec("minilm")))
+    (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() + b" ")
+    changed = fingerprint(folder)
+    tensors = load_file(str(folder / "model.safetensors"))
+    name = sorted(tensors)[0]
+    tensors[name].flat[0] += 1
+    save_file(tensors, str(folder / "model.safetensors"))
+    assert len({before, changed, fingerprint(folder)}) == 3
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_quantized_base_is_a_folder_that_knows_its_parent(scheme: str) -> None:
+    spec = BaseSpec("minilm", scheme)
+    info = describe(base_folder(spec))
+    assert info.quantization == scheme
+    assert info.parent == fingerprint(source_folder(BaseSpec("minilm"))) != info.fingerprint
+    assert (info.pooling, info.normalize, info.max_length) == ("mean", True, 256)
+    base = load_base(spec, task="embedding")
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_quantizing_twice_gives_the_same_fingerprint(tmp_path: Path) -> None:
+    again = quantize(source_folder(BaseSpec("minilm")), tmp_path / "again", scheme="nf4")
+    assert fingerprint(again) == fingerprint(base_folder(BaseSpec("minilm", "nf4")))
+
+
+def test_a_quantized_base_is_not_quantized_again(tmp_path: Path) -> None:
+    with pytest.raises(QuantizationUnsupported, match="already nf4"):
+        quantize(base_folder(BaseSpec("minilm", "nf4")), tmp_path / "out", scheme="int8")
+
+
+def test_a_base_that_is_nowhere_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(BaseNotFound, match="neither a built-in"):
+        source_folder(BaseSpec("nobody/nothing"))
+    with pytest.raises(BaseNotFound, match=r"config\.json"):
+        source_folder(BaseSpec(str(tmp_path)))
+
+
+def test_all_linear_leaves_out_what_the_output_does_not_depend_on() -> None:
+    base = load_base(BaseSpec("minilm"), task="embedding")
+    names = targeted_modules(base.model, "all-linear")
+    assert len(names) == 36
+    model = attach(base, AdapterSection(r=2), task="embedding")
+    adapted = {name.partition(".lora_")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(adapted) == 36
+    assert not any("pooler" in name for name in adapted)
+
+
+def test_targets_that_the_base_lacks_are_named() -> None:
+    base = load_base(BaseSpec("minilm"), task="embedding")
+    with pytest.raises(MethodUnsupported, match="q_proj"):
+        attach(base, AdapterSection(targets=("q_proj",)), task="embedding")
+
+
+def test_an_unknown_method_lists_what_there_is() -> None:
+    base = load_base(BaseSpec("minilm"), task="embedding")
+    with pytest.raises(MethodUnsupported, match="lora, rslora"):
+        attach(base, AdapterSection(method="lorra"), task="embedding")
+
+
+def test_the_compute_dtype_is_one_that_this_machine_is_fast_in() -> None:
+    import torch
+
+    if not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported():
+        assert compute_dtype() == torch.float32
+    else:
+        assert compute_dtype() in {torch.bfloat16, torch.float16}

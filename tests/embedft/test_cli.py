@@ -1,0 +1,86 @@
+"""The command line as a user meets it: exit statuses, messages, --json, and how fast it answers."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from embedft.cli import main
+from tests.embedft.adapter_fixtures import make_adapter
+
+
+def output(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_help_answers_in_under_half_a_second() -> None:
+    times: list[float] = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "embedft", "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert "train-embed" in done.stdout
+    assert min(times) < 0.5
+
+
+def test_importing_embedft_imports_no_torch() -> None:
+    code = "import sys, embedft, embedft.cli, embedft.recipe, embedft.errors; print(sorted(m for m in sys.modules if m in {'torch', 'transformers', 'vllm'}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_wrong_usage_exits_2_without_a_traceback(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_folder / "bad.yaml").write_text("task: embedding\nbase: {model: minilm}\ndata: {train: x}\ntrain: {lrr: 1}\n")
+    assert main(["train-embed", "bad.yaml"]) == 2
+    assert "did you mean 'train.lr'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["train-embed"])
+    assert stopped.value.code == 2
+
+
+def test_a_recipe_of_the_other_task_names_the_right_command(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_folder / "lm.yaml").write_text("task: causal_lm\nbase: {model: seed-lm}\ndata: {train: x}\n")
+    assert main(["train-embed", "lm.yaml"]) == 2
+    assert "embedft train-lm" in capsys.readouterr().err
+
+
+def test_a_missing_adapter_exits_1_and_json_says_so(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters", "show", "nobody", "--json"]) == 1
+    assert output(capsys)["error"]["code"] == "adapter_not_found"  # type: ignore[index]
+
+
+def test_an_adapters_life_on_the_command_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_adapter(in_folder / "made", name="legal")
+    assert main(["adapters", "import", str(made), "--json"]) == 0
+    generation = output(capsys)["generation"]
+    assert main(["adapters", "list", "--json"]) == 0
+    assert [row["name"] for row in output(capsys)["adapters"]] == ["legal"]  # type: ignore[attr-defined, index]
+    assert main(["adapters", "verify", "legal", "--json"]) == 0
+    assert output(capsys)["passed"] is True
+    assert main(["adapters", "export", "legal", "out"]) == 0
+    assert main(["adapters", "push", "legal", "elsewhere"]) == 0
+    assert main(["adapters", "remove", "legal"]) == 0
+    capsys.readouterr()
+    assert main(["adapters", "pull", "elsewhere", "--json"]) == 0
+    assert output(capsys) == {"name": "legal", "generation": generation}
+
+
+def test_recipes_are_listed_shown_and_copied(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "list", "--json"]) == 0
+    names = [row["name"] for row in output(capsys)["recipes"]]  # type: ignore[attr-defined, index]
+    assert main(["recipes", "copy", names[0], "mine.yaml"]) == 0
+    assert main(["recipes", "copy", names[0], "mine.yaml"]) == 2
+    capsys.readouterr()
+    assert main(["recipes", "show", "mine.yaml", "train.seed=9", "--json"]) == 0
+    assert output(capsys)["train"]["seed"] == 9  # type: ignore[index]
+
+
+def test_the_doctor_finds_this_machine_well(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json"])
+    checks = {check["name"]: check for check in output(capsys)["checks"]}  # type: ignore[attr-defined, index]
+    assert checks["torch"]["ok"] is True
+    assert checks["bf16 matmul"]["ok"] is True
+    assert checks["NF4"]["ok"] is True
+    assert all(check["mend"] for check in checks.values() if check["ok"] is False)

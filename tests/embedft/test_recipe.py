@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from embedft.errors import RecipeError
+from embedft.recipe import CausalLMRecipe, EmbeddingRecipe, load_recipe, parse_recipe, shipped_recipes
+
+MINIMAL = {"task": "embedding", "base": {"model": "minilm"}, "data": {"train": "train.jsonl"}}
+
+
+def written(folder: Path, content: object) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_a_recipe_needs_only_task_base_and_data(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, MINIMAL))
+    assert isinstance(recipe, EmbeddingRecipe)
+    assert (recipe.name, recipe.adapter.method, recipe.adapter.scale_alpha) == ("mine", "lora", 32)
+
+
+def test_all_faults_are_reported_at_once_with_the_nearest_key() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({**MINIMAL, "train": {"learning_rate": 1, "batch": -1}, "adaptor": {}})
+    text = str(caught.value)
+    assert len(caught.value.problems) == 3
+    assert "did you mean 'adapter" in text
+    assert "train.batch" in text
+
+
+def test_overrides_are_dotted_and_typed(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, MINIMAL), ["train.lr=1e-4", "adapter.r=8", "data.prompts.query=query: "])
+    assert isinstance(recipe, EmbeddingRecipe)
+    assert (recipe.train.lr, recipe.adapter.r, recipe.data.prompts.query) == (1e-4, 8, "query: ")
+
+
+def test_an_override_of_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.lr"):
+        load_recipe(written(tmp_path, MINIMAL), ["train.lrr=1"])
+
+
+@pytest.mark.parametrize("override", ["train.lr", "=3", "name.first=x"])
+def test_an_override_that_is_no_assignment_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe(written(tmp_path, {**MINIMAL, "name": "mine"}), [override])
+
+
+def test_paths_are_relative_to_the_recipe_and_those_of_overrides_to_the_working_directory(tmp_path: Path, in_folder: Path) -> None:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    recipe = load_recipe(written(folder, MINIMAL), ["data.eval=here"])
+    assert recipe.data.train == str(folder / "train.jsonl")
+    assert recipe.data.eval == str(in_folder / "here")
+
+
+def test_a_resolved_recipe_holds_no_machine_path(tmp_path: Path) -> None:
+    assert str(tmp_path) not in load_recipe(written(tmp_path, MINIMAL)).resolved_yaml()
+
+
+def test_the_digest_changes_with_any_setting(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL)
+    assert load_recipe(path).digest() == load_recipe(path).digest() != load_recipe(path, ["train.seed=8"]).digest()
+
+
+def test_neither_a_file_nor_a_shipped_recipe_is_said_so() -> None:
+    with pytest.raises(RecipeError, match="neither a file nor a shipped recipe"):
+        load_recipe("no-such-recipe")
+
+
+def test_every_shipped_recipe_parses_and_holds_no_default() -> None:
+    shipped = shipped_recipes()
+    assert len(shipped) >= 4
+    for path in shipped.values():
+        recipe = load_recipe(path)
+        assert recipe.name == path.stem
+        defaults = type(recipe).model_fields
+        for section, given in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+            if section in {"adapter", "train", "eval", "loss"}:
+                kind = defaults[section].annotation
+                assert kind is not None
+                standard = kind().model_dump(mode="json")
+                assert not [key for key, value in given.items() if standard[key] == value], f"{path.name}: {section} repeats a default"
+
+
+def test_both_tasks_are_shipped() -> None:
+    kinds = {type(load_recipe(path)) for path in shipped_recipes().values()}
+    assert kinds == {EmbeddingRecipe, CausalLMRecipe}
