@@ -54,6 +54,14 @@ class AdapterStore:
             self._point(name, identity, expected=expected, replace=replace)
         return identity
 
+    def add(self, staged: Path) -> str:
+        """Take a staged folder as an object without a name (`collect` may delete it) and return its generation."""
+        identity = generation(staged)
+        with locked(self.root / ".lock"):
+            if not (self._objects / identity).is_dir():
+                publish_folder(staged, self._objects / identity)
+        return identity
+
     def point(self, name: str, generation: str, *, expected: str | None = None) -> str:
         """Let `name` be a generation that the store already holds (a rollback). Returns the full generation."""
         check_name(name)
