@@ -1,0 +1,134 @@
+"""What a server is told: its bases, its store, its limits. Read once from YAML or derived from the store; closed and frozen."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from embedft.adapters.passport import Passport
+from embedft.adapters.store import AdapterStore
+from embedft.base import BaseSpec
+from embedft.errors import EmbedftError, UsageError
+
+EngineKind = Literal["vllm", "peft", "fake"]
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseConfig(_Section):
+    """One base in one engine. `name` is what clients put into `model`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    model: str
+    task: Literal["embedding", "causal_lm"]
+    quantization: str = "none"
+    revision: str | None = None
+    engine: EngineKind | None = None
+    max_loras: PositiveInt = 8
+    max_lora_rank: PositiveInt = 16
+    cores: str | None = None
+    max_length: PositiveInt | None = None
+    kv_gib: PositiveFloat | None = None
+
+    @property
+    def spec(self) -> BaseSpec:
+        return BaseSpec(self.model, self.quantization, self.revision)
+
+
+class Limits(_Section):
+    """Caps on one request; beyond them it is a 400 or a 413, never a slow death."""
+
+    body_bytes: PositiveInt = 16 << 20
+    n: PositiveInt = 16
+    max_tokens: PositiveInt = 4096
+    inputs: PositiveInt = 2048
+    text_characters: PositiveInt = 1_000_000
+
+
+class ServerConfig(_Section):
+    """`start_seconds`: how long an engine may take to answer first; `stop_seconds`: how long it may take to end."""
+
+    bases: tuple[BaseConfig, ...] = Field(min_length=1)
+    adapters: Path
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    allowed_hosts: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    start_seconds: PositiveFloat = 600.0
+    stop_seconds: PositiveFloat = 10.0
+
+    @model_validator(mode="after")
+    def _sound(self) -> "ServerConfig":
+        names = [base.name for base in self.bases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two bases of one name: {', '.join(names)}")
+        if self.host not in LOOPBACK:
+            raise ValueError(f"host {self.host}: without a keys file the server binds to loopback only; use 127.0.0.1")
+        return self
+
+
+def load_config(path: Path | None, *, store: AdapterStore, engine: EngineKind | None = None, host: str = "127.0.0.1", port: int = 8000) -> ServerConfig:
+    """The YAML file's settings (`engine`, where given, is for the bases that name none), or the bases that the store's adapters need.
+
+    Raises UsageError with all that is wrong.
+    """
+    content: dict[str, Any] = _read(path) if path else {"bases": bases_of(store)}
+    content = {"adapters": str(store.root), "host": host, "port": port, **content}
+    if path and not Path(content["adapters"]).is_absolute():
+        content["adapters"] = str((path.parent / content["adapters"]).resolve())
+    try:
+        config = ServerConfig.model_validate(content)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc'])) or 'server'}: {item['msg']}" for item in error.errors()]
+        raise UsageError(f"{path or 'server'}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from None
+    default = engine or default_engine()
+    return config.model_copy(update={"bases": tuple(base.model_copy(update={"engine": base.engine or default}) for base in config.bases)})
+
+
+def default_engine() -> EngineKind:
+    return "vllm" if importlib.util.find_spec("vllm") else "peft"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected settings such as `bases:`, found none")
+    return {str(key): value for key, value in content.items()}
+
+
+def bases_of(store: AdapterStore) -> list[dict[str, Any]]:
+    """One base for each fingerprint that an adapter of the store was trained on, with the largest rank among them."""
+    found: dict[str, list[Passport]] = {}
+    for name in store.names():
+        try:
+            passport = store.passport(name)
+        except EmbedftError:
+            continue  # a damaged adapter is listed with its reason once the server runs
+        found.setdefault(passport.base.fingerprint, []).append(passport)
+    if not found:
+        raise UsageError(f"the store {store.root} holds no adapter, so there is no base to serve: train one, or name bases in a CONFIG file")
+    bases: list[dict[str, Any]] = []
+    for passports in found.values():
+        base, rank = passports[0].base, max(passport.r for passport in passports)
+        name = Path(base.model).name
+        if any(other["name"] == name for other in bases):
+            name = f"{name}-{base.quantization}-{base.fingerprint[:6]}"
+        bases.append(
+            {
+                "name": name,
+                "model": base.model,
+                "quantization": base.quantization,
+                "revision": base.revision,
+                "task": passports[0].task,
+                "max_lora_rank": rank,
+            }
+        )
+    return bases

@@ -1,0 +1,80 @@
+"""An engine: one base in memory behind one supervised process. Knows which base it holds; not which adapters."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from embedft.base import BaseInfo, base_folder, describe
+from embedft.encode import EncodeSettings, TextPreparer
+from serve.config import BaseConfig, ServerConfig
+from serve.engines.command import KEY, EngineSettings, engine_command, engine_key
+from serve.proxy import EngineClient
+from serve.supervisor import Command, Supervisor
+
+BASE = "base"  # what every engine calls its base
+
+
+@dataclass(eq=False)
+class Engine:
+    """`lock` is held while adapters are loaded or unloaded; requests never take it."""
+
+    config: BaseConfig
+    folder: Path
+    info: BaseInfo
+    client: EngineClient
+    supervisor: Supervisor
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def max_length(self) -> int:
+        return min(self.config.max_length or self.info.max_length, self.info.max_length)
+
+    def plain_settings(self) -> EncodeSettings:
+        """How the base's own vectors are made: no prompts."""
+        return EncodeSettings(self.info.pooling, self.info.normalize, self.max_length)
+
+    def preparer(self, settings: EncodeSettings) -> TextPreparer:
+        return TextPreparer(self.folder, settings)
+
+
+def create_engine(base: BaseConfig, server: ServerConfig, folder: Path, *, prepare: Callable[["Engine"], Awaitable[None]]) -> Engine:
+    """Describe the base, write a quantized folder first if need be, and lay out (not start) its process under `folder` (0700)."""
+    kind = base.engine or "peft"
+    weights = base_folder(base.spec)
+    info = describe(weights)
+    socket, key = folder / f"{base.name}.sock", engine_key()
+    settings = EngineSettings(
+        max_loras=base.max_loras, max_lora_rank=base.max_lora_rank, cores=base.cores, max_length=base.max_length, kv_gib=base.kv_gib
+    )
+    argv, env = engine_command(kind, folder=weights, task=base.task, socket=socket, settings=settings, key=key)
+    env = {**env, KEY: key, "EMBEDFT_HIDDEN_SIZE": str(info.hidden_size)}
+    client = EngineClient(base.name, socket, key)
+
+    async def ready() -> None:
+        await warm_up(engine)
+        await prepare(engine)
+
+    supervisor = Supervisor(
+        base.name,
+        Command(argv, env, socket, folder / f"{base.name}.log"),
+        healthy=client.healthy,
+        prepare=ready,
+        start_seconds=server.start_seconds,
+        stop_seconds=server.stop_seconds,
+    )
+    engine = Engine(base, weights, info, client, supervisor)
+    return engine
+
+
+async def warm_up(engine: Engine) -> None:
+    """The first answer of a fresh engine may take tens of seconds: have it before anyone waits for it."""
+    if engine.config.task == "embedding":
+        ids = engine.preparer(engine.plain_settings()).prepare(["warm up"]).ids
+        await engine.client.call("/v1/embeddings", {"model": BASE, "input": ids, "encoding_format": "float"})
+    else:
+        await engine.client.call("/v1/completions", {"model": BASE, "prompt": "warm up", "max_tokens": 2, "temperature": 0.0})

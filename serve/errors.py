@@ -1,0 +1,95 @@
+"""Errors on the wire: one table from exception to status, and OpenAI's envelope. Knows no route."""
+
+from typing import Any
+
+from embedft.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterInvalid,
+    AdapterNotFound,
+    BaseError,
+    BaseMismatch,
+    EmbedftError,
+    EngineBusy,
+    EngineFailed,
+    GenerationConflict,
+    InputInvalid,
+    MethodUnsupported,
+    NotAuthorized,
+    ProbesFailed,
+    ServingError,
+    UsageError,
+)
+
+
+class ModelNotFound(ServingError):
+    code = "model_not_found"
+
+    def __init__(self, model: str, known: list[str]) -> None:
+        super().__init__(f"no model named {model[:80]!r}: there are {', '.join(known)}")
+
+
+class BodyTooLarge(ServingError):
+    code = "body_too_large"
+
+
+class MediaTypeUnsupported(ServingError):
+    code = "media_type_unsupported"
+
+
+class OriginRefused(ServingError):
+    code = "origin_refused"
+
+
+class NotReady(EngineBusy):
+    """The engine is starting, restarting or ended; `Retry-After` goes with it."""
+
+    code = "engine_not_ready"
+
+
+class EngineRejected(ServingError):
+    """The engine refused the request as malformed; its own words and code are passed on."""
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        self.code, self.param = code or "engine_rejected", param
+        super().__init__(message)
+
+
+STATUS: dict[type[EmbedftError], int] = {
+    InputInvalid: 400,
+    UsageError: 400,
+    EngineRejected: 400,
+    NotAuthorized: 401,
+    OriginRefused: 403,
+    ModelNotFound: 404,
+    AdapterNotFound: 404,
+    BaseMismatch: 409,
+    GenerationConflict: 409,
+    AdapterExists: 409,
+    BodyTooLarge: 413,
+    MediaTypeUnsupported: 415,
+    AdapterInvalid: 422,
+    ProbesFailed: 422,
+    MethodUnsupported: 422,
+    AdapterError: 422,
+    BaseError: 500,
+    EngineFailed: 502,
+    EngineBusy: 503,
+}
+RETRY_AFTER = "2"  # seconds, with every 503
+
+
+def status_of(error: EmbedftError) -> int:
+    """The nearest ancestor's status; 500 for what the table does not know."""
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+
+
+def envelope(message: str, *, code: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error body."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def as_envelope(error: EmbedftError) -> dict[str, Any]:
+    return envelope(str(error), code=error.code, status=status_of(error), param=getattr(error, "param", None))

@@ -1,0 +1,252 @@
+"""Which generation of which adapter is loaded where: loading, proving, switching, leasing, draining. Knows no HTTP of clients.
+
+A name points at one Resident. A new generation is loaded beside it and proven through the live engine; then the name moves in one
+step, the old one drains and is unloaded. A refusal leaves what was serving untouched.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from embedft.adapters.passport import Passport, generation, read_passport
+from embedft.adapters.probes import ProbeReport
+from embedft.adapters.store import AdapterStore, check_name
+from embedft.adapters.transfer import check_contents
+from embedft.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, EmbedftError, GenerationConflict, ProbesFailed
+from serve.engine import Engine
+from serve.errors import NotReady
+from serve.probing import probe
+from serve.sources import Found, find
+
+
+@dataclass(eq=False)
+class Resident:
+    """One generation in one engine. `leases` counts the requests that use it now; `idle` is set while there is none."""
+
+    name: str
+    generation: str
+    folder: Path
+    passport: Passport
+    engine: Engine
+    pinned: bool = False
+    report: ProbeReport | None = None
+    retired: bool = False
+    leases: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
+
+    @property
+    def id(self) -> str:
+        """What the engine calls it, and what `x-embedft-adapter` says."""
+        return f"{self.name}@{self.generation[:12]}"
+
+
+class Lifecycle:
+    """All adapters over all engines. Every change of a name happens under that name's lock; the switch itself has no await in it."""
+
+    def __init__(self, engines: Iterable[Engine], store: AdapterStore) -> None:
+        self.engines = {engine.name: engine for engine in engines}
+        self.store = store
+        self.live: dict[str, Resident] = {}
+        self.refused: dict[str, str] = {}
+        self.loads: dict[tuple[str, str], int] = {}
+        self._held: dict[str, Resident] = {}  # by engine id: live and draining
+        self._names: dict[str, asyncio.Lock] = {}
+        self._drains: set[asyncio.Task[None]] = set()
+        self._populated: set[str] = set()
+
+    @asynccontextmanager
+    async def lease(self, name: str) -> AsyncIterator[Resident]:
+        """The generation serving `name` (or `name@hex`, if that is it), kept loaded inside the block. AdapterNotFound."""
+        resident = self.get(name)
+        resident.leases += 1
+        resident.idle.clear()
+        try:
+            yield resident
+        finally:
+            resident.leases -= 1
+            if not resident.leases:
+                resident.idle.set()
+
+    def get(self, name: str) -> Resident:
+        plain, at, hex_digits = name.partition("@")
+        resident = self.live.get(plain)
+        if resident is None or (at and (len(hex_digits) < 12 or not resident.generation.startswith(hex_digits))):
+            raise AdapterNotFound(name[:80], list(self.live))
+        return resident
+
+    def draining(self) -> list[Resident]:
+        return [resident for resident in self._held.values() if resident.retired]
+
+    async def put(self, name: str, *, source: str | None = None, pin: bool = False, expected: str | None = None) -> Resident:
+        """Load, prove and switch to the generation that `source` names; None or 'store' is the store's current one of that name.
+
+        Raises AdapterNotFound, AdapterInvalid, BaseMismatch, ProbesFailed, GenerationConflict; then nothing has changed.
+        """
+        check_name(name)
+        if name in self.engines:
+            raise AdapterInvalid(name, "a base has that name: choose another")
+        async with self._names.setdefault(name, asyncio.Lock()):
+            current = self.live.get(name)
+            if expected is not None and (current is None or not current.generation.startswith(expected) or len(expected) < 12):
+                raise GenerationConflict(name, expected=expected, current=current.generation if current else None)
+            found = await asyncio.to_thread(find, self.store, name, source)
+            if current and current.generation == found.generation and not current.retired:
+                current.pinned = pin
+                resident = current
+            else:
+                resident = await self._load(name, found, pin=pin)
+                self._switch(resident, current)
+            await asyncio.to_thread(self.store.point, name, found.generation)
+            return resident
+
+    async def delete(self, name: str) -> Resident:
+        """Stop serving `name`: it drains and is unloaded. The store keeps it. AdapterNotFound."""
+        self.get(name)
+        async with self._names.setdefault(name, asyncio.Lock()):
+            resident = self.get(name)
+            del self.live[name]
+            self._retire(resident)
+            return resident
+
+    async def verify(self, name: str) -> ProbeReport:
+        """Replay the probes of what serves `name` now."""
+        async with self.lease(name) as resident:
+            resident.engine.supervisor.require_ready()
+            resident.report = await probe(resident.engine, resident.id, resident.folder)
+            return resident.report
+
+    async def populate(self, engine: Engine) -> None:
+        """A fresh engine process: load what belongs in it. The first time that is the store's, later what was serving."""
+        if engine.name not in self._populated:
+            await self._from_store(engine)
+            self._populated.add(engine.name)
+            return
+        for resident in [held for held in self._held.values() if held.engine is engine and held.retired]:
+            del self._held[resident.id]
+        for resident in [held for held in self.live.values() if held.engine is engine]:
+            try:
+                async with engine.lock:
+                    await self._install(resident)
+            except (AdapterInvalid, ProbesFailed) as error:
+                self.live.pop(resident.name, None)
+                self._held.pop(resident.id, None)
+                self.refused[resident.name] = str(error)
+
+    async def _from_store(self, engine: Engine) -> None:
+        for name in await asyncio.to_thread(self.store.names):
+            try:
+                found = await asyncio.to_thread(find, self.store, name, None)
+                passport = read_passport(found.folder, name=name)
+                if passport.base.fingerprint != engine.info.fingerprint or name in self.live:
+                    continue
+                self.live[name] = await self._load(name, found, engine=engine)
+            except NotReady:
+                raise
+            except EmbedftError as error:
+                self.refused[name] = str(error)
+
+    def unserved(self) -> dict[str, str]:
+        """Names in the store that are not served, each with the reason."""
+        reasons: dict[str, str] = {}
+        for name in self.store.names():
+            if name not in self.live:
+                reasons[name] = self.refused.get(name) or self._why_not(name)
+        return reasons
+
+    def _why_not(self, name: str) -> str:
+        try:
+            self._engine_for(name, self.store.passport(name))
+        except EmbedftError as error:
+            return str(error)
+        return "not loaded: PUT it to serve it"
+
+    async def _load(self, name: str, found: Found, *, pin: bool = False, engine: Engine | None = None) -> Resident:
+        """Check, load and prove; on refusal nothing of it stays in the engine."""
+        passport = await asyncio.to_thread(_checked, name, found)
+        starting = engine is not None
+        engine = engine or self._engine_for(name, passport)
+        if not starting:
+            engine.supervisor.require_ready()
+        _check_fit(name, passport, engine)
+        resident = Resident(name, found.generation, found.folder, passport, engine, pinned=pin)
+        async with engine.lock:
+            draining = self._held.get(resident.id)
+            if draining:  # it is still loaded: take it back
+                draining.report = await probe(engine, draining.id, draining.folder)
+                if not draining.report.passed:
+                    raise ProbesFailed(name, draining.report.reason)
+                draining.retired = False
+                return draining
+            await self._install(resident)
+            self._held[resident.id] = resident
+        return resident
+
+    async def _install(self, resident: Resident) -> None:
+        client, outcome = resident.engine.client, "refused"
+        try:
+            await client.load(resident.id, resident.folder)
+            resident.report = await probe(resident.engine, resident.id, resident.folder)
+            if not resident.report.passed:
+                raise ProbesFailed(resident.name, resident.report.reason)
+            outcome = "loaded"
+        except BaseException:
+            with contextlib.suppress(EmbedftError):
+                await asyncio.shield(client.unload(resident.id))
+            raise
+        finally:
+            key = (resident.name, outcome)
+            self.loads[key] = self.loads.get(key, 0) + 1
+
+    def _switch(self, resident: Resident, current: Resident | None) -> None:
+        self.live[resident.name] = resident
+        self.refused.pop(resident.name, None)
+        if current:
+            self._retire(current)
+
+    def _retire(self, resident: Resident) -> None:
+        resident.retired = True
+        task = asyncio.create_task(self._drain(resident), name=f"drain {resident.id}")
+        self._drains.add(task)
+        task.add_done_callback(self._drains.discard)
+
+    async def _drain(self, resident: Resident) -> None:
+        await resident.idle.wait()
+        async with resident.engine.lock:
+            if not resident.retired or self._held.get(resident.id) is not resident:
+                return
+            del self._held[resident.id]
+            with contextlib.suppress(EmbedftError):
+                await resident.engine.client.unload(resident.id)
+
+    def _engine_for(self, name: str, passport: Passport) -> Engine:
+        of_task = [engine for engine in self.engines.values() if engine.config.task == passport.task]
+        for engine in of_task:
+            if engine.info.fingerprint == passport.base.fingerprint:
+                return engine
+        serving = ", ".join(engine.info.fingerprint for engine in of_task) or "none of its task"
+        raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=serving)
+
+
+def _checked(name: str, found: Found) -> Passport:
+    check_contents(found.folder, name)
+    passport = read_passport(found.folder, name=name)
+    if generation(found.folder) != found.generation:
+        raise AdapterInvalid(name, "its content is not what its generation says: the file was changed or is damaged")
+    return passport
+
+
+def _check_fit(name: str, passport: Passport, engine: Engine) -> None:
+    if passport.base.fingerprint != engine.info.fingerprint:
+        raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=engine.info.fingerprint)
+    if passport.r > engine.config.max_lora_rank:
+        raise AdapterInvalid(name, f"its rank {passport.r} is above this engine's {engine.config.max_lora_rank}: raise max_lora_rank of the base")
+    if passport.task == "embedding" and passport.pooling != engine.info.pooling:
+        raise AdapterInvalid(name, f"it pools by {passport.pooling}, the engine by {engine.info.pooling}")
+    if passport.task == "embedding" and passport.max_length > engine.max_length:
+        raise AdapterInvalid(name, f"its max_length {passport.max_length} is above the engine's {engine.max_length}")

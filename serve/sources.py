@@ -1,0 +1,60 @@
+"""Where an adapter may come from: the store's own names and generations, and folders under its root. Nothing else."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedft.adapters.store import AdapterStore
+from embedft.adapters.transfer import check_contents
+from embedft.errors import AdapterNotFound, InputInvalid
+
+
+@dataclass(frozen=True)
+class Found:
+    """An immutable object of the store: `folder` is objects/<generation>."""
+
+    generation: str
+    folder: Path
+
+
+def find(store: AdapterStore, name: str, source: str | None) -> Found:
+    """Resolve `source` for `name`: None or 'store', a name, a generation (12 to 64 hex digits) or a folder under the store's root.
+
+    A folder is copied into the store first, without a name. Raises AdapterNotFound, AdapterInvalid, InputInvalid source_refused.
+    """
+    wanted = name if source in (None, "store") else str(source)
+    try:
+        folder = store.folder(wanted)
+        if not folder.is_dir():
+            raise AdapterNotFound(wanted[:80], list(store.names()))
+        return Found(folder.name, folder)
+    except AdapterNotFound:
+        if source in (None, "store"):
+            raise
+    folder = contained(store.root, wanted)
+    if folder.parent == store.root / "objects":
+        return Found(folder.name, folder)
+    check_contents(folder, name)
+    with store.stage() as stage:
+        shutil.copytree(folder, stage, dirs_exist_ok=True)
+        check_contents(stage, name)
+        identity = store.add(stage)
+    return Found(identity, store.folder(identity))
+
+
+def contained(root: Path, source: str) -> Path:
+    """`source` as an existing folder under `root`, reached through no link and no `..`. InputInvalid otherwise, saying nothing of what is there."""
+    refused = InputInvalid("source_refused", "a source is a name or generation in the store, or a folder under its root", "source")
+    if "\0" in source or "://" in source or len(source) > 1024:
+        raise refused
+    given = Path(source)
+    if ".." in given.parts:
+        raise refused
+    path = root / given
+    try:
+        inside = path.relative_to(root)
+        if path.resolve(strict=True) != path or not path.is_dir() or inside.parts[:1] in ((), ("names",)):
+            raise refused
+    except (OSError, ValueError):
+        raise refused from None
+    return path
