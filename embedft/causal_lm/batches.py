@@ -60,7 +60,7 @@ class LengthGrouped(Sampler[int]):
         windows = [sorted(order[i : i + size], key=self._lengths.__getitem__) for i in range(0, len(order), size)]
         flat = [index for window in windows for index in window]
         batches = [flat[i : i + self._batch] for i in range(0, len(flat), self._batch)]
-        last = [batches.pop()] if len(batches[-1]) < self._batch else []   # a short batch stays last, else it shifts the others
+        last = [batches.pop()] if len(batches[-1]) < self._batch else []  # a short batch stays last, else it shifts the others
         for number in torch.randperm(len(batches), generator=generator).tolist():
             yield from batches[number]
         for batch in last:

@@ -5,14 +5,20 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.causal_lm.data import Row
-from embedft.causal_lm.template import IGNORED, Example, Template, stop_tokens
+from embedft.adapters.passport import read_passport
+from embedft.base import BaseSpec, base_folder
+from embedft.causal_lm.data import Row, read_rows
+from embedft.causal_lm.template import IGNORED, Example, Template, stop_tokens, template_with_hash
+from embedft.training.statistics import paired_bootstrap
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from embedft.adapters.store import AdapterStore
 
 HIGHER_IS_BETTER = {"exact_match": True, "token_f1": True, "bits_per_character": False}
 
@@ -23,7 +29,7 @@ class Generation:
 
     ids: tuple[str, ...]
     answers: tuple[str, ...]
-    scores: "dict[str, npt.NDArray[np.float64]]"   # metric → (n,)
+    scores: "dict[str, npt.NDArray[np.float64]]"  # metric → (n,)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -53,14 +59,10 @@ def evaluate_generation(
         "token_f1": [token_f1(answer, row.answer) for answer, row in zip(answers, rows, strict=True)],
         "bits_per_character": [value / len(row.answer) for value, row in zip(bits, rows, strict=True)],
     }
-    return Generation(
-        tuple(row.id for row in rows), tuple(answers), {name: np.array(values) for name, values in scores.items()}
-    )
+    return Generation(tuple(row.id for row in rows), tuple(answers), {name: np.array(values) for name, values in scores.items()})
 
 
-def greedy(
-    model: Any, template: Template, rows: Sequence[Row], *, max_new_tokens: int, batch: int, max_length: int
-) -> list[str]:
+def greedy(model: Any, template: Template, rows: Sequence[Row], *, max_new_tokens: int, batch: int, max_length: int) -> list[str]:
     """The model's most likely continuation of each row's prompt, up to a stop token."""
     import torch
 
@@ -104,7 +106,7 @@ def answer_bits(model: Any, template: Template, rows: Sequence[Row], *, batch: i
         labels = inputs.pop("labels").to(model.device)
         with torch.inference_mode():
             given = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in inputs.items()}
-            logits = model(**given).logits.float()   # (batch, kept, vocabulary)
+            logits = model(**given).logits.float()  # (batch, kept, vocabulary)
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
         ).view(len(chosen), -1)
@@ -141,3 +143,45 @@ def _words(text: str) -> list[str]:
 def pad_token(tokenizer: Any) -> int:
     """Padding is masked everywhere, so any token will do where a tokenizer has none."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def compare(base: Generation | None, adapter: Generation | None, metric: str) -> dict[str, Any]:
+    """{"metric", "base": {…}, "adapter": {…}, "gain_ci95": [lo, hi]}: the interval is of `metric`, more being better."""
+    if base is None or adapter is None:
+        return {}
+    interval = paired_bootstrap(*adapter.gains(base, metric))
+    return {"metric": metric, "base": base.metrics, "adapter": adapter.metrics, "gain_ci95": list(interval)}
+
+
+def evaluate_adapter(
+    name: "str | Path", data: str, store: "AdapterStore", *, base: "Path | None" = None, max_new_tokens: int = 32, batch: int = 32
+) -> dict[str, Any]:
+    """A stored adapter (or an adapter folder) and its base on other rows: what `embedft eval` prints.
+
+    `base`: the folder of a base that the passport cannot name (one trained from a local path). Raises DataError,
+    AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
+    """
+    from transformers import AutoTokenizer
+
+    from embedft.base import fingerprint, load_model
+    from embedft.errors import AdapterInvalid, BaseMismatch
+    from embedft.methods import load_adapter
+
+    rows = read_rows(data)
+    folder = Path(name) if Path(name).is_dir() else store.folder(str(name))
+    passport = read_passport(folder, name=str(name))
+    if passport.task != "causal_lm":
+        raise AdapterInvalid(passport.name, "it is no language model's adapter, so it writes nothing")
+    source = base or base_folder(BaseSpec(passport.base.model, passport.base.quantization, passport.base.revision))
+    if fingerprint(source) != passport.base.fingerprint:
+        raise BaseMismatch(passport.name, trained_on=passport.base.fingerprint, serving=fingerprint(source))
+    template = template_with_hash(AutoTokenizer.from_pretrained(source), passport.template_hash)
+    model: Any = load_adapter(load_model(source, task="causal_lm"), folder)
+    adapted = evaluate_generation(
+        model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=passport.max_length
+    )
+    with model.disable_adapter():
+        plain = evaluate_generation(
+            model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=passport.max_length
+        )
+    return {"adapter": passport.name, **compare(plain, adapted, str(passport.metrics.get("metric", "exact_match")))}

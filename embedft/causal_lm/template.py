@@ -13,7 +13,7 @@ from typing import Any
 from embedft.causal_lm.data import Message, Row
 from embedft.errors import UsageError
 
-IGNORED = -100   # label of a token without a loss
+IGNORED = -100  # label of a token without a loss
 PLAIN = "plain"
 NAMED = {
     "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -62,7 +62,7 @@ class Template:
             part = self._ids(text, first=number == 0)
             ids += part
             labels += part if learnt or train_on_inputs else [IGNORED] * len(part)
-        if len(ids) - len(part) >= max_length:   # `part` is the last answer now
+        if len(ids) - len(part) >= max_length:  # `part` is the last answer now
             return None
         return Example(tuple(ids[:max_length]), tuple(labels[:max_length]))
 
@@ -90,15 +90,19 @@ class Template:
 
     def _plain(self, messages: Sequence[Message]) -> str:
         if len(messages) != 1 or messages[0].role != "user":
-            raise UsageError("this base has no chat template, so its rows are one prompt and one completion: set data.template=chatml")
+            raise UsageError(
+                "this base has no chat template, so its rows are one prompt and one completion: set data.template=chatml"
+            )
         return messages[0].content
 
     def _render(self, messages: Sequence[Message], *, ask: bool) -> str:
         listed = [{"role": message.role, "content": message.content} for message in messages]
-        return str(self.tokenizer.apply_chat_template(listed, chat_template=self.source, tokenize=False, add_generation_prompt=ask))
+        return str(
+            self.tokenizer.apply_chat_template(listed, chat_template=self.source, tokenize=False, add_generation_prompt=ask)
+        )
 
     def _ids(self, text: str, *, first: bool) -> list[int]:
-        special = first and self.source is None   # a template writes its special tokens itself
+        special = first and self.source is None  # a template writes its special tokens itself
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
@@ -111,6 +115,17 @@ def template_of(tokenizer: Any, name: str | None = None) -> Template:
     if name not in NAMED:
         raise UsageError(f"no template {name!r}: there are {', '.join([*NAMED, PLAIN])}; leave it out for the base's own")
     return Template(tokenizer, NAMED[name])
+
+
+def template_with_hash(tokenizer: Any, wanted: str | None) -> Template:
+    """The template that an adapter was trained with, found by the hash in its passport. UsageError if none here has it."""
+    for name in (None, *NAMED, PLAIN):
+        template = template_of(tokenizer, name)
+        if wanted in (None, template.hash):
+            return template
+    raise UsageError(
+        "the adapter was trained with a chat template that this base does not have: serve the base it was trained on"
+    )
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:

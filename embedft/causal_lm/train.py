@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.base import Base, BaseSpec, load_base
 from embedft.causal_lm.data import Row, data_hash, read_rows
-from embedft.causal_lm.evaluate import Generation, evaluate_generation, pad_token
+from embedft.causal_lm.evaluate import Generation, compare, evaluate_generation, pad_token
 from embedft.causal_lm.template import Example, Template, template_of
 from embedft.errors import DataError
 from embedft.methods import attach
@@ -17,7 +17,6 @@ from embedft.training.loop import fit, rehearse
 from embedft.training.measure import AdapterResult, DryRunReport, PeakMemory
 from embedft.training.publish import Published, publish
 from embedft.training.run import open_run
-from embedft.training.statistics import paired_bootstrap
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
@@ -50,10 +49,9 @@ def train(
         template = template_of(base.tokenizer, recipe.data.template)
         examples = tokenized(split.train, template, recipe)
         if dry_run:
-            return _dry_run(base, examples, recipe)
-        run = open_run(
-            recipe, root=Path(store.root), data_hash=split.hash, base_fingerprint=base.info.fingerprint, resume=resume
-        )
+            report = _dry_run(base, examples, recipe)
+            return replace(report, peak_bytes=max(report.peak_bytes, peak.bytes))
+        run = open_run(recipe, root=Path(store.root), data_hash=split.hash, base_fingerprint=base.info.fingerprint, resume=resume)
         before = _evaluate(base.model, template, split.test, recipe)
         model = _seeded_adapter(base, recipe)
         trainer = build_trainer(model, base, examples, recipe.train, folder=run.folder)
@@ -104,7 +102,9 @@ def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -
     if len(kept) < 0.9 * len(rows):
         limit = recipe.train.max_length
         raise DataError(
-            [f"{len(rows) - len(kept)} of {len(rows)} prompts fill all {limit} tokens and leave no answer: raise train.max_length"]
+            [
+                f"{len(rows) - len(kept)} of {len(rows)} prompts fill all {limit} tokens and leave no answer: raise train.max_length"
+            ]
         )
     return kept
 
@@ -117,7 +117,7 @@ def build_trainer(model: Any, base: Base, examples: list[Example], settings: Cau
     from embedft.training.interrupt import AdapterCheckpoints
 
     class LmTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002
             lengths = [len(example.ids) for example in examples]
             return LengthGrouped(lengths, batch=settings.batch, seed=settings.seed)
 
@@ -155,14 +155,6 @@ def _evaluate(model: Any, template: Template, rows: list[Row], recipe: CausalLMR
     return evaluate_generation(
         model, template, rows, max_new_tokens=settings.max_new_tokens, batch=settings.batch, max_length=recipe.train.max_length
     )
-
-
-def compare(base: Generation | None, adapter: Generation | None, metric: str) -> dict[str, Any]:
-    """{"metric", "base": {…}, "adapter": {…}, "gain_ci95": [lo, hi]}: the interval is of `metric`, more being better."""
-    if base is None or adapter is None:
-        return {}
-    interval = paired_bootstrap(*adapter.gains(base, metric))
-    return {"metric": metric, "base": base.metrics, "adapter": adapter.metrics, "gain_ci95": list(interval)}
 
 
 def eval_rows(

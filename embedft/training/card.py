@@ -11,7 +11,13 @@ def model_card(passport: Passport) -> str:
     """Markdown with the front matter that model hubs read."""
     base = passport.base
     library = "sentence-transformers" if passport.task == "embedding" else "peft"
-    front = ["---", f"base_model: {json.dumps(base.model)}", f"library_name: {library}", f"tags: [embedft, {passport.method}]", "---"]
+    front = [
+        "---",
+        f"base_model: {json.dumps(base.model)}",
+        f"library_name: {library}",
+        f"tags: [embedft, {passport.method}]",
+        "---",
+    ]
     facts = [
         ("Task", passport.task),
         ("Base", f"`{base.model}`" + (f" at `{base.revision}`" if base.revision else "")),
@@ -23,7 +29,11 @@ def model_card(passport: Passport) -> str:
     ]
     if passport.task == "embedding":
         pooled = f"{passport.pooling} pooling" + (", normalised" if passport.normalize else "")
-        facts[5:5] = [("Vectors", pooled), ("Prompts", f"`{json.dumps(passport.prompts, ensure_ascii=False)}`"), ("Side", passport.side)]
+        facts[5:5] = [
+            ("Vectors", pooled),
+            ("Prompts", f"`{json.dumps(passport.prompts, ensure_ascii=False)}`"),
+            ("Side", passport.side),
+        ]
     lines = [*front, "", f"# {passport.name}", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)]
     return "\n".join([*lines, "", *_quality(passport.metrics), *_use(passport)]) + "\n"
 
@@ -46,7 +56,15 @@ def _number(value: Any) -> str:
 
 
 def _use(passport: Passport) -> list[str]:
-    text = ["## Use", "", f"`embedft serve` applies it to requests with `\"adapter\": \"{passport.name}\"`, after its probes have passed.", ""]
+    text = [
+        "## Use",
+        "",
+        f'`embedft serve` applies it to requests with `"adapter": "{passport.name}"`, after its probes have passed.',
+        "",
+    ]
     if passport.base.quantization != "none":
-        text += [f"It was trained on the base in {passport.base.quantization}; on the unquantized base its outputs differ a little.", ""]
+        text += [
+            f"It was trained on the base in {passport.base.quantization}; on the unquantized base its outputs differ a little.",
+            "",
+        ]
     return text

@@ -4,6 +4,7 @@ A checkpoint holds the trainable tensors, the optimizer, the schedule, the rando
 The base is never written and never read back: both stock trainers damage a quantized base there (FACTS.md, defects 1 and 2).
 """
 
+# ruff: noqa: ARG002 (transformers calls these with arguments of its choosing)
 import os
 import shutil
 import signal
@@ -98,7 +99,7 @@ class InterruptGuard(TrainerCallback):
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._before[number] = signal.signal(number, self._on_signal)
-            except ValueError:   # not the main thread
+            except ValueError:  # not the main thread
                 break
         return self
 

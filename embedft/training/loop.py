@@ -1,5 +1,6 @@
 """Run a Trainer the way every trainer here runs: quiet, stoppable, resumable, measured."""
 
+# ruff: noqa: ARG002 (transformers calls these with arguments of its choosing)
 from typing import Any
 
 from embedft.recipe import TrainSection

@@ -1,10 +1,16 @@
 """One live line on stderr: step, loss, time left. A line every ten seconds where stderr is no terminal."""
 
+# ruff: noqa: ARG002 (transformers calls these with arguments of its choosing)
 import sys
 import time
 from typing import Any
 
 from transformers import TrainerCallback
+
+
+def note(text: str) -> None:
+    """A line on stderr that is no error: stdout stays the result's."""
+    sys.stderr.write(f"note: {text}\n")
 
 
 class ProgressETA(TrainerCallback):
@@ -34,7 +40,9 @@ class ProgressETA(TrainerCallback):
             return
         self._printed = now
         line = self.line(state.global_step, state.max_steps, now - self._began)
-        print(f"\r\x1b[K{line}" if self._live else line, end="" if self._live and not last else "\n", file=sys.stderr, flush=True)
+        start, end = ("\r\x1b[K", "\n" if last else "") if self._live else ("", "\n")
+        sys.stderr.write(f"{start}{line}{end}")
+        sys.stderr.flush()
 
     def line(self, step: int, steps: int, elapsed: float) -> str:
         """`name  step 12/100  loss 1.234  0:07 left`; the rate counts only steps of this process."""

@@ -1,7 +1,6 @@
 """A trained adapter → its whole folder in the store: weights, files that make it load elsewhere, passport, probes, card."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from embedft.methods import save_weights
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
 from embedft.training.card import model_card
 from embedft.training.measure import AdapterResult, trainable
+from embedft.training.progress import note
 from embedft.training.sentence_files import write_sentence_files
 from embedft.verify import as_record, record, unnoticed
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
     from embedft.encode import EncodeSettings
 
-HUB_IDS = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}   # a built-in whose files are those of a hub model
+HUB_IDS = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # a built-in whose files are those of a hub model
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def publish(
         save_weights(model, folder, base_name=public_name(recipe.base.model))
         if published.settings is not None:
             write_sentence_files(folder, base.tokenizer, published.settings, dimension=base.info.hidden_size)
-        recorded = record(
-            folder, base=base.folder, tokenizer=base.tokenizer, task=recipe.task, settings=published.settings
-        )
+        recorded = record(folder, base=base.folder, tokenizer=base.tokenizer, task=recipe.task, settings=published.settings)
         _note_unnoticed(recipe.name, recorded)
         write_probes(folder, recorded)
         passport = _passport(base, recipe, published, recorded)
@@ -86,9 +84,7 @@ def public_name(model: str) -> str:
     return Path(model).name if Path(model).expanduser().is_dir() or Path(model).is_absolute() else model
 
 
-def _passport(
-    base: Base, recipe: EmbeddingRecipe | CausalLMRecipe, published: Published, recorded: RecordedProbes
-) -> Passport:
+def _passport(base: Base, recipe: EmbeddingRecipe | CausalLMRecipe, published: Published, recorded: RecordedProbes) -> Passport:
     settings = published.settings
     return Passport(
         name=recipe.name,
@@ -121,10 +117,9 @@ def _passport(
 
 def _note_unnoticed(name: str, recorded: RecordedProbes) -> None:
     if kinds := unnoticed(recorded):
-        print(
-            f"note: {name!r} hardly uses {', '.join(kinds)}: its probes would not notice their loss; train longer or leave them"
-            " out of adapter.targets",
-            file=sys.stderr,
+        note(
+            f"{name!r} hardly uses {', '.join(kinds)}: its probes would not notice their loss; train longer or leave them"
+            " out of adapter.targets"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 from embedft.errors import ResumeRefused
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
 
-COMPLETE = "complete"   # written last into a checkpoint: one without it was cut off and is ignored
+COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is ignored
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,7 @@ class Run:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def open_run(
-    recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash: str, base_fingerprint: str, resume: bool
-) -> Run:
+def open_run(recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash: str, base_fingerprint: str, resume: bool) -> Run:
     """Begin a run afresh under `root`/.training/<name>, or find where the last one stopped.
 
     Raises ResumeRefused where there is no complete checkpoint, or naming each setting that is no longer the same.
@@ -82,7 +80,7 @@ def _refuse_changes(name: str, then: dict[str, Any], now: dict[str, Any]) -> Non
     if changes:
         raise ResumeRefused(f"{name!r} cannot resume: " + "; ".join(changes) + ": undo that, or start without --resume")
     if then["machine"] != now["machine"]:
-        print(f"note: resuming on {now['machine']}, begun on {then['machine']}: the last bits may differ", file=sys.stderr)
+        sys.stderr.write(f"note: resuming on {now['machine']}, begun on {then['machine']}: the last bits may differ\n")
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

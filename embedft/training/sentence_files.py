@@ -20,9 +20,7 @@ def write_sentence_files(folder: Path, tokenizer: Any, settings: "EncodeSettings
     modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
     if settings.normalize:
         modules.append(("2", "2_Normalize", "Normalize"))
-    listed = [
-        {"idx": int(number), "name": number, "path": path, "type": _MODULE + kind} for number, path, kind in modules
-    ]
+    listed = [{"idx": int(number), "name": number, "path": path, "type": _MODULE + kind} for number, path, kind in modules]
     _write(folder / "modules.json", listed)
     _write(folder / "sentence_bert_config.json", {"max_seq_length": settings.max_length, "do_lower_case": False})
     prompts = {"query": settings.prompts.get("query", ""), "document": settings.prompts.get("document", "")}

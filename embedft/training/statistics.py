@@ -16,7 +16,7 @@ def paired_bootstrap(base: Scores, adapted: Scores, *, resamples: int = 2000, se
     difference = np.asarray(adapted, dtype=np.float64) - np.asarray(base, dtype=np.float64)
     generator = np.random.default_rng(seed)
     size, means = len(difference), np.empty(resamples)
-    chunk = max(1, 4_000_000 // size)   # bounds the index matrix to 32 MB
+    chunk = max(1, 4_000_000 // size)  # bounds the index matrix to 32 MB
     for start in range(0, resamples, chunk):
         rows = min(chunk, resamples - start)
         means[start : start + rows] = difference[generator.integers(size, size=(rows, size))].mean(axis=1)
