@@ -1,7 +1,7 @@
 """One causal-LM recipe → one proven adapter: read, attach, fit, evaluate, publish."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
