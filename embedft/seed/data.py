@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import lzma
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from embedft.pydocs.sources import Function, bucket, functions_in, permissive_packages, read_source, source_files
+from embedft.installed import Function, bucket, functions_in, permissive_packages, read_source, source_files
 from embedft.seed.tasks import EXTRACTIVE, Example, Text, examples, gather
-from embedft.seed.tokenizer import END, render_chat, train_tokenizer
+from embedft.seed.tokenizer import END, VOCAB, render_chat, train_tokenizer
 
 HELD_OUT = 40  # one document in 40 is held out
 ANSWER_WEIGHT = 4  # a token of an answer counts as much as four others
@@ -66,8 +66,10 @@ def split(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     return [t for t, h in zip(texts, held, strict=True) if not h], [t for t, h in zip(texts, held, strict=True) if h]
 
 
-def prepare(folder: Path, *, books: Path | None, budget: Budget, packages: Sequence[str] | None = None, seed: int = 7) -> Tokenizer:
-    """Write tokenizer.json, the streams' arrays, the held-out arrays and the checks to `folder`, unless they are there; give the tokenizer."""
+def prepare(
+    folder: Path, *, books: Path | None, budget: Budget, packages: Sequence[str] | None = None, vocab: int = VOCAB, seed: int = 7
+) -> Tokenizer:
+    """Write the tokenizer, the streams', the held-out arrays and the checks to `folder`, unless they are there; give the tokenizer."""
     done = folder / "data.json"
     if done.exists():
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -78,27 +80,29 @@ def prepare(folder: Path, *, books: Path | None, budget: Budget, packages: Seque
     train_code = [source for _, train, _ in pairs for source in train]
     held_code = [source for _, _, held in pairs for source in held]
     random.Random(seed).shuffle(train_code)
-    prose = _shares(train_books, budget.prose_chars) or [f.summary for p, train, _ in pairs for s in train for f in functions_in(s, package=p)]
+    documented = _documented((p, train) for p, train, _ in pairs)
+    prose = _shares(train_books, budget.prose_chars) or [f.summary for f in documented]
     held_prose = _shares(held_books, 600_000) or prose[:200]
-    tokenizer = train_tokenizer(_sample(prose, 5_000_000) + _sample(train_code, 4_000_000))
+    tokenizer = train_tokenizer(_sample(prose, 5_000_000) + _sample(train_code, 4_000_000), vocab=vocab)
     tokenizer.save(str(folder / "tokenizer.json"))
     _write(folder, "prose", _encode(tokenizer, prose))
     _write(folder, "code", _encode(tokenizer, _sample(train_code, budget.code_chars)))
     _write(folder, "held-prose", _encode(tokenizer, held_prose))
     _write(folder, "held-code", _encode(tokenizer, _sample(held_code or train_code[:4], 600_000)))
-    text = gather(prose, _documented((p, train) for p, train, _ in pairs))
+    text = gather(prose, documented)
     _write_tasks(folder, tokenizer, examples(text, budget.examples, seed=seed))
     unseen = gather(held_prose, _documented((p, held or train) for p, train, held in pairs))
     checks = examples(unseen, budget.checks, seed=seed + 1, mixture=EXTRACTIVE)
     (folder / "checks.json").write_text(json.dumps([[c.kind, c.prompt, c.answer] for c in checks]), encoding="utf-8")
     counts = {name: int(np.load(folder / f"{name}.npy", mmap_mode="r").shape[0]) for name in (*STREAMS, "held-prose", "held-code")}
-    facts = {"books": len(train_books), "books_held_out": len(held_books), "packages": {p: len(t) for p, t, _ in pairs if t}, "examples": budget.examples, "tokens": counts}
+    files = {package: len(train) for package, train, _ in pairs if train}
+    facts = {"books": len(train_books), "books_held_out": len(held_books), "packages": files, "examples": budget.examples, "tokens": counts}
     done.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return tokenizer
 
 
-def _documented(pairs: object) -> list[Function]:
-    return [f for package, files in pairs for source in files for f in functions_in(source, package=package)]  # type: ignore[attr-defined]
+def _documented(pairs: Iterable[tuple[str, Sequence[str]]]) -> list[Function]:
+    return [f for package, files in pairs for source in files for f in functions_in(source, package=package)]
 
 
 def _shares(books: Sequence[str], chars: int) -> list[str]:
@@ -140,7 +144,7 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[list[int], l
 
 def _write_tasks(folder: Path, tokenizer: Tokenizer, made: Sequence[Example]) -> None:
     ids, weights, starts = list[int](), list[int](), list[int]()
-    end = tokenizer.encode("\n").ids[:1] + [tokenizer.token_to_id(END)]
+    end = [*tokenizer.encode("\n").ids[:1], tokenizer.token_to_id(END)]
     for example in made:
         starts.append(len(ids))
         some, heavy = encode_example(tokenizer, example)

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 class MuonAdamW:
     """One optimizer whose whole state is a flat dict of named tensors, so that it saves as safetensors."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], *, muon_lr: float = 0.02, adam_lr: float = 4e-3, momentum: float = 0.95, decay: float = 0.01) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        muon_lr: float = 0.02,
+        adam_lr: float = 4e-3,
+        momentum: float = 0.95,
+        decay: float = 0.01,
+    ) -> None:
         parameters = list(named)
         self.muon_lr, self.adam_lr, self.momentum, self.decay, self.steps = muon_lr, adam_lr, momentum, decay, 0
         self.adam = [(name, p) for name, p in parameters if p.dim() < 2 or "embed" in name]

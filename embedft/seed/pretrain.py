@@ -1,4 +1,6 @@
-"""Pretrain seed-lm on a CPU (or one GPU) and export it as a transformers folder: `python -m embedft.seed.pretrain --books PATH --out DIR --hours 1.3`.
+"""Pretrain seed-lm on a CPU (or one GPU) and export it as a transformers folder.
+
+    python -m embedft.seed.pretrain --books PATH --out DIR --hours 1.3
 
 DIR holds everything between runs: `data/` (token arrays), `checkpoint.safetensors` (weights, optimizer, step, seconds spent), `export/`.
 SIGTERM or Ctrl-C writes a checkpoint and exports; the same command line goes on from there. With `--steps` the schedule depends on the
@@ -14,7 +16,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from embedft.seed.card import card
 from embedft.seed.check import Scores, score
 from embedft.seed.data import Batches, Budget, prepare
 from embedft.seed.model import SeedLM, Shape
@@ -51,8 +54,8 @@ class Run:
     check_seconds: float = 600.0
     compile: bool = True
     packages: tuple[str, ...] | None = None
-    budget: Budget = Budget()
-    shape: Shape = Shape()
+    budget: Budget = field(default_factory=Budget)
+    shape: Shape = field(default_factory=Shape)
 
 
 def rate(progress: float) -> float:
@@ -72,7 +75,9 @@ class State:
 
 def save_checkpoint(path: Path, model: SeedLM, optimizer: MuonAdamW, state: State) -> None:
     """Stage, fsync, rename."""
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()} | {f"optimizer.{k}": v for k, v in optimizer.state.items()}
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()} | {
+        f"optimizer.{k}": v for k, v in optimizer.state.items()
+    }
     staged = path.with_suffix(".staged")
     save_file(tensors, staged, metadata={"step": str(state.step), "spent": repr(state.spent), "optimizer_steps": str(optimizer.steps)})
     with staged.open("rb") as file:
@@ -121,7 +126,9 @@ class Pretraining:
         if (run.hours is None) == (run.steps is None):
             raise ValueError("give exactly one of hours and steps")
         self.run, self.report, self.stop = run, report, False
-        self.tokenizer = prepare(run.out / "data", books=run.books, budget=run.budget, packages=run.packages, seed=run.seed)
+        self.tokenizer = prepare(
+            run.out / "data", books=run.books, budget=run.budget, packages=run.packages, vocab=run.shape.vocab, seed=run.seed
+        )
         self.batches = Batches(run.out / "data", seed=run.seed)
         torch.manual_seed(run.seed)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,20 +182,28 @@ class Pretraining:
         """Export to `out/export` and score on what was held out."""
         export(self.run.out / "export", self.model, self.tokenizer)
         scores = score(self.model, self.tokenizer, self.run.out / "data", questions=questions, rows=rows)
-        facts = scores.as_dict() | {"step": self.state.step, "tokens": self.state.step * self.run.tokens, "seconds": round(self.state.spent), "finished": self.progress >= 1}
+        step, done = self.state.step, self.progress >= 1
+        facts = scores.as_dict() | {"step": step, "tokens": step * self.run.tokens, "seconds": round(self.state.spent), "finished": done}
         (self.run.out / "scores.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        data = json.loads((self.run.out / "data" / "data.json").read_text(encoding="utf-8"))
+        parameters = sum(p.numel() for p in self.model.parameters())
+        (self.run.out / "export" / "README.md").write_text(card(facts, data, self.model.shape, parameters=parameters), encoding="utf-8")
         self.report(f"check {json.dumps(facts)}")
         return scores
 
     def _say(self, losses: Sequence[float], speed: float) -> None:
         recent, left = losses[-20:], (1 / max(self.progress, 1e-6) - 1) * self.state.spent
-        self.report(f"step {self.state.step} progress {self.progress:.3f} loss {sum(recent) / len(recent):.3f} tokens/s {speed:.0f} tokens {self.state.step * self.run.tokens / 1e6:.2f}M ETA {left / 60:.0f} min")
+        loss, tokens = sum(recent) / len(recent), self.state.step * self.run.tokens / 1e6
+        self.report(
+            f"step {self.state.step} progress {self.progress:.3f} loss {loss:.3f} tokens/s {speed:.0f} "
+            f"tokens {tokens:.2f}M ETA {left / 60:.0f} min"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Pretrain seed-lm; the same command resumes.")
-    parser.add_argument("--books", type=Path, help="text file (or .xz), books separated by U+001E; without it only installed packages are read")
+    parser.add_argument("--books", type=Path, help="text file (or .xz), books separated by U+001E; without it only packages are read")
     parser.add_argument("--out", type=Path, required=True, help="working folder, outside the source tree")
     parser.add_argument("--hours", type=float, help="training hours in all, decay included")
     parser.add_argument("--steps", type=int, help="or: updates in all")

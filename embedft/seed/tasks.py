@@ -10,17 +10,50 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from embedft.pydocs.sources import Function
+from embedft.installed import Function
 
 SENTENCE = re.compile(r"[A-Z\"][^.!?\n]{40,220}[.!?]")
 NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,12}\b")
 WORD = re.compile(r"^[A-Za-z][a-z'-]{2,}$")
 
 ATTRIBUTES = (
-    "colour", "price", "size", "owner", "port", "city", "code", "leader", "weight", "age", "father", "home", "profession", "limit", "version", "default",
-    "teacher", "office", "capital", "secret", "number", "name", "deadline", "licence", "timeout", "author", "address", "friend", "ship", "horse",
+    "colour",
+    "price",
+    "size",
+    "owner",
+    "port",
+    "city",
+    "code",
+    "leader",
+    "weight",
+    "age",
+    "father",
+    "home",
+    "profession",
+    "limit",
+    "version",
+    "default",
+    "teacher",
+    "office",
+    "capital",
+    "secret",
+    "number",
+    "name",
+    "deadline",
+    "licence",
+    "timeout",
+    "author",
+    "address",
+    "friend",
+    "ship",
+    "horse",
 )
-LAYOUTS = ("Passages:\n{passages}\n\nQuestion: {question}", "{passages}\n\n{question}", "Answer from the passages.\n\n{passages}\n\nQuestion: {question}", "Context:\n{passages}\n\nQuestion: {question}\nAnswer with words of the context.")
+LAYOUTS = (
+    "Passages:\n{passages}\n\nQuestion: {question}",
+    "{passages}\n\n{question}",
+    "Answer from the passages.\n\n{passages}\n\nQuestion: {question}",
+    "Context:\n{passages}\n\nQuestion: {question}\nAnswer with words of the context.",
+)
 MARKS = ("[{n}] ", "{n}. ", "- ", "Passage {n}: ")
 
 
@@ -123,7 +156,7 @@ def after(text: Text, rng: random.Random) -> Example:
     answer = " ".join(words[start + cue : start + cue + count])
     if not answer:
         return fact(text, rng)
-    form = rng.choice(("What comes after \"{c}\"?", "Which {n} words follow \"{c}\"?")) if count > 1 else "Which word follows \"{c}\"?"
+    form = rng.choice(('What comes after "{c}"?', 'Which {n} words follow "{c}"?')) if count > 1 else 'Which word follows "{c}"?'
     if "{n}" not in form and count > 1:
         answer = _to_stop(words[start + cue :])
     return _extractive("after", chosen, form.format(c=" ".join(words[start : start + cue]), n=count), answer, rng)
@@ -146,12 +179,14 @@ def docs(text: Text, rng: random.Random) -> Example:
     wanted = chosen[0]
     passages = [f"`{f.name}({', '.join(f.arguments[:4])})` is a function of {f.package}. {f.summary}" for f in chosen]
     summary = wanted.summary.rstrip(".")
-    question, answer = rng.choice((
-        (f"Which function has this description: {summary}?", wanted.name),
-        (f"What does `{wanted.name}` do?", wanted.summary),
-        (f"What is the first parameter of `{wanted.name}`?", wanted.arguments[0]),
-        (f"Which package has the function `{wanted.name}`?", wanted.package),
-    ))
+    question, answer = rng.choice(
+        (
+            (f"Which function has this description: {summary}?", wanted.name),
+            (f"What does `{wanted.name}` do?", wanted.summary),
+            (f"What is the first parameter of `{wanted.name}`?", wanted.arguments[0]),
+            (f"Which package has the function `{wanted.name}`?", wanted.package),
+        )
+    )
     return _extractive("docs", passages, question, answer, rng)
 
 
@@ -169,7 +204,8 @@ def repeat(text: Text, rng: random.Random) -> Example:
 def quote(text: Text, rng: random.Random) -> Example:
     """Quote the first words of a passage."""
     sentence, count = rng.choice(text.sentences), rng.randrange(1, 7)
-    return Example("quote", f"Quote the first {count} words.\n\n{sentence}" if count > 1 else f"Quote the first word.\n\n{sentence}", " ".join(sentence.split()[:count]))
+    asked = f"Quote the first {count} words." if count > 1 else "Quote the first word."
+    return Example("quote", f"{asked}\n\n{sentence}", " ".join(sentence.split()[:count]))
 
 
 def describe(text: Text, rng: random.Random) -> Example:
@@ -183,11 +219,12 @@ def describe(text: Text, rng: random.Random) -> Example:
     return Example("write", f"Write a Python function: {f.summary}", code)
 
 
-EXTRACTIVE: tuple[tuple[Callable[[Text, random.Random], Example], float], ...] = ((fact, 0.4), (cloze, 0.15), (after, 0.2), (docs, 0.25))
-MIXTURE: tuple[tuple[Callable[[Text, random.Random], Example], float], ...] = ((fact, 0.34), (cloze, 0.1), (after, 0.14), (docs, 0.16), (repeat, 0.12), (quote, 0.05), (describe, 0.09))
+Mixture = Sequence[tuple[Callable[[Text, random.Random], Example], float]]
+EXTRACTIVE: Mixture = ((fact, 0.4), (cloze, 0.15), (after, 0.2), (docs, 0.25))
+MIXTURE: Mixture = ((fact, 0.34), (cloze, 0.1), (after, 0.14), (docs, 0.16), (repeat, 0.12), (quote, 0.05), (describe, 0.09))
 
 
-def examples(text: Text, count: int, *, seed: int, mixture: Sequence[tuple[Callable[[Text, random.Random], Example], float]] = MIXTURE) -> list[Example]:
+def examples(text: Text, count: int, *, seed: int, mixture: Mixture = MIXTURE) -> list[Example]:
     """`count` examples drawn from the mixture."""
     rng = random.Random(seed)
     makers, shares = [maker for maker, _ in mixture], [share for _, share in mixture]

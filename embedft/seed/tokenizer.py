@@ -22,7 +22,9 @@ CHAT_TEMPLATE = (
 def train_tokenizer(texts: Iterable[str], *, vocab: int = VOCAB) -> Tokenizer:
     """A byte-level BPE of exactly `vocab` entries or fewer (little text); digits stand alone, nothing is lost in a round trip."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,

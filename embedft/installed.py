@@ -12,12 +12,14 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from email.message import Message
 from importlib import metadata
 from pathlib import Path
 
 STDLIB = "stdlib"
 MAX_FILE_BYTES = 400_000
-_SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3", "_vendor", "vendor", "vendored", "third_party", "externals", "_pyrepl"}
+_SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3", "_pyrepl"}
+_VENDORED_FOLDERS = {"_vendor", "vendor", "vendored", "third_party", "externals"}
 _PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|0BSD|CC0|Unlicense|Zlib|HPND)\b", re.I)
 _RESTRICTED = re.compile(r"\b(A?GPL|LGPL|L?GPLv\d|MPL|Mozilla|EUPL|Proprietary|Commercial|NVIDIA|Intel)\b", re.I)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s")
@@ -68,7 +70,8 @@ def source_files(package: str) -> list[Path]:
     found: list[tuple[str, Path]] = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts) and not path.name.startswith(("test_", "conftest")) and path.stat().st_size <= MAX_FILE_BYTES:
+        own = (_SKIPPED_FOLDERS | _VENDORED_FOLDERS).isdisjoint(relative.parts) and not path.name.startswith(("test_", "conftest"))
+        if own and path.stat().st_size <= MAX_FILE_BYTES:
             found.append((relative.as_posix(), path))
     return [path for _, path in sorted(found)]
 
@@ -95,6 +98,8 @@ def functions(package: str) -> Iterator[Function]:
 
 def functions_in(source: str, *, package: str) -> Iterator[Function]:
     """Every documented function of one file's text; none if it does not parse."""
+    if '"""' not in source and "'''" not in source:
+        return
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -102,11 +107,19 @@ def functions_in(source: str, *, package: str) -> Iterator[Function]:
     except (SyntaxError, ValueError, RecursionError):
         return
     lines = source.split("\n")
-    for node in ast.walk(tree):
+    for node in _definitions(tree.body):
+        found = _function(node, lines, package=package)
+        if found is not None:
+            yield found
+
+
+def _definitions(body: Sequence[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions of modules and classes, under `if` and `try` too; none that is local to a function. Quicker than ast.walk."""
+    for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            found = _function(node, lines, package=package)
-            if found is not None:
-                yield found
+            yield node
+        elif isinstance(node, ast.ClassDef | ast.If | ast.Try):
+            yield from _definitions(node.body)
 
 
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str], *, package: str) -> Function | None:
@@ -132,10 +145,14 @@ def _imports() -> dict[str, list[str]]:
     return {name: sorted(set(owners)) for name, owners in metadata.packages_distributions().items()}
 
 
+def _field(info: metadata.PackageMetadata, name: str) -> str:
+    return str(info[name] or "") if name in info else ""
+
+
 def permissive(distribution: metadata.Distribution) -> bool:
     """Whether the distribution's own metadata names a permissive licence and no other kind."""
     info = distribution.metadata
-    stated = [str(info.get("License-Expression") or ""), str(info.get("License") or "")[:200]]
+    stated = [_field(info, "License-Expression"), _field(info, "License")[:200]]
     stated += [c for c in info.get_all("Classifier") or [] if c.startswith("License")]
     text = " ".join(stated)
     return bool(_PERMISSIVE.search(text)) and not _RESTRICTED.search(text)
@@ -158,8 +175,8 @@ _UNDERLINE = re.compile(r"^([=\-~^\"'*+#])\1{2,}\s*$")
 
 def sections(distribution: metadata.Distribution) -> Iterator[Section]:
     """The README's sections with their titles: Markdown `#` headings and RST (or setext) underlined ones."""
-    body = distribution.metadata.get_payload() if hasattr(distribution.metadata, "get_payload") else ""  # type: ignore[attr-defined]
-    body = str(distribution.metadata.get("Description") or body or "")
+    info = distribution.metadata
+    body = _field(info, "Description") or (str(info.get_payload()) if isinstance(info, Message) else "")
     name = str(distribution.metadata["Name"]).lower()
     title, kept, fenced = "", [], False
     lines = body.replace("\r\n", "\n").split("\n")
@@ -181,12 +198,15 @@ def _heading(lines: Sequence[str], position: int) -> str | None:
     if markdown:
         return markdown.group(2)
     below = lines[position + 1] if position + 1 < len(lines) else ""
-    if line.strip() and not line.startswith((" ", "\t", "|", "+")) and not _UNDERLINE.match(line) and _UNDERLINE.match(below) and len(below.strip()) >= len(line.strip()) - 1:
-        return line.strip()
-    return None
+    text = line.strip()
+    flush = bool(text) and not line.startswith((" ", "\t", "|", "+")) and not _UNDERLINE.match(line)
+    return text if flush and _UNDERLINE.match(below) and len(below.strip()) >= len(text) - 1 else None
 
 
 def _section(distribution: str, title: str, lines: Sequence[str]) -> Iterator[Section]:
-    text = "\n".join(lines).strip()
+    kept = list(lines)
+    while kept and (not kept[-1].strip() or _UNDERLINE.match(kept[-1])):  # the next heading's overline
+        kept.pop()
+    text = "\n".join(kept).strip()
     if title and text:
         yield Section(distribution, title, text)
