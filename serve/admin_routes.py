@@ -1,0 +1,112 @@
+"""/v1/adapters and vLLM's load and unload: what is served, and its change by those who hold the admin token."""
+
+import hmac
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import PlainTextResponse
+from pydantic_core import to_json
+
+from embedft.adapters.probes import ProbeReport
+from embedft.errors import AdapterNotFound, InputInvalid, NotAuthorized
+from serve.body import read_body
+from serve.embedding import way_of
+from serve.gateway import Gateway
+from serve.lifecycle import Resident
+from serve.openapi import described
+from serve.schemas import LoadLora, PutAdapter, UnloadLora
+
+ADMIN_BODY = 64 << 10
+
+
+def admin_routes(gateway: Gateway) -> APIRouter:
+    router, lifecycle = APIRouter(tags=["adapters"]), gateway.lifecycle
+
+    def admin(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, f"Bearer {gateway.admin_token}".encode()):
+            raise NotAuthorized("this changes what is served: send the admin token as `Authorization: Bearer …`")
+
+    only_admin = [Depends(admin)]
+
+    @router.get("/v1/adapters", summary="All adapters: served, draining, and those of the store that are not served, with the reason")
+    def adapters() -> Response:
+        rows = [view(resident) for resident in [*lifecycle.live.values(), *lifecycle.draining()]]
+        rows += [{"name": name, "state": "unserved", "reason": reason} for name, reason in lifecycle.unserved().items()]
+        return _json({"object": "list", "data": sorted(rows, key=lambda row: row["name"])})
+
+    @router.get("/v1/adapters/{name}", summary="One adapter")
+    def adapter(name: str) -> Response:
+        if name not in lifecycle.live and (reason := lifecycle.unserved().get(name)):
+            return _json({"name": name, "state": "unserved", "reason": reason})
+        return _json(view(lifecycle.get(name)))
+
+    put_body = described(PutAdapter, "Load or replace: the new generation is proven beside the old, then the name moves in one step")
+
+    @router.put("/v1/adapters/{name}", dependencies=only_admin, **put_body)
+    async def put(name: str, request: Request) -> Response:
+        body = await read_body(request, PutAdapter, limit=ADMIN_BODY)
+        resident = await lifecycle.put(name, source=body.source, pin=body.pin, expected=body.expected_generation)
+        return _json(view(resident))
+
+    @router.delete("/v1/adapters/{name}", dependencies=only_admin, summary="Stop serving; what runs is finished, the store keeps it")
+    async def delete(name: str) -> Response:
+        return _json(view(await lifecycle.delete(name)))
+
+    @router.post("/v1/adapters/{name}/verify", dependencies=only_admin, summary="Replay the probes through the live engine")
+    async def verify(name: str) -> Response:
+        return _json({"name": name, "generation": lifecycle.get(name).generation, "probe": _report(await lifecycle.verify(name))})
+
+    @router.post("/v1/load_lora_adapter", dependencies=only_admin, **described(LoadLora, "vLLM's alias of PUT"))
+    async def load(request: Request) -> Response:
+        body = await read_body(request, LoadLora, limit=ADMIN_BODY)
+        if body.lora_name in lifecycle.live and not body.load_inplace:
+            raise InputInvalid("adapter_exists", f"{body.lora_name!r} is served already: load_inplace replaces it", "lora_name")
+        await lifecycle.put(body.lora_name, source=body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter", dependencies=only_admin, **described(UnloadLora, "vLLM's alias of DELETE"))
+    async def unload(request: Request) -> Response:
+        body = await read_body(request, UnloadLora, limit=ADMIN_BODY)
+        if "@" in body.lora_name:
+            raise AdapterNotFound(body.lora_name[:80])
+        await lifecycle.delete(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    return router
+
+
+def view(resident: Resident) -> dict[str, Any]:
+    """What clients see of one generation; no path of this machine."""
+    passport = resident.passport
+    shown: dict[str, Any] = {
+        "name": resident.name,
+        "state": "draining" if resident.retired else "serving",
+        "id": resident.id,
+        "generation": resident.generation,
+        "base": resident.engine.name,
+        "task": passport.task,
+        "method": passport.method,
+        "r": passport.r,
+        "side": passport.side,
+        "max_length": passport.max_length,
+        "dimensions": list(passport.dimensions),
+        "prompts": passport.prompts,
+        "metrics": passport.metrics,
+        "pinned": resident.pinned,
+        "leases": resident.leases,
+        "unproven": passport.unproven,
+        "probe": _report(resident.report) if resident.report else None,
+    }
+    if passport.task == "embedding":
+        shown["lineage"] = way_of(resident.engine, resident, input_type="query", dimensions=None).lineage
+    return shown
+
+
+def _report(report: ProbeReport) -> dict[str, Any]:
+    shown = {"error": report.error, "signal": report.signal, "noise": report.noise}
+    return {**shown, "tolerance": report.tolerance, "passed": report.passed, "reason": report.reason}
+
+
+def _json(content: Any) -> Response:
+    return Response(to_json(content, inf_nan_mode="null"), media_type="application/json")

@@ -1,0 +1,64 @@
+"""The FastAPI app over a Gateway: which routes there are, who may reach them, and how errors look. No logic of its own."""
+
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from embedft.errors import EmbedftError
+from serve.admin_routes import admin_routes
+from serve.body import ClientGone
+from serve.door import Door
+from serve.embedding_routes import embedding_routes
+from serve.errors import RETRY_AFTER, NotReady, as_envelope, envelope, status_of
+from serve.gateway import Gateway
+from serve.generation_routes import generation_routes
+from serve.openapi import complete
+from serve.status_routes import status_routes
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """All routes over `gateway`, which the caller starts and stops."""
+    app = FastAPI(title="embedft", summary="Many adapters over one frozen base, chosen per request with adapter=", redoc_url=None)
+    responses: dict[int | str, dict[str, Any]] = {"default": {"description": "OpenAI's error envelope with a stable code"}}
+
+    def started() -> None:
+        if not gateway.started:
+            raise NotReady("the server is starting: /ready says when it is done")
+
+    app.include_router(status_routes(gateway), responses=responses)
+    for routes in (generation_routes, embedding_routes, admin_routes):
+        app.include_router(routes(gateway), dependencies=[Depends(started)], responses=responses)
+    _errors(app)
+    complete(app)
+    app.add_middleware(Door, hosts=gateway.config.allowed_hosts)
+    return app
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(EmbedftError)
+    async def ours(request: Request, error: EmbedftError) -> Response:
+        status = status_of(error)
+        headers = {503: {"retry-after": RETRY_AFTER}, 401: {"www-authenticate": "Bearer"}}.get(status)
+        return JSONResponse(as_envelope(error), status_code=status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def framework(request: Request, error: HTTPException) -> Response:
+        code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        body = envelope(str(error.detail), code=code, status=error.status_code)
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        return JSONResponse(envelope(str(error)[:300], code="invalid_parameter", status=400), status_code=400)
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        body = envelope("the server failed at this request; its log says how", code="internal_error", status=500)
+        return JSONResponse(body, status_code=500)

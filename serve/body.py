@@ -1,0 +1,93 @@
+"""A request's body: read once, capped, parsed once, no key twice, then a closed schema. Knows no route."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from embedft.errors import InputInvalid
+from serve.errors import BodyTooLarge, MediaTypeUnsupported
+
+Schema = TypeVar("Schema", bound=BaseModel)
+Result = TypeVar("Result")
+
+
+async def read_body(request: Request, schema: type[Schema], *, limit: int) -> Schema:
+    """The body as `schema`. Raises BodyTooLarge, MediaTypeUnsupported or InputInvalid (json_invalid, duplicate_key, unknown_parameter, invalid_parameter)."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise MediaTypeUnsupported(f"content-type is {content_type[:60] or 'absent'}: send application/json")
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > limit:
+            raise BodyTooLarge(f"the body is larger than {limit} bytes")
+    return validated(schema, parse(bytes(content)))
+
+
+def parse(content: bytes) -> Any:
+    """JSON with no key twice in one object, no NaN, no lone surrogate."""
+    try:
+        text = content.decode("utf-8")
+        parsed = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+        if "\\u" in text:
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+    except InputInvalid:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputInvalid("json_invalid", f"the body is not JSON: {str(error)[:200]}") from None
+    return parsed
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputInvalid("duplicate_key", f"the key {twice[:80]!r} is there twice: send it once", twice[:80])
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise InputInvalid("json_invalid", f"{name} is not JSON")
+
+
+def validated(schema: type[Schema], content: Any) -> Schema:
+    """`content` as `schema`, or InputInvalid naming the first fault."""
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        parts = [str(part) for part in first["loc"]]
+        param = parts[0] if parts else None
+        code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_parameter"
+        raise InputInvalid(code, f"{'.'.join(parts)[:120] or 'body'}: {first['msg']}", param) from None
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """`work`, cancelled as soon as the client hangs up. The body must have been read."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class ClientGone(Exception):
+    """Nobody is there to be answered."""

@@ -1,0 +1,134 @@
+"""Vectors for a request: one call per distinct adapter, prompts and truncation as in training, merged in input order. Knows no HTTP of clients."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from embedft.adapters.passport import lineage
+from embedft.encode import EncodeSettings, TextPreparer
+from embedft.errors import InputInvalid
+from serve.engine import BASE, Engine
+from serve.lifecycle import Resident
+
+InputType = Literal["query", "document"]
+INLINE_CHARACTERS = 4_000  # more text than this is tokenised in a thread
+KEPT_PREPARERS = 128
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the vectors of one group are made. `model` is what the engine is asked for, `label` what the client is told."""
+
+    engine: Engine
+    resident: Resident | None
+    model: str
+    settings: EncodeSettings
+    lineage: str
+    dimensions: int | None
+
+    @property
+    def label(self) -> str:
+        return BASE if self.model == BASE else self.model
+
+
+@dataclass(frozen=True)
+class Vectors:
+    rows: list[list[float]]
+    tokens: int
+    truncated: int
+
+
+def way_of(engine: Engine, resident: Resident | None, *, input_type: InputType | None, dimensions: int | None) -> Way:
+    """Apply the passport's rules. InputInvalid: input_type_required, dimensions_unsupported."""
+    full = engine.info.hidden_size
+    passport = resident.passport if resident else None
+    trained = passport.dimensions if passport else ()
+    if dimensions is not None and dimensions != full and dimensions not in trained:
+        allowed = ", ".join(map(str, sorted({*trained, full})))
+        raise InputInvalid("dimensions_unsupported", f"dimensions {dimensions}: trained for {allowed}", "dimensions")
+    settings, side, generation = engine.plain_settings(), "both", None
+    if resident and passport:
+        settings = EncodeSettings(
+            passport.pooling or engine.info.pooling, bool(passport.normalize), min(passport.max_length, engine.max_length), passport.prompts
+        )
+        side, generation = passport.side, resident.generation
+        if side == "query" and input_type is None:
+            raise InputInvalid("input_type_required", f"adapter {resident.name!r} is for queries only: say input_type query or document", "input_type")
+        if side == "query" and input_type == "document":
+            generation = None  # documents stay the base's
+    identity = lineage(
+        engine.info.fingerprint,
+        generation,
+        side=side,
+        prompts=settings.prompts,
+        pooling=settings.pooling,
+        max_length=settings.max_length,
+        dimensions=[dimensions] if dimensions and dimensions != full else [],
+        normalize=settings.normalize,
+    )
+    cut = dimensions if dimensions and dimensions != full else None
+    return Way(engine, resident, resident.id if resident and generation else BASE, settings, identity, cut)
+
+
+class Preparers:
+    """TextPreparers kept by what they depend on; reading a tokenizer's file takes longer than a request may."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, str], TextPreparer] = OrderedDict()
+
+    async def of(self, way: Way) -> TextPreparer:
+        key = (way.engine.name, way.resident.id if way.resident else BASE)
+        found = self._kept.get(key)
+        if found is None:
+            found = await asyncio.to_thread(way.engine.preparer, way.settings)
+            self._kept[key] = found
+            while len(self._kept) > KEPT_PREPARERS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return found
+
+
+async def embed(
+    way: Way, inputs: Sequence[str] | Sequence[list[int]], preparers: Preparers, *, input_type: InputType | None, truncate: bool
+) -> Vectors:
+    """The vectors of `inputs` (texts, or token ids taken as they are) by one way. InputInvalid where they do not fit it."""
+    ids, truncated = await _ids(way, inputs, preparers, input_type=input_type, truncate=truncate)
+    way.engine.supervisor.require_ready()
+    answer: dict[str, Any] = await way.engine.client.call("/v1/embeddings", {"model": way.model, "input": ids, "encoding_format": "float"})
+    rows: list[list[float]] = [row["embedding"] for row in sorted(answer["data"], key=lambda row: row["index"])]
+    if way.dimensions:
+        rows = _cut(rows, way.dimensions, normalize=way.settings.normalize)
+    return Vectors(rows, int(answer.get("usage", {}).get("prompt_tokens") or sum(map(len, ids))), truncated)
+
+
+async def _ids(
+    way: Way, inputs: Sequence[str] | Sequence[list[int]], preparers: Preparers, *, input_type: InputType | None, truncate: bool
+) -> tuple[list[list[int]], int]:
+    texts = [item for item in inputs if isinstance(item, str)]
+    if not texts:
+        return _own_ids(way, [item for item in inputs if not isinstance(item, str)], input_type), 0
+    preparer = await preparers.of(way)
+    if sum(map(len, texts)) <= INLINE_CHARACTERS:
+        prepared = preparer.prepare(texts, input_type, truncate=truncate)
+    else:
+        prepared = await asyncio.to_thread(preparer.prepare, texts, input_type, truncate=truncate)
+    return prepared.ids, prepared.truncated
+
+
+def _own_ids(way: Way, rows: list[list[int]], input_type: InputType | None) -> list[list[int]]:
+    if input_type and way.settings.prompts.get(input_type):
+        raise InputInvalid("input_type_needs_text", f"the {input_type} prompt goes before a text: send texts, not token ids", "input")
+    if any(len(row) > way.settings.max_length for row in rows):
+        raise InputInvalid("input_too_long", f"an input has more than {way.settings.max_length} tokens", "input")
+    return rows
+
+
+def _cut(rows: list[list[float]], dimensions: int, *, normalize: bool) -> list[list[float]]:
+    kept = np.asarray(rows, dtype=np.float32)[:, :dimensions]
+    if normalize:
+        kept = kept / np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), 1e-12)
+    return kept.tolist()

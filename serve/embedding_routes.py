@@ -1,0 +1,192 @@
+"""/v1/embeddings and /v1/rerank."""
+
+import asyncio
+import base64
+import uuid
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from pydantic_core import to_json
+
+from embedft.errors import InputInvalid
+from serve.body import read_body, unless_gone
+from serve.config import Limits
+from serve.embedding import Preparers, Vectors, Way, embed, way_of
+from serve.engine import BASE
+from serve.gateway import Gateway
+from serve.openapi import described
+from serve.routing import asked, choose
+from serve.schemas import EmbeddingRequest, RerankRequest
+
+Inputs = list[str] | list[list[int]]
+
+
+def embedding_routes(gateway: Gateway) -> APIRouter:
+    router, preparers = APIRouter(tags=["embeddings"]), Preparers()
+
+    @router.post("/v1/embeddings", **described(EmbeddingRequest, "Vectors of texts, by the base or an adapter, or one adapter an input"))
+    async def embeddings(request: Request) -> Response:
+        body = await read_body(request, EmbeddingRequest, limit=gateway.config.limits.body_bytes)
+        return await unless_gone(request, _embeddings(gateway, request, body, preparers))
+
+    @router.post("/v1/rerank", **described(RerankRequest, "Documents ordered by their vectors' closeness to the query's"))
+    async def rerank(request: Request) -> Response:
+        body = await read_body(request, RerankRequest, limit=gateway.config.limits.body_bytes)
+        return await unless_gone(request, _rerank(gateway, request, body, preparers))
+
+    return router
+
+
+async def _embeddings(gateway: Gateway, request: Request, body: EmbeddingRequest, preparers: Preparers) -> Response:
+    inputs = _inputs(body.input)
+    check_size(inputs, gateway.config.limits)
+    listed = isinstance(body.adapter, list)
+    if listed and "adapter" in request.query_params:
+        raise InputInvalid("adapter_conflict", "a list of adapters in the body and ?adapter= exclude each other", "adapter")
+    if isinstance(body.adapter, list):
+        names, is_set = body.adapter, True
+        if len(names) != len(inputs):
+            raise InputInvalid("adapter_count", f"{len(names)} adapters for {len(inputs)} inputs: send one for each", "adapter")
+    else:
+        name, is_set = asked(request, given=body.adapter, is_set="adapter" in body.model_fields_set)
+        names = [name] * len(inputs)
+    async with AsyncExitStack() as stack:
+        ways: dict[str | None, Way] = {}
+        for name in dict.fromkeys(names):
+            choice = choose(gateway.lifecycle, task="embedding", model=body.model, adapter=name, is_set=is_set)
+            resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
+            ways[name] = way_of(choice.engine, resident, input_type=body.input_type, dimensions=body.dimensions)
+        if len({way.engine.name for way in ways.values()}) > 1:
+            raise InputInvalid("adapter_conflict", "the adapters are of different bases: ask each base by itself", "adapter")
+        groups = {name: [index for index, other in enumerate(names) if other == name] for name in ways}
+        made = await _all(gateway, ways, groups, inputs, preparers, body)
+    return _answer(body, names, ways, groups, made, listed=listed)
+
+
+async def _all(
+    gateway: Gateway,
+    ways: dict[str | None, Way],
+    groups: dict[str | None, list[int]],
+    inputs: Inputs,
+    preparers: Preparers,
+    body: EmbeddingRequest,
+) -> dict[str | None, Vectors]:
+    async def one(name: str | None) -> Vectors:
+        way = ways[name]
+        adapter = way.resident.name if way.resident else None
+        with gateway.meters.measured(way.engine.name, adapter, "embeddings"):
+            chosen = [inputs[index] for index in groups[name]]
+            vectors = await embed(way, chosen, preparers, input_type=body.input_type, truncate=body.truncate)  # pyright: ignore[reportArgumentType]
+            gateway.meters.count_tokens(way.engine.name, adapter, {"prompt_tokens": vectors.tokens})
+            return vectors
+
+    return dict(zip(ways, await together([one(name) for name in ways]), strict=True))
+
+
+async def together(calls: Sequence[Any]) -> list[Any]:
+    """Await all; at the first failure cancel the rest and raise it."""
+    if len(calls) == 1:
+        return [await calls[0]]
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _answer(
+    body: EmbeddingRequest,
+    names: Sequence[str | None],
+    ways: dict[str | None, Way],
+    groups: dict[str | None, list[int]],
+    made: dict[str | None, Vectors],
+    *,
+    listed: bool,
+) -> Response:
+    data: list[dict[str, Any]] = [{}] * len(names)
+    for name, indexes in groups.items():
+        for index, row in zip(indexes, made[name].rows, strict=True):
+            shown = base64.b64encode(np.asarray(row, dtype="<f4").tobytes()).decode() if body.encoding_format == "base64" else row
+            data[index] = {"object": "embedding", "index": index, "embedding": shown}
+            if listed:
+                data[index] |= {"adapter": ways[name].label, "lineage": ways[name].lineage}
+    tokens = sum(vectors.tokens for vectors in made.values())
+    content = {
+        "object": "list",
+        "data": data,
+        "model": _public(ways),
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "truncated": sum(vectors.truncated for vectors in made.values()),
+    }
+    return Response(to_json(content), media_type="application/json", headers=_headers(ways))
+
+
+def _public(ways: dict[str | None, Way]) -> str:
+    way = next(iter(ways.values()))
+    return way.resident.name if len(ways) == 1 and way.resident else way.engine.name
+
+
+def _headers(ways: dict[str | None, Way]) -> dict[str, str]:
+    distinct = list(ways.values())
+    return {
+        "x-embedft-adapter": ", ".join(way.label for way in distinct),
+        "x-embedft-base": distinct[0].engine.name,
+        "x-embedft-lineage": ", ".join(way.lineage for way in distinct),
+    }
+
+
+async def _rerank(gateway: Gateway, request: Request, body: RerankRequest, preparers: Preparers) -> Response:
+    check_size([body.query, *body.documents], gateway.config.limits)
+    name, is_set = asked(request, given=body.adapter, is_set="adapter" in body.model_fields_set)
+    choice = choose(gateway.lifecycle, task="embedding", model=body.model, adapter=name, is_set=is_set)
+    async with AsyncExitStack() as stack:
+        resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
+        stack.enter_context(gateway.meters.measured(choice.engine.name, resident.name if resident else None, "rerank"))
+        query_way = way_of(choice.engine, resident, input_type="query", dimensions=None)
+        document_way = way_of(choice.engine, resident, input_type="document", dimensions=None)
+        query, documents = await together(
+            [
+                embed(query_way, [body.query], preparers, input_type="query", truncate=True),
+                embed(document_way, body.documents, preparers, input_type="document", truncate=True),
+            ]
+        )
+    scores = _unit(documents.rows) @ _unit(query.rows)[0]
+    order = [int(index) for index in np.argsort(-scores, kind="stable")[: body.top_n]]
+    results = [{"index": index, "relevance_score": float(scores[index])} for index in order]
+    if body.return_documents:
+        results = [{**result, "document": {"text": body.documents[index]}} for result, index in zip(results, order, strict=True)]
+    content = {
+        "id": f"rerank-{uuid.uuid4().hex}",
+        "object": "rerank",
+        "model": resident.name if resident else choice.engine.name,
+        "results": results,
+        "usage": {"prompt_tokens": query.tokens + documents.tokens, "total_tokens": query.tokens + documents.tokens},
+        "truncated": query.truncated + documents.truncated,
+    }
+    label = resident.id if resident else BASE
+    headers = {"x-embedft-adapter": label, "x-embedft-base": choice.engine.name, "x-embedft-lineage": query_way.lineage}
+    return Response(to_json(content), media_type="application/json", headers=headers)
+
+
+def _unit(rows: list[list[float]]) -> Any:
+    vectors = np.asarray(rows, dtype=np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _inputs(given: str | list[int] | list[str] | list[list[int]]) -> Inputs:
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [given]  # pyright: ignore[reportReturnType]
+    return given  # pyright: ignore[reportReturnType]
+
+
+def check_size(inputs: Inputs, limits: Limits) -> None:
+    if len(inputs) > limits.inputs:
+        raise InputInvalid("too_many_inputs", f"{len(inputs)} inputs: at most {limits.inputs} in one request", "input")
+    if sum(len(item) for item in inputs) > limits.text_characters:
+        raise InputInvalid("input_too_large", f"more than {limits.text_characters} characters in one request", "input")

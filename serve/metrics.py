@@ -1,0 +1,82 @@
+"""What is counted, per base and adapter, in Prometheus' form. Labels hold only names that the server itself knows."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serve.lifecycle import Lifecycle
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+NO_ADAPTER = ""
+
+
+@dataclass
+class Outcome:
+    """How one request ended; empty until it has."""
+
+    status: str = ""
+
+
+class Meters:
+    """One server's counters. Gauges are read from the lifecycle when asked for, so that idle adapters stay visible."""
+
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle = lifecycle
+        self._registry = CollectorRegistry()
+        target = ("base", "adapter")
+        self.requests = Counter("embedft_requests", "Requests answered", (*target, "route", "status"), registry=self._registry)
+        self.tokens = Counter("embedft_tokens", "Tokens by kind: prompt or completion", (*target, "kind"), registry=self._registry)
+        self.seconds = Histogram("embedft_request_seconds", "Whole requests", (*target, "route"), buckets=_SECONDS, registry=self._registry)
+        self.first = Histogram("embedft_first_token_seconds", "Until a stream's first event", target, buckets=_SECONDS, registry=self._registry)
+        self._running = Gauge("embedft_running_requests", "Requests being answered", target, registry=self._registry)
+        self._resident = Gauge("embedft_adapter_resident", "1: serving, 0: draining", ("base", "adapter", "generation"), registry=self._registry)
+        self._error = Gauge("embedft_probe_error", "Relative error of the effect at the last probing", target, registry=self._registry)
+        self._loads = Gauge("embedft_adapter_loads", "Loads by outcome", ("adapter", "outcome"), registry=self._registry)
+        self._ready = Gauge("embedft_engine_ready", "1 where the engine answers", ("base",), registry=self._registry)
+        self._restarts = Gauge("embedft_engine_restarts", "Restarts since the server began", ("base",), registry=self._registry)
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        self._lora = Gauge("vllm:lora_requests_info", "Adapters in use, as vLLM tells it to routers", labels, registry=self._registry)
+
+    @contextmanager
+    def measured(self, base: str, adapter: str | None, route: str) -> Iterator[Outcome]:
+        """Count one request, its time, and whether it failed: by raising, or by the outcome's status."""
+        target, began, outcome = (base, adapter or NO_ADAPTER), time.perf_counter(), Outcome()
+        self._running.labels(*target).inc()
+        try:
+            yield outcome
+            outcome.status = outcome.status or "ok"
+        finally:
+            self._running.labels(*target).dec()
+            self.requests.labels(*target, route, outcome.status or "error").inc()
+            self.seconds.labels(*target, route).observe(time.perf_counter() - began)
+
+    def count_tokens(self, base: str, adapter: str | None, usage: object) -> None:
+        """Add an answer's `usage`."""
+        if isinstance(usage, dict):
+            for kind in ("prompt", "completion"):
+                amount = usage.get(f"{kind}_tokens")
+                if isinstance(amount, int) and amount > 0:
+                    self.tokens.labels(base, adapter or NO_ADAPTER, kind).inc(amount)
+
+    def render(self) -> bytes:
+        self._refresh()
+        return generate_latest(self._registry)
+
+    def _refresh(self) -> None:
+        for gauge in (self._resident, self._error, self._lora):
+            gauge.clear()
+        for resident in [*self._lifecycle.draining(), *self._lifecycle.live.values()]:
+            base = resident.engine.name
+            self._resident.labels(base, resident.name, resident.generation[:12]).set(0 if resident.retired else 1)
+            if resident.report:
+                self._error.labels(base, resident.name).set(resident.report.error)
+        for (name, outcome), count in self._lifecycle.loads.items():
+            self._loads.labels(name, outcome).set(count)
+        for engine in self._lifecycle.engines.values():
+            self._ready.labels(engine.name).set(engine.supervisor.state == "ready")
+            self._restarts.labels(engine.name).set(engine.supervisor.restarts)
+            names = ",".join(sorted(name for name, resident in self._lifecycle.live.items() if resident.engine is engine))
+            self._lora.labels(str(engine.config.max_loras), names, "").set(time.time())

@@ -1,0 +1,72 @@
+"""Which base and which adapter a request means: `model`, `adapter` and `?adapter=` say it once, or say the same."""
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from embedft.base import Task
+from embedft.errors import InputInvalid
+from serve.engine import Engine
+from serve.errors import ModelNotFound
+from serve.lifecycle import Lifecycle
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`adapter` None is the base itself."""
+
+    engine: Engine
+    adapter: str | None
+
+
+def asked(request: Request, *, given: str | None, is_set: bool) -> tuple[str | None, bool]:
+    """(adapter, whether one was named at all) out of the body's `adapter` and the query string's. 400 where they differ."""
+    in_query = request.query_params.getlist("adapter")
+    if len(set(in_query)) > 1:
+        raise InputInvalid("adapter_conflict", "?adapter= is there more than once", "adapter")
+    if in_query and in_query[0] == "":
+        raise InputInvalid("invalid_parameter", "?adapter= is empty: name an adapter or leave it out", "adapter")
+    if in_query and is_set and given != in_query[0]:
+        raise InputInvalid("adapter_conflict", f"the body says adapter {given!r}, the query string {in_query[0]!r}", "adapter")
+    return (in_query[0], True) if in_query else (given, is_set)
+
+
+def choose(lifecycle: Lifecycle, *, task: Task, model: str | None, adapter: str | None, is_set: bool) -> Choice:
+    """Resolve a request. Raises ModelNotFound, AdapterNotFound, or InputInvalid adapter_conflict, model_required, wrong_task."""
+    base, by_model = _of_model(lifecycle, model)
+    if by_model is not None and is_set and adapter != by_model:
+        raise InputInvalid("adapter_conflict", f"model {model!r} names adapter {by_model!r}, `adapter` says {adapter!r}: say one", "adapter")
+    name = adapter if is_set else by_model
+    if name is None:
+        engine = base or _only(lifecycle, task)
+    else:
+        engine = lifecycle.get(name).engine
+        if base is not None and base is not engine:
+            raise InputInvalid("adapter_conflict", f"adapter {name!r} is on base {engine.name!r}, not on {base.name!r}", "adapter")
+    if engine.config.task != task:
+        can = "embeds" if engine.config.task == "embedding" else "generates"
+        raise InputInvalid("wrong_task", f"base {engine.name!r} only {can}: ask another base for this", "model")
+    return Choice(engine, name)
+
+
+def _of_model(lifecycle: Lifecycle, model: str | None) -> tuple[Engine | None, str | None]:
+    """`model` as (base, adapter): a base's name, an adapter's name or `base:adapter`."""
+    if model is None:
+        return None, None
+    if model in lifecycle.engines:
+        return lifecycle.engines[model], None
+    base, colon, adapter = model.partition(":")
+    if colon and base in lifecycle.engines:
+        lifecycle.get(adapter)
+        return lifecycle.engines[base], adapter
+    if not colon and model.partition("@")[0] in lifecycle.live:
+        lifecycle.get(model)
+        return None, model
+    raise ModelNotFound(model, [*lifecycle.engines, *lifecycle.live])
+
+
+def _only(lifecycle: Lifecycle, task: Task) -> Engine:
+    fitting = [engine for engine in lifecycle.engines.values() if engine.config.task == task]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise InputInvalid("model_required", f"name a `model`: there are {', '.join(lifecycle.engines)}", "model")

@@ -1,0 +1,87 @@
+"""Runs a server until it is told to stop: SIGTERM or SIGINT stops accepting, finishes what runs, ends the engines."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Generator
+
+import uvicorn
+
+from embedft.errors import EmbedftError, UsageError
+from serve.app import create_app
+from serve.config import ServerConfig
+from serve.gateway import Gateway
+
+
+def run(config: ServerConfig) -> int:
+    """Serve until a signal; returns the exit status. What the first failing engine raised is raised again after all have ended."""
+    return asyncio.run(_run(config))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling: it would raise the signal again and so end this process before the engines."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+async def _run(config: ServerConfig) -> int:
+    listening = _listen(config)
+    port = listening.getsockname()[1]
+    gateway = Gateway(config)
+    server = _Server(uvicorn.Config(create_app(gateway), log_level="warning", access_log=False, server_header=False, lifespan="off"))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.handle_exit, number, None)
+    _announce(config, gateway, port)
+    starting = asyncio.create_task(_start(gateway, server, port))
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        starting.cancel()
+        failure = (await asyncio.gather(starting, return_exceptions=True))[0]
+        await gateway.stop()
+        listening.close()
+    if isinstance(failure, EmbedftError):
+        raise failure
+    return 1 if isinstance(failure, Exception) else 0
+
+
+async def _start(gateway: Gateway, server: uvicorn.Server, port: int) -> None:
+    try:
+        await gateway.start()
+    except BaseException:
+        server.should_exit = True
+        raise
+    served = ", ".join(sorted(gateway.lifecycle.live)) or "none"
+    _say(f"ready on http://{gateway.config.host}:{port}: bases {', '.join(gateway.lifecycle.engines)}; adapters {served}")
+    for name, reason in gateway.lifecycle.unserved().items():
+        _say(f"not served: {name}: {reason}")
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    """Bound before any engine starts, so that a port in use costs no minute."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((config.host, config.port))
+    except OSError as error:
+        listening.close()
+        raise UsageError(f"{config.host}:{config.port} cannot be bound: {error.strerror}; choose another with --port") from None
+    listening.set_inheritable(False)
+    return listening
+
+
+def _announce(config: ServerConfig, gateway: Gateway, port: int) -> None:
+    _say(f"starting on http://{config.host}:{port}: {', '.join(f'{base.name} ({base.engine})' for base in config.bases)}")
+    if not os.environ.get("EMBEDFT_ADMIN_TOKEN"):
+        _say(f"admin token: {gateway.admin_token}")
+
+
+def _say(line: str) -> None:
+    print(f"embedft serve: {line}", file=sys.stderr, flush=True)

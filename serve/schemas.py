@@ -1,0 +1,117 @@
+"""Request bodies: closed, so that what an engine gets is what was meant. Field names are OpenAI's and vLLM's; `adapter` is ours."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+Ids = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Number = StrictFloat | StrictInt
+AdapterName = Annotated[StrictStr, Field(min_length=1, max_length=160)]
+Count = Annotated[StrictInt, Field(ge=1)]
+OURS = {"model", "adapter", "user", "store", "metadata", "service_tier"}  # never sent to an engine
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: StrictStr | None = None
+    user: StrictStr | None = None
+
+
+class _Generation(_Body):
+    adapter: AdapterName | None = None
+    max_tokens: Count | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: StrictInt | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    n: Count | None = None
+    stream: StrictBool | None = None
+    stream_options: dict[Literal["include_usage", "continuous_usage_stats"], StrictBool] | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    stop_token_ids: list[StrictInt] | None = None
+    include_stop_str_in_output: StrictBool | None = None
+    ignore_eos: StrictBool | None = None
+    skip_special_tokens: StrictBool | None = None
+    seed: StrictInt | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+    logit_bias: dict[StrictStr, Number] | None = None
+    response_format: dict[StrictStr, Any] | None = None
+    structured_outputs: dict[StrictStr, Any] | None = None
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    store: StrictBool | None = None
+    metadata: dict[StrictStr, StrictStr] | None = None
+    service_tier: StrictStr | None = None
+
+
+class CompletionRequest(_Generation):
+    prompt: StrictStr | Ids | list[StrictStr] | list[Ids]
+    echo: StrictBool | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    add_special_tokens: StrictBool | None = None
+
+
+class Message(BaseModel):
+    """One turn. What a role may carry beyond its content is the engine's business."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: StrictStr | list[dict[StrictStr, Any]] | None = None
+
+
+class ChatRequest(_Generation):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    tools: list[dict[StrictStr, Any]] | None = None
+    tool_choice: StrictStr | dict[StrictStr, Any] | None = None
+    parallel_tool_calls: StrictBool | None = None
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
+
+
+class EmbeddingRequest(_Body):
+    input: StrictStr | Ids | Annotated[list[StrictStr], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    adapter: AdapterName | list[AdapterName | None] | None = None
+    input_type: Literal["query", "document"] | None = None
+    truncate: StrictBool = True
+    dimensions: Count | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+class RerankRequest(_Body):
+    query: StrictStr
+    documents: Annotated[list[StrictStr], Field(min_length=1)]
+    adapter: AdapterName | None = None
+    top_n: Count | None = None
+    return_documents: StrictBool = False
+
+
+class _Admin(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PutAdapter(_Admin):
+    """`source`: 'store' or none for the store's current one, a generation, another name, or a folder under the store's root."""
+
+    source: Annotated[StrictStr, Field(min_length=1, max_length=1024)] | None = None
+    pin: StrictBool = False
+    expected_generation: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{12,64}$")] | None = None
+
+
+class LoadLora(_Admin):
+    """vLLM's body for /v1/load_lora_adapter."""
+
+    lora_name: StrictStr
+    lora_path: StrictStr | None = None
+    load_inplace: StrictBool = False
+
+
+class UnloadLora(_Admin):
+    lora_name: StrictStr
+    lora_int_id: StrictInt | None = None
