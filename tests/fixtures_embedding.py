@@ -2,11 +2,12 @@
 
 import json
 import random
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 TOPICS = 16
-WORDS = 4  # each topic has so many words in either language
+WORDS = 5  # each topic has so many words in either language
 LETTERS = "bdfgklmnprst"
 
 
@@ -18,17 +19,24 @@ def words(language: str) -> list[list[str]]:
 
 
 def text(language: str, topic: int, seed: int) -> str:
-    return " ".join(random.Random(f"{language}{topic}{seed}").sample(words(language)[topic], 3))
+    """Three of the topic's words in an order that differs between any 60 seeds in steps of TOPICS."""
+    orders = list(permutations(words(language)[topic], 3))
+    return " ".join(orders[seed // TOPICS * 7 % len(orders)])
 
 
 def planted_rows(count: int, *, start: int = 0, shuffled: bool = False) -> list[dict[str, str]]:
-    """Pairs of one topic each; `shuffled` breaks the link between query and document."""
+    """Pairs of one topic each, all with that topic's one document; `shuffled` breaks the link between query and document."""
     topics = [i % TOPICS for i in range(count)]
     others = random.Random(0).sample(topics, count) if shuffled else topics
     return [
-        {"query": text("query", topic, start + i), "document": text("document", other, start + i)}
+        {"query": text("query", topic, start + i), "document": text("document", other, -1)}
         for i, (topic, other) in enumerate(zip(topics, others, strict=True))
     ]
+
+
+def another(index: int) -> int:
+    """A number of another topic than `index`'s; over the numbers each topic meets all the others."""
+    return index // TOPICS * TOPICS + (index % TOPICS + 1 + index // TOPICS % (TOPICS - 1)) % TOPICS
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -54,7 +62,7 @@ def tiny_encoder(folder: Path, *, pooling: str, normalize: bool = True) -> Path:
     from transformers import BertConfig, BertModel
 
     tokenizer = _tokenizer(["[CLS]", "[SEP]"], "[CLS] $0 [SEP]")
-    torch.manual_seed(0)
+    torch.manual_seed(len(pooling))
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

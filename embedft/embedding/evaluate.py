@@ -129,10 +129,19 @@ def compare_towers(model: Any, folder: Path, settings: EncodeSettings, data: Ret
 
 
 def evaluate_adapter(
-    name: str | Path, data: str, store: "AdapterStore", *, metric: str = "ndcg@10", queries: int | None = None, documents: int | None = None, batch_size: int = 64
+    name: str | Path,
+    data: str,
+    store: "AdapterStore",
+    *,
+    base: str | None = None,
+    metric: str = "ndcg@10",
+    queries: int | None = None,
+    documents: int | None = None,
+    batch_size: int = 64,
 ) -> dict[str, Any]:
     """Base, BM25 and a stored adapter (or an adapter folder) on other data: what `embedft eval` prints.
 
+    `base` names the base's folder where the passport's name (a local folder's) does not lead to it.
     Raises DataError, AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
     """
     from embedft.adapters.passport import read_passport
@@ -143,13 +152,14 @@ def evaluate_adapter(
 
     retrieval = reduce_to(load_retrieval(data), queries=queries, documents=documents)
     folder = Path(name) if Path(name).is_dir() else store.folder(str(name))
-    passport = read_passport(folder, name=str(name))
+    passport = read_passport(folder)
     if passport.task != "embedding" or passport.pooling is None or passport.normalize is None:
         raise AdapterInvalid(passport.name, "it is no embedding adapter, so it ranks nothing")
-    base = base_folder(BaseSpec(passport.base.model, passport.base.quantization, passport.base.revision))
-    if fingerprint(base) != passport.base.fingerprint:
-        raise BaseMismatch(passport.name, trained_on=passport.base.fingerprint, serving=fingerprint(base))
-    model = load_adapter(load_model(base, task="embedding"), folder)
+    trained_on = passport.base
+    source = base_folder(BaseSpec(base or trained_on.model, trained_on.quantization, trained_on.revision))
+    if fingerprint(source) != trained_on.fingerprint:
+        raise BaseMismatch(passport.name, trained_on=trained_on.fingerprint, serving=fingerprint(source))
+    model = load_adapter(load_model(source, task="embedding"), folder)
     settings = EncodeSettings(passport.pooling, passport.normalize, passport.max_length, passport.prompts)
-    results = compare_towers(model, base, settings, retrieval, side=passport.side, batch_size=batch_size)
-    return {"adapter": passport.name, **comparison(**results, metric=metric)}
+    results = compare_towers(model, source, settings, retrieval, side=passport.side, batch_size=batch_size)
+    return comparison(**results, metric=metric)

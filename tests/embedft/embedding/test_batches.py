@@ -1,0 +1,61 @@
+"""What may share a batch, and what batches cost."""
+
+import random
+
+from embedft.embedding.batches import BatchPlan
+from embedft.embedding.data import make_examples
+from embedft.embedding.pairs import Example
+
+
+def plan_of(rows: list[Example], **options: int) -> tuple[BatchPlan, list[Example]]:
+    examples = make_examples(rows)
+    return BatchPlan(examples, **({"batch": 8, "seed": 7} | options)), list(examples.rows)
+
+
+def test_no_query_meets_another_of_its_own_answers_in_a_batch() -> None:
+    rows = [Example(f"q{i % 20}", f"d{i}", (f"d{(i + 7) % 100}",)) for i in range(100)]
+    plan, kept = plan_of(rows)
+    relevant: dict[str, set[str]] = {}
+    for row in kept:
+        relevant.setdefault(row.query, set()).add(row.document)
+    for batch in plan:
+        for i in batch:
+            others = {text for j in batch if j != i for text in (kept[j].document, *kept[j].negatives)}
+            assert relevant[kept[i].query].isdisjoint(others), "an answer would be pushed away"
+
+
+def test_a_document_shared_by_two_queries_never_stands_twice_in_a_batch() -> None:
+    plan, kept = plan_of([Example(f"q{i}", f"d{i % 12}") for i in range(96)])
+    for batch in plan:
+        assert len({kept[i].document for i in batch}) == len(batch)
+
+
+def test_every_row_is_seen_once_an_epoch_and_in_another_order_the_next() -> None:
+    plan, kept = plan_of([Example(f"q{i}", f"d{i}") for i in range(50)])
+    first = list(plan)
+    assert sorted(i for batch in first for i in batch) == list(range(50))
+    plan.set_epoch(1)
+    second = list(plan)
+    assert sorted(i for batch in second for i in batch) == list(range(50)) and second != first
+    plan.set_epoch(0)
+    assert list(plan) == first and len(plan) == len(first)
+    assert list(plan_of([Example(f"q{i}", f"d{i}") for i in range(50)], seed=8)[0]) != first
+
+
+def test_rows_of_like_length_share_a_batch() -> None:
+    lengths = [random.Random(1).randrange(1, 400) for _ in range(256)]
+    plan, kept = plan_of([Example(f"q{i}", "x" * length + f" {i}") for i, length in enumerate(lengths)], batch=16)
+    padded = sum(max(len(kept[i].document) for i in batch) * len(batch) for batch in plan)
+    assert padded < 1.15 * sum(len(row.document) for row in kept)
+
+
+def test_a_batch_of_one_is_left_out_and_more_rows_than_there_are_is_one_batch() -> None:
+    plan, _ = plan_of([Example(f"q{i}", "the same") for i in range(5)])
+    assert list(plan) == []
+    plan, _ = plan_of([Example(f"q{i}", f"d{i}") for i in range(5)], batch=64)
+    assert [len(batch) for batch in plan] == [5]
+
+
+def test_losses_of_scored_pairs_may_compare_a_querys_documents() -> None:
+    examples = make_examples([Example("q", f"d{i}", score=float(i)) for i in range(8)])
+    assert [len(batch) for batch in BatchPlan(examples, batch=8, seed=7, exclusive=False)] == [8]

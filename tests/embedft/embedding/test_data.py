@@ -1,0 +1,180 @@
+"""Reading training and evaluation data: every format, every fault at once, nothing accepted silently."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.embedding.data import Examples, RetrievalSet, data_hash, load_data, load_retrieval, make_examples, reduce_to
+from embedft.embedding.pairs import Example
+from embedft.errors import DataError
+from embedft.recipe import EmbeddingData, EmbeddingEval
+from tests.fixtures_embedding import planted_rows, write_beir, write_rows
+
+ROWS = planted_rows(40)
+
+
+def load(source: str, *, eval: str | None = None, scored: bool = False, **caps: Any) -> tuple[Examples, RetrievalSet]:
+    return load_data(EmbeddingData(train=source, eval=eval), EmbeddingEval(**caps), scored=scored)
+
+
+def problems(source: str, **options: Any) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        load(source, **options)
+    return caught.value.problems
+
+
+def test_every_file_format_gives_the_same_examples(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    jsonl = write_rows(tmp_path / "a.jsonl", ROWS)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(Path(jsonl).read_text())
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["query", "document"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    loaded = [load(str(tmp_path / name)) for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet")]
+    assert len({data_hash(*pair) for pair in loaded}) == 1
+    assert len(loaded[0][0]) == 36
+    assert len(loaded[0][1].queries) == 4, "a tenth of the queries is held out"
+
+
+def test_swapped_columns_are_the_same_data_because_names_decide(tmp_path: Path) -> None:
+    straight = write_rows(tmp_path / "a.jsonl", [{"anchor": r["query"], "positive": r["document"]} for r in ROWS])
+    swapped = write_rows(tmp_path / "b.jsonl", [{"positive": r["document"], "anchor": r["query"]} for r in ROWS])
+    assert load(straight)[0] == load(swapped)[0]
+
+
+def test_a_stray_label_column_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
+    found = problems(write_rows(tmp_path / "a.jsonl", [row | {"label": 0} for row in ROWS]))
+    assert len(found) == 1
+    assert found[0].startswith("a.jsonl:1: column 'label' would be ignored")
+    assert "cosent" in found[0]
+
+
+def test_a_missing_or_doubled_column_is_named_with_what_was_expected(tmp_path: Path) -> None:
+    found = problems(write_rows(tmp_path / "a.jsonl", [{"query": "x", "anchor": "y", "body": "z"}]))
+    assert "columns query, anchor all name the query" in found[0]
+    assert "no document column among query, anchor, body; expected" in found[1]
+
+
+def test_all_bad_rows_are_reported_at_once_with_file_and_line(tmp_path: Path) -> None:
+    good = json.dumps(ROWS[0])
+    bad = [good, "{not json", "[1, 2]", '{"query": "", "document": "d"}', good, '{"query": "q", "document": 7}', '{"query": "q", "document": null}']
+    (tmp_path / "a.jsonl").write_text("\n".join(bad))
+    found = problems(str(tmp_path / "a.jsonl"))
+    assert [line.split(": ")[0] for line in found] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "a.jsonl:6", "a.jsonl:7"]
+    assert "not JSON" in found[0] and "a JSON list; expected an object" in found[1]
+    assert "query is empty; expected text" in found[2]
+    assert "document is a int; expected text" in found[3] and "document is missing" in found[4]
+
+
+def test_faults_of_training_and_evaluation_data_come_together(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", [*ROWS, {"query": " ", "document": "d"}])
+    evaluation = write_rows(tmp_path / "test.jsonl", [{"query": "q", "document": ""}])
+    assert [line.split(": ")[0] for line in problems(train, eval=evaluation)] == ["train.jsonl:41", "test.jsonl:1"]
+
+
+def test_csv_rows_of_a_wrong_width_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("query,document\na,b\nc\nd,e,f\n")
+    assert [line.split(":")[1] for line in problems(str(tmp_path / "a.csv"))] == ["3", "4"]
+
+
+def test_negatives_come_from_a_list_or_from_numbered_columns(tmp_path: Path) -> None:
+    listed = write_rows(tmp_path / "a.jsonl", [row | {"negatives": ["n one", "n two"]} for row in ROWS])
+    numbered = write_rows(tmp_path / "b.jsonl", [row | {"negative_1": "n one", "negative_2": "n two"} for row in ROWS])
+    assert load(listed)[0] == load(numbered)[0]
+    assert load(listed)[0].negatives == 2
+    same = problems(write_rows(tmp_path / "c.jsonl", [row | {"negative": row["document"]} for row in ROWS[:3]]))
+    assert len(same) == 3 and "is the document itself" in same[0]
+
+
+def test_scored_pairs_need_a_number_and_their_own_evaluation_data(tmp_path: Path) -> None:
+    evaluation = write_rows(tmp_path / "test.jsonl", planted_rows(8, start=500))
+    rows = [row | {"score": index / 40} for index, row in enumerate(ROWS)]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    assert load(source, eval=evaluation, scored=True)[0].rows[1].score == pytest.approx(1 / 40)
+    assert "needs its own evaluation data" in problems(source, scored=True)[0]
+    wrong = write_rows(tmp_path / "b.jsonl", [rows[0], rows[1] | {"score": "high"}])
+    assert problems(wrong, eval=evaluation, scored=True) == ["b.jsonl:2: score is 'high'; expected a number"]
+
+
+def test_a_beir_folder_trains_on_train_and_is_scored_on_test(tmp_path: Path) -> None:
+    examples, retrieval = load(write_beir(tmp_path / "beir", train=32, test=8))
+    assert len(examples) == 32 and len(retrieval.queries) == 8 and len(retrieval.documents) == 16
+    assert set(retrieval.queries.values()).isdisjoint(row.query for row in examples.rows)
+
+
+def test_a_beir_folder_with_unknown_ids_and_repeats_is_refused_line_by_line(tmp_path: Path) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=32, test=8))
+    with (folder / "qrels" / "train.tsv").open("a") as file:
+        file.write("q0\tnowhere\t1\nq999\td1\t1\nq1 d1 1\n")
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "d0", "text": "again"}\n')
+    found = problems(str(folder))
+    assert any("corpus.jsonl:17: _id 'd0' occurs twice" in line for line in found)
+    assert any("qrels/train.tsv:34: document 'nowhere'" in line for line in found)
+    assert any("qrels/train.tsv:35: query 'q999'" in line for line in found)
+    assert any("qrels/train.tsv:36: expected query-id" in line for line in found)
+
+
+def test_a_training_row_whose_query_is_evaluated_is_left_out(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", ROWS)
+    evaluation = write_rows(tmp_path / "test.jsonl", ROWS[:5])
+    examples, retrieval = load(train, eval=evaluation)
+    assert len(examples) == 35 and len(retrieval.queries) == 5
+
+
+def test_repeated_rows_count_once_and_equal_texts_are_one_document(tmp_path: Path) -> None:
+    evaluation = write_rows(tmp_path / "test.jsonl", [{"query": "q", "document": "a"}, {"query": "q", "document": "b"}, {"query": "p", "document": "a"}])
+    examples, retrieval = load(write_rows(tmp_path / "a.jsonl", ROWS + ROWS), eval=evaluation)
+    assert len(examples) == 40
+    assert len(retrieval.queries) == 2 and len(retrieval.documents) == 2
+    assert sorted(len(grades) for grades in retrieval.relevant.values()) == [1, 2]
+
+
+def test_caps_keep_relevant_documents_and_do_not_depend_on_order(tmp_path: Path) -> None:
+    retrieval = load_retrieval(write_beir(tmp_path / "beir", train=8, test=32))
+    small = reduce_to(retrieval, queries=6, documents=4)
+    needed = {identifier for grades in small.relevant.values() for identifier in grades}
+    assert len(small.queries) == 6 and needed <= set(small.documents) and len(small.documents) == max(4, len(needed))
+    turned = RetrievalSet(dict(reversed(retrieval.queries.items())), dict(reversed(retrieval.documents.items())), retrieval.relevant, "")
+    assert reduce_to(turned, queries=6, documents=4).queries == small.queries
+
+
+def test_the_data_hash_changes_with_any_text_or_order_of_rows(tmp_path: Path) -> None:
+    rows = [Example(row["query"], row["document"]) for row in ROWS]
+    hashes = {make_examples(rows).hash, make_examples(rows[::-1]).hash, make_examples([*rows[:-1], Example("q", "d")]).hash}
+    assert len(hashes) == 3
+
+
+def test_what_is_absent_or_unknown_says_what_is_read(tmp_path: Path) -> None:
+    assert "expected .jsonl" in problems(str(tmp_path / "none.jsonl"))[0]
+    (tmp_path / "a.txt").write_text("x")
+    assert ".txt format is not known" in problems(str(tmp_path / "a.txt"))[0]
+    (tmp_path / "folder").mkdir()
+    assert "no corpus.jsonl" in problems(str(tmp_path / "folder"))[0]
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def absent(name: str, config: str | None, *, split: str, revision: str | None) -> Any:
+        assert (name, config, revision) == ("owner/set", "small", "v1")
+        raise FileNotFoundError("no such dataset")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    assert "hub did not give split 'train': no such dataset" in problems("hf://owner/set:small@v1")[0]
+
+
+def test_a_hub_dataset_is_read_by_its_column_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(ROWS))
+    assert len(load("hf://owner/set", eval=write_rows(tmp_path / "t.jsonl", planted_rows(4, start=900)))[0]) == 40

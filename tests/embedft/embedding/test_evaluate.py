@@ -1,0 +1,59 @@
+"""Retrieval metrics against sentence-transformers' evaluator, by hand, and the BM25 baseline."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedft.base import load_model
+from embedft.embedding.data import RetrievalSet, load_retrieval
+from embedft.embedding.evaluate import METRICS, bm25_baseline, comparison, evaluate_retrieval, score
+from embedft.encode import Encoder, EncodeSettings
+from tests.fixtures_embedding import planted_rows, tiny_encoder, write_beir, write_rows
+
+
+def test_metrics_agree_with_sentence_transformers_evaluator(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    folder = tiny_encoder(tmp_path / "base", pooling="mean")
+    rows = planted_rows(48)
+    extra = [{"query": row["query"], "document": other["document"]} for row, other in zip(rows[:20], rows[16:36], strict=True)]
+    data = load_retrieval(write_rows(tmp_path / "pairs.jsonl", rows + extra))
+    ours = evaluate_retrieval(Encoder(load_model(folder, task="embedding"), folder, EncodeSettings("mean", True, 32)), data).metrics
+    relevant = {query: set(grades) for query, grades in data.relevant.items()}
+    evaluator = InformationRetrievalEvaluator(dict(data.queries), dict(data.documents), relevant, show_progress_bar=False, write_csv=False)
+    theirs = evaluator(SentenceTransformer(str(folder), device="cpu"))
+    for name, key in {"ndcg@10": "ndcg@10", "mrr@10": "mrr@10", "hit@1": "accuracy@1", "hit@5": "accuracy@5", "hit@10": "accuracy@10", "recall@10": "recall@10"}.items():
+        assert ours[name] == pytest.approx(theirs[f"cosine_{key}"], abs=1e-6), name
+    assert 0.05 < ours["ndcg@10"] < 0.95
+
+
+def test_grades_count_and_each_query_keeps_its_own_score() -> None:
+    data = RetrievalSet({"a": "x", "b": "y"}, dict.fromkeys("123", ""), {"a": {"1": 2, "2": 1}, "b": {"3": 1}}, "")
+    result = score(data, [["2", "3", "1"], []])
+    assert result.per_query["ndcg@10"][0] == pytest.approx((1 + 2 / np.log2(4)) / (2 + 1 / np.log2(3)))
+    assert {name: values[1] for name, values in result.per_query.items()} == dict.fromkeys(METRICS, 0.0)
+    assert result.metrics["mrr@10"] == 0.5 and result.per_query["recall@10"][0] == 1.0
+
+
+def test_only_the_first_ten_places_count() -> None:
+    data = RetrievalSet({"a": "x"}, {str(i): "" for i in range(12)}, {"a": {"11": 1}}, "")
+    assert score(data, [[str(i) for i in range(12)]]).metrics["hit@10"] == 0.0
+
+
+def test_bm25_finds_shared_words_and_gives_no_rank_to_documents_without_any() -> None:
+    documents = {"1": "read_csv parses a table", "2": "the moon", "3": "write a file"}
+    data = RetrievalSet({"a": "csv table", "b": "zebra"}, documents, {"a": {"1": 1}, "b": {"2": 1}}, "")
+    result = bm25_baseline(data)
+    assert result.ranked[0] == ("1",) and result.ranked[1] == ()
+    assert result.metrics["ndcg@10"] == 0.5
+
+
+def test_a_comparison_holds_three_rows_and_the_interval_of_the_gain(tmp_path: Path) -> None:
+    data = load_retrieval(write_beir(tmp_path / "beir", train=8, test=32))
+    worst = score(data, [[] for _ in data.queries])
+    best = score(data, [list(data.relevant[query]) for query in data.queries])
+    made = comparison(worst, bm25_baseline(data), best, metric="mrr@10")
+    assert made["gain_ci95"] == [1.0, 1.0] and made["queries"] == 32
+    assert made["base"]["mrr@10"] == 0.0 and made["adapter"]["ndcg@10"] == 1.0 and set(made["bm25"]) == set(METRICS)

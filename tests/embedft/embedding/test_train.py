@@ -1,0 +1,286 @@
+"""Training end to end on tiny bases: what is learnt, what is published, and exact resume."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedft.adapters.passport import read_passport
+from embedft.adapters.store import AdapterStore
+from embedft.base import BaseSpec, base_folder, load_base, load_model
+from embedft.embedding.evaluate import evaluate_adapter
+from embedft.embedding.losses import LOSSES
+from embedft.embedding.train import train
+from embedft.encode import Encoder, EncodeSettings
+from embedft.errors import BaseError, DataError, MethodUnsupported, ResumeRefused, TrainingInterrupted
+from embedft.methods import load_adapter
+from embedft.recipe import EmbeddingRecipe, parse_recipe
+from embedft.training.measure import AdapterResult, DryRunReport
+from tests.fixtures_embedding import another, planted_rows, tiny_decoder, tiny_encoder, write_beir, write_rows
+
+GAP = 0.15  # nDCG@10 that a trained tiny base gains at least; shuffled pairs must stay below it
+
+Make = Callable[..., EmbeddingRecipe]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("embedding")
+
+
+@pytest.fixture(scope="module")
+def bases(root: Path) -> dict[str, str]:
+    return {
+        "mean": str(tiny_encoder(root / "mean", pooling="mean")),
+        "cls": str(tiny_encoder(root / "cls", pooling="cls", normalize=False)),
+        "lasttoken": str(tiny_decoder(root / "decoder")),
+    }
+
+
+@pytest.fixture(scope="module")
+def beir(root: Path) -> str:
+    return write_beir(root / "beir", train=192, test=48)
+
+
+@pytest.fixture(scope="module")
+def make(bases: dict[str, str], beir: str) -> Make:
+    def recipe(base: str = "mean", *, name: str = "tiny", data: dict[str, Any] | None = None, **sections: Any) -> EmbeddingRecipe:
+        content: dict[str, Any] = {
+            "task": "embedding",
+            "name": name,
+            "base": {"model": bases.get(base, base), "quantization": sections.pop("quantization", "none")},
+            "data": {"train": beir} | (data or {}),
+            "train": {"batch": 16, "lr": 5e-3, "epochs": 3, "max_length": 16} | sections.pop("train", {}),
+        }
+        made = parse_recipe(content | sections)
+        assert isinstance(made, EmbeddingRecipe)
+        return made
+
+    return recipe
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "adapters")
+
+
+def trained(recipe: EmbeddingRecipe, store: AdapterStore, **options: Any) -> AdapterResult:
+    result = train(recipe, store=store, progress=False, **options)
+    assert isinstance(result, AdapterResult)
+    return result
+
+
+def gain(result: AdapterResult) -> float:
+    metrics: Any = result.metrics
+    return metrics["adapter"]["ndcg@10"] - metrics["base"]["ndcg@10"]
+
+
+def weights(store: AdapterStore, name: str = "tiny") -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(store.folder(name) / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("base", ["mean", "cls", "lasttoken"])
+def test_every_kind_of_base_learns_and_plain_sentence_transformers_gives_the_same_vectors(
+    base: str, make: Make, bases: dict[str, str], store: AdapterStore, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    result = trained(make(base, data={"prompts": {"query": "find : "}}), store)
+    assert gain(result) > GAP
+    low, high = result.metrics["gain_ci95"]  # type: ignore[misc]
+    assert 0 < low <= gain(result) <= high
+    passport = read_passport(Path(result.path))
+    settings = EncodeSettings(base, base != "cls", 16, {"query": "find : ", "document": ""})  # type: ignore[arg-type]
+    assert (passport.pooling, passport.normalize, passport.max_length, dict(passport.prompts)) == (base, base != "cls", 16, dict(settings.prompts))
+    folder = Path(bases[base])
+    ours = Encoder(load_adapter(load_model(folder, task="embedding"), Path(result.path)), folder, settings)
+    moved = Path(shutil.copytree(result.path, tmp_path / "moved"))
+    config = json.loads((moved / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == folder.name, "no machine's path is published"
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder)}))
+    plain = SentenceTransformer(str(moved), device="cpu")
+    texts = [row["query"] for row in planted_rows(6)]
+    theirs = plain.encode(texts, prompt="find : ")
+    assert np.abs(ours.encode(texts, input_type="query") - theirs).max() < 1e-4
+
+
+def test_shuffled_pairs_teach_nothing(make: Make, root: Path, beir: str, store: AdapterStore) -> None:
+    shuffled = write_rows(root / "shuffled.jsonl", planted_rows(192, shuffled=True))
+    assert gain(trained(make(data={"train": shuffled, "eval": beir}), store)) < GAP / 2
+
+
+def test_minilm_in_nf4_learns_the_planted_task(make: Make, store: AdapterStore) -> None:
+    result = trained(make("minilm", quantization="nf4", train={"epochs": 1, "lr": 1e-3}), store)
+    assert gain(result) > GAP
+    passport = read_passport(Path(result.path))
+    assert passport.base.quantization == "nf4" and passport.base.fingerprint == load_base(BaseSpec("minilm", "nf4"), task="embedding").info.fingerprint
+
+
+def test_a_tiny_nf4_base_evaluates_and_then_trains_on(make: Make, store: AdapterStore) -> None:
+    """FACTS: an evaluation must leave 4-bit weights in the form that the next training step needs."""
+    recipe = make("mean", quantization="nf4")
+    base = load_base(BaseSpec(recipe.base.model, "nf4"), task="embedding")
+    Encoder(base.model, base.folder, EncodeSettings("mean", True, 16)).encode(["one"])
+    assert gain(trained(recipe, store)) > GAP
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(quantization: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedft.training.interrupt import InterruptGuard
+
+    recipe = make("mean", quantization=quantization, adapter={"dropout": 0.1}, train={"epochs": 2})
+    whole, broken = AdapterStore(tmp_path / "whole"), AdapterStore(tmp_path / "broken")
+    trained(recipe, whole)
+    on_step_end = InterruptGuard.on_step_end
+
+    def stop_at_seven(self: InterruptGuard, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == 7:
+            self.stop()
+        on_step_end(self, args, state, control, **rest)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted) as caught:
+        patch.setattr(InterruptGuard, "on_step_end", stop_at_seven)
+        trained(recipe, broken)
+    assert "--resume" in caught.value.command
+    saved = sorted(path.name for path in Path(caught.value.checkpoint).iterdir())
+    assert "trainable.safetensors" in saved and not any("model.safetensors" in name for name in saved), "the base is never written"
+    trained(recipe, broken, resume=True)
+    one, other = weights(whole), weights(broken)
+    assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    assert whole.current("tiny") == broken.current("tiny")
+    with pytest.raises(ResumeRefused):
+        trained(recipe, broken, resume=True)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.takes != "scored"])
+def test_each_loss_of_pairs_learns(name: str, make: Make, beir: str, root: Path, store: AdapterStore) -> None:
+    rows = planted_rows(192)
+    triplets = [row | {"negative": rows[another(i)]["document"]} for i, row in enumerate(rows)]
+    source = write_rows(root / "triplets.jsonl", triplets)
+    assert gain(trained(make(data={"train": source, "eval": beir}, loss={"name": name}), store)) > GAP / 2
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.takes == "scored"])
+def test_each_loss_of_scored_pairs_learns(name: str, make: Make, beir: str, root: Path, store: AdapterStore) -> None:
+    rows = planted_rows(192)
+    scored = [row | {"score": 1.0} for row in rows] + [row | {"document": rows[another(i)]["document"], "score": 0.0} for i, row in enumerate(rows)]
+    source = write_rows(root / "scored.jsonl", scored)
+    assert gain(trained(make(data={"train": source, "eval": beir}, loss={"name": name}), store)) > GAP / 2
+
+
+def test_a_query_only_adapter_leaves_documents_to_the_base(make: Make, bases: dict[str, str], store: AdapterStore) -> None:
+    recipe = make(adapter={"side": "query"})
+    result = trained(recipe, store)
+    assert gain(result) > GAP
+    assert read_passport(Path(result.path)).side == "query"
+    again = evaluate_adapter(Path(result.path), recipe.data.train, store, base=bases["mean"])
+    assert again["adapter"]["ndcg@10"] == pytest.approx(result.metrics["adapter"]["ndcg@10"])  # type: ignore[index]
+
+
+def test_a_published_adapter_scores_the_same_when_evaluated_again(make: Make, bases: dict[str, str], store: AdapterStore) -> None:
+    recipe = make(train={"epochs": 1})
+    result = trained(recipe, store)
+    again = evaluate_adapter("tiny", recipe.data.train, store, base=bases["mean"])
+    for row in ("base", "bm25", "adapter", "gain_ci95"):
+        assert again[row] == pytest.approx(result.metrics[row])
+    with pytest.raises(BaseError):
+        evaluate_adapter("tiny", recipe.data.train, store, base=bases["cls"])
+
+
+def test_scores_of_every_query_are_kept_and_texts_only_when_asked(make: Make, store: AdapterStore) -> None:
+    kept = [
+        (Path(trained(make(name=f"t{int(texts)}", train={"max_steps": 2, "seed": 7 + texts}, eval={"keep_texts": texts}), store).path) / "eval" / "rows.jsonl").read_text()
+        for texts in (False, True)
+    ]
+    rows = [json.loads(line) for line in kept[0].splitlines()]
+    assert len(rows) == 48 and set(rows[0]) == {"id", "base", "bm25", "adapter", "ranked"}
+    assert "query" in json.loads(kept[1].splitlines()[0])
+
+
+def test_a_dry_run_takes_real_steps_and_leaves_nothing(make: Make, store: AdapterStore) -> None:
+    report = train(make(), store=store, dry_run=True, progress=False)
+    assert isinstance(report, DryRunReport)
+    assert report.steps == 36 and report.examples == 192 and report.trainable > 0 and report.seconds_per_step > 0
+    assert not store.root.exists() or not any(path.is_file() for path in store.root.rglob("*"))
+
+
+def test_training_ids_carry_the_prompts_of_inference(make: Make, bases: dict[str, str], tmp_path: Path) -> None:
+    from embedft.embedding.batches import BatchPlan
+    from embedft.embedding.data import load_data
+    from embedft.embedding.train import make_trainer, settings_for
+    from embedft.methods import attach
+
+    recipe = make(data={"prompts": {"query": "find : ", "document": ": "}})
+    examples, _ = load_data(recipe.data, recipe.eval, scored=False)
+    base = load_base(BaseSpec(bases["mean"]), task="embedding")
+    settings = settings_for(recipe, base)
+    plan = BatchPlan(examples, batch=4, seed=7)
+    trainer = make_trainer(attach(base, recipe.adapter, task="embedding"), base, settings, examples, recipe, plan=plan, output=tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    preparer = Encoder(base.model, base.folder, settings).preparer
+    rows = [examples.rows[i] for i in next(iter(plan))]
+    assert batch["query_input_ids"].tolist() == preparer.prepare([row.query for row in rows], "query").ids
+    assert batch["document_input_ids"].tolist() == preparer.prepare([row.document for row in rows], "document").ids
+    assert batch["query_input_ids"][0].tolist() != preparer.prepare([rows[0].query]).ids[0]
+
+
+def test_frozen_layers_have_no_dropout_while_the_adapter_trains(make: Make, bases: dict[str, str]) -> None:
+    from torch import nn
+
+    from embedft.embedding.tower import sentence_transformer
+    from embedft.methods import attach
+
+    recipe = make(adapter={"dropout": 0.3})
+    base = load_base(BaseSpec(bases["mean"]), task="embedding")
+    model = sentence_transformer(attach(base, recipe.adapter, task="embedding"), base.folder, EncodeSettings("mean", True, 16), hidden_size=64, side="both")
+    model.train()
+    active = {name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.training}
+    assert active and all("lora_dropout" in name for name in active)
+
+
+def test_faults_of_data_and_loss_are_told_before_a_model_loads(make: Make, store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedft.embedding.train.load_base", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(DataError, match="no document column"):
+        train(make(data={"train": write_rows(root / "bad.jsonl", [{"query": "x"}])}), store=store)
+    with pytest.raises(MethodUnsupported, match="the losses are mnrl"):
+        train(make(loss={"name": "nmrl"}), store=store)
+    with pytest.raises(DataError, match="no negative"):
+        train(make(loss={"name": "triplet"}), store=store)
+
+
+def test_a_base_whose_tokenizer_files_disagree_is_refused(make: Make, root: Path, store: AdapterStore) -> None:
+    folder = tiny_encoder(root / "odd", pooling="mean")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    content = (folder / "tokenizer.json").read_text()
+    try:
+        (folder / "tokenizer.json").write_text(content.replace('"unk_token": "[UNK]"', '"unk_token": "[PAD]"'))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        import embedft.embedding.train as module
+
+        base = load_base(BaseSpec(str(folder)), task="embedding")
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(BaseError, match="disagree"):
+            module._check_tokenizer(base, EncodeSettings("mean", True, 16))  # pyright: ignore[reportPrivateUsage]
+    finally:
+        (folder / "tokenizer.json").write_text(content)
+
+
+def test_quantized_bases_are_one_folder_in_the_cache() -> None:
+    assert os.path.realpath(base_folder(BaseSpec("minilm", "nf4"))) == os.path.realpath(load_base(BaseSpec("minilm", "nf4"), task="embedding").folder)
