@@ -1,0 +1,171 @@
+"""Which adapter answers: `model`, `adapter`, `?adapter=`, lists, and what is refused. On the fake engine, whose answers tell."""
+
+import base64
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from embedft.encode import EncodeSettings, TextPreparer
+from serve.engines.fake import load, vector
+from tests.serve.world import DIMENSION, LENGTH, Server, World
+
+
+def expected(world: World, adapter: str | None, text: str, *, length: int = LENGTH) -> np.ndarray:
+    ids = TextPreparer(world.texts, EncodeSettings("mean", True, length)).prepare([text]).ids[0]
+    return vector(load(world.store.folder(adapter)) if adapter else None, ids, DIMENSION)
+
+
+def rows(response: httpx.Response) -> np.ndarray:
+    assert response.status_code == 200, response.text
+    return np.asarray([row["embedding"] for row in response.json()["data"]], dtype=np.float32)
+
+
+def refused(response: httpx.Response, status: int, code: str) -> None:
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code), response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("body", "query", "adapter"),
+    [
+        ({"model": "texts"}, "", None),
+        ({}, "", None),
+        ({"model": "texts", "adapter": None}, "", None),
+        ({"model": "texts", "adapter": "a"}, "", "a"),
+        ({"adapter": "a"}, "", "a"),
+        ({"model": "a"}, "", "a"),
+        ({"model": "texts:a"}, "", "a"),
+        ({"model": "texts"}, "?adapter=a", "a"),
+        ({"model": "a", "adapter": "a"}, "?adapter=a", "a"),
+    ],
+)
+def test_each_way_of_naming_an_adapter_reaches_it(shared: Server, shared_world: World, body: dict[str, Any], query: str, adapter: str | None) -> None:
+    response = shared.post(f"/v1/embeddings{query}", {**body, "input": "hello"})
+    np.testing.assert_allclose(rows(response)[0], expected(shared_world, adapter, "hello"), atol=1e-6)
+    named = f"a@{shared_world.store.current('a')[:12]}" if adapter else "base"
+    assert response.headers["x-embedft-adapter"] == named
+    assert response.headers["x-embedft-base"] == "texts"
+    assert len(response.headers["x-embedft-lineage"]) == 64
+    assert response.json()["model"] == (adapter or "texts")
+
+
+@pytest.mark.parametrize(
+    ("body", "query"),
+    [
+        ({"model": "a", "adapter": "b"}, ""),
+        ({"model": "a", "adapter": None}, ""),
+        ({"model": "texts", "adapter": "a"}, "?adapter=b"),
+        ({"model": "texts:a"}, "?adapter=b"),
+        ({"model": "words", "adapter": "a"}, ""),
+        ({"model": "texts"}, "?adapter=a&adapter=b"),
+        ({"adapter": ["a"]}, "?adapter=a"),
+        ({"model": "a", "adapter": ["a", "b"]}, ""),
+    ],
+)
+def test_conflicting_names_are_a_400(shared: Server, body: dict[str, Any], query: str) -> None:
+    inputs = ["x"] * (len(body["adapter"]) if isinstance(body.get("adapter"), list) else 1)
+    refused(shared.post(f"/v1/embeddings{query}", {**body, "input": inputs}), 400, "adapter_conflict")
+
+
+@pytest.mark.parametrize("name", ["nix", "A", "a@000000000000", "a@", "ａ", "../a", "a\u0000", "base"])
+def test_an_unknown_adapter_is_a_404_and_never_the_bases_answer(shared: Server, name: str) -> None:
+    refused(shared.post("/v1/embeddings", {"input": "x", "adapter": name}), 404, "adapter_not_found")
+    refused(shared.post("/v1/embeddings", {"input": ["x", "y"], "adapter": ["a", name]}), 404, "adapter_not_found")
+    refused(shared.post("/v1/embeddings", {"input": "x", "model": f"texts:{name}"}), 404, "adapter_not_found")
+    refused(shared.post("/v1/completions", {"prompt": "x", "model": "words", "adapter": name}), 404, "adapter_not_found")
+    assert shared.post("/v1/embeddings", {"input": "x", "model": name}).status_code == 404
+
+
+def test_a_generation_in_the_name_must_be_the_one_that_serves(shared: Server, shared_world: World) -> None:
+    full = f"a@{shared_world.store.current('a')[:12]}"
+    assert shared.post("/v1/embeddings", {"input": "x", "adapter": full}).headers["x-embedft-adapter"] == full
+
+
+def test_a_list_of_adapters_is_merged_in_input_order(shared: Server, shared_world: World) -> None:
+    names = ["a", None, "b", "a", None]
+    texts = [f"text {i}" for i in range(5)]
+    response = shared.post("/v1/embeddings", {"input": texts, "adapter": names})
+    for row, name, text in zip(rows(response), names, texts, strict=True):
+        np.testing.assert_allclose(row, expected(shared_world, name, text), atol=1e-6)
+    assert [row["index"] for row in response.json()["data"]] == list(range(5))
+    assert [row["adapter"].partition("@")[0] for row in response.json()["data"]] == ["a", "base", "b", "a", "base"]
+    tokens = sum(map(len, texts))
+    assert response.json()["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+    refused(shared.post("/v1/embeddings", {"input": texts, "adapter": ["a", "b"]}), 400, "adapter_count")
+
+
+def test_base64_holds_the_same_floats(shared: Server) -> None:
+    plain = rows(shared.post("/v1/embeddings", {"input": "hello", "adapter": "a"}))[0]
+    packed = shared.post("/v1/embeddings", {"input": "hello", "adapter": "a", "encoding_format": "base64"}).json()["data"][0]["embedding"]
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(packed), dtype="<f4"), plain)
+
+
+def test_token_ids_are_taken_as_they_are(shared: Server, shared_world: World) -> None:
+    ids = [5, 6, 7]
+    made = rows(shared.post("/v1/embeddings", {"input": ids, "adapter": "a"}))[0]
+    np.testing.assert_allclose(made, vector(load(shared_world.store.folder("a")), ids, DIMENSION), atol=1e-6)
+    assert len(rows(shared.post("/v1/embeddings", {"input": [ids, ids], "adapter": "a"}))) == 2
+    refused(shared.post("/v1/embeddings", {"input": ids, "adapter": "b", "input_type": "query"}), 400, "input_type_needs_text")
+    refused(shared.post("/v1/embeddings", {"input": [1] * (LENGTH + 1)}), 400, "input_too_long")
+
+
+def test_the_passports_prompt_goes_before_a_query(shared: Server, shared_world: World) -> None:
+    made = rows(shared.post("/v1/embeddings", {"input": "hi", "adapter": "b", "input_type": "query"}))[0]
+    np.testing.assert_allclose(made, expected(shared_world, "b", "ask: hi"), atol=1e-6)
+    plain = rows(shared.post("/v1/embeddings", {"input": "hi", "adapter": "b", "input_type": "document"}))[0]
+    np.testing.assert_allclose(plain, expected(shared_world, "b", "hi"), atol=1e-6)
+
+
+def test_long_inputs_are_cut_to_the_passports_length_and_counted(shared: Server, shared_world: World) -> None:
+    response = shared.post("/v1/embeddings", {"input": ["x" * 50, "y"], "adapter": "b"})
+    np.testing.assert_allclose(rows(response)[0], expected(shared_world, "b", "x" * 20), atol=1e-6)
+    assert response.json()["truncated"] == 1
+    assert response.json()["usage"]["prompt_tokens"] == 21
+    refused(shared.post("/v1/embeddings", {"input": "x" * 50, "adapter": "b", "truncate": False}), 400, "input_too_long")
+
+
+def test_a_query_only_adapter_leaves_documents_to_the_base(shared: Server, shared_world: World) -> None:
+    query = shared.post("/v1/embeddings", {"input": "x", "adapter": "q", "input_type": "query"})
+    document = shared.post("/v1/embeddings", {"input": "x", "adapter": "q", "input_type": "document"})
+    np.testing.assert_allclose(rows(query)[0], expected(shared_world, "q", "x"), atol=1e-6)
+    np.testing.assert_allclose(rows(document)[0], expected(shared_world, None, "x"), atol=1e-6)
+    assert query.headers["x-embedft-adapter"].startswith("q@")
+    assert document.headers["x-embedft-adapter"] == "base"
+    assert query.headers["x-embedft-lineage"] != document.headers["x-embedft-lineage"]
+    refused(shared.post("/v1/embeddings", {"input": "x", "adapter": "q"}), 400, "input_type_required")
+
+
+def test_only_trained_dimensions_are_given(shared: Server) -> None:
+    whole = rows(shared.post("/v1/embeddings", {"input": "x", "adapter": "a"}))[0]
+    cut = shared.post("/v1/embeddings", {"input": "x", "adapter": "a", "dimensions": 8})
+    np.testing.assert_allclose(rows(cut)[0], whole[:8] / np.linalg.norm(whole[:8]), atol=1e-6)
+    full = shared.post("/v1/embeddings", {"input": "x", "adapter": "a", "dimensions": DIMENSION})
+    np.testing.assert_array_equal(rows(full)[0], whole)
+    assert cut.headers["x-embedft-lineage"] != full.headers["x-embedft-lineage"]
+    refused(shared.post("/v1/embeddings", {"input": "x", "adapter": "a", "dimensions": 16}), 400, "dimensions_unsupported")
+    refused(shared.post("/v1/embeddings", {"input": "x", "dimensions": 8}), 400, "dimensions_unsupported")
+
+
+def test_rerank_orders_by_closeness_and_sets_both_input_types(shared: Server, shared_world: World) -> None:
+    body = {"model": "q", "query": "tea", "documents": ["one", "tea", "two"], "top_n": 2, "return_documents": True}
+    response = shared.post("/v1/rerank", body)
+    query = expected(shared_world, "q", "tea")
+    scores = [float(query @ expected(shared_world, None, text)) for text in body["documents"]]
+    results = response.json()["results"]
+    assert [result["index"] for result in results] == sorted(range(3), key=lambda i: -scores[i])[:2]
+    assert results[0]["relevance_score"] == pytest.approx(max(scores), abs=1e-5)
+    assert results[0]["document"]["text"] == body["documents"][results[0]["index"]]
+
+
+def test_a_base_is_not_asked_for_what_it_cannot_do(shared: Server) -> None:
+    refused(shared.post("/v1/embeddings", {"input": "x", "model": "words"}), 400, "wrong_task")
+    refused(shared.post("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "x"}]}), 400, "wrong_task")
+
+
+def test_models_lists_bases_and_adapters_with_their_parent(shared: Server) -> None:
+    found = {row["id"]: row["parent"] for row in shared.client.get("/v1/models").json()["data"]}
+    assert found == {"texts": None, "words": None, "a": "texts", "b": "texts", "q": "texts", "s": "words", "t": "words"}
+    assert shared.client.get("/v1/models/a").json()["parent"] == "texts"
+    refused(shared.client.get("/v1/models/nix"), 404, "model_not_found")

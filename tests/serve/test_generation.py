@@ -1,0 +1,103 @@
+"""Chat and completions through the gateway: whole, streamed, cancelled; also by the real OpenAI client."""
+
+import json
+import socket
+from urllib.parse import urlsplit
+
+import numpy as np
+import openai
+import pytest
+
+from serve.engines.fake import text
+from tests.serve.test_choice import expected
+from tests.serve.world import Server, World, wait_for
+
+MESSAGES = [{"role": "user", "content": "say \u2028 it"}]
+
+
+def engine_id(world: World, name: str) -> str:
+    return f"{name}@{world.store.current(name)[:12]}"
+
+
+@pytest.mark.parametrize("adapter", [None, "s", "t"])
+def test_chat_is_answered_by_the_adapter_that_was_asked(shared: Server, shared_world: World, adapter: str | None) -> None:
+    body = {"model": "words", "messages": MESSAGES, "adapter": adapter, "max_tokens": 3}
+    response = shared.post("/v1/chat/completions", body)
+    own = engine_id(shared_world, adapter) if adapter else "base"
+    assert response.json()["choices"][0]["message"]["content"] == text(own, MESSAGES) + " word word"
+    assert response.json()["model"] == (adapter or "words")
+    assert response.headers["x-embedft-adapter"] == own
+
+
+def test_several_prompts_and_n_are_answered_in_order(shared: Server, shared_world: World) -> None:
+    body = {"model": "s", "prompt": ["one", "two"], "n": 2, "max_tokens": 1}
+    choices = shared.post("/v1/completions", body).json()["choices"]
+    own = engine_id(shared_world, "s")
+    assert [choice["text"] for choice in choices] == [text(own, prompt) for prompt in ("one", "one", "two", "two")]
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_passes_through_under_the_public_name(shared: Server, shared_world: World, usage: bool) -> None:
+    body = {"model": "words", "adapter": "s", "messages": MESSAGES, "stream": True, "max_tokens": 3}
+    if usage:
+        body["stream_options"] = {"include_usage": True}
+    with shared.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        lines = [line for line in response.read().decode().split("\n") if line]
+        assert response.headers["x-embedft-adapter"] == engine_id(shared_world, "s")
+    assert lines[-1] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert {event["model"] for event in events} == {"s"}
+    assert len(events) == (4 if usage else 3)
+    assert bool(events[-1].get("usage")) is usage
+    assert events[0]["choices"][0]["delta"]["content"] == text(engine_id(shared_world, "s"), MESSAGES)
+
+
+def test_streams_are_counted_though_nobody_asked_for_usage(shared: Server) -> None:
+    before = _tokens(shared)
+    shared.post("/v1/completions", {"model": "t", "prompt": "x", "stream": True, "max_tokens": 5})
+    assert _tokens(shared) == before + 5
+
+
+def _tokens(server: Server) -> float:
+    wanted = 'embedft_tokens_total{adapter="t",base="words",kind="completion"}'
+    lines = [line for line in server.client.get("/metrics").text.splitlines() if line.startswith(wanted)]
+    return float(lines[0].split()[-1]) if lines else 0.0
+
+
+def test_a_client_that_hangs_up_cancels_its_stream_in_the_engine(shared: Server) -> None:
+    before = len(shared.events("cancelled"))
+    body = {"model": "s", "prompt": "x", "stream": True, "max_tokens": 2000}
+    with shared.client.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_raw())
+    wait_for(lambda: len(shared.events("cancelled")) == before + 1)
+    wait_for(lambda: shared.client.get("/v1/adapters/s").json()["leases"] == 0)
+
+
+def test_a_client_that_hangs_up_frees_its_lease_without_a_stream(shared: Server) -> None:
+    place = urlsplit(shared.url)
+    content = json.dumps({"model": "t", "prompt": "x", "max_tokens": 4000}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection((place.hostname or "", place.port or 0)) as connection:
+        connection.sendall(head.encode() + content)
+        wait_for(lambda: shared.client.get("/v1/adapters/t").json()["leases"] == 1)
+    wait_for(lambda: shared.client.get("/v1/adapters/t").json()["leases"] == 0, 5)
+
+
+def test_the_openai_client_works_unchanged(shared: Server, shared_world: World) -> None:
+    client = openai.OpenAI(base_url=f"{shared.url}/v1", api_key="none")
+    own = engine_id(shared_world, "s")
+    chat = client.chat.completions.create(model="s", messages=[{"role": "user", "content": "hi"}], max_tokens=2, temperature=0)
+    assert chat.choices[0].message.content == text(own, [{"role": "user", "content": "hi"}]) + " word"
+    stream = client.chat.completions.create(
+        model="words", messages=[{"role": "user", "content": "hi"}], stream=True, extra_body={"adapter": "s"}, stream_options={"include_usage": True}
+    )
+    parts = list(stream)
+    assert parts[0].choices[0].delta.content == text(own, [{"role": "user", "content": "hi"}])
+    assert parts[-1].usage is not None
+    assert client.completions.create(model="words:t", prompt="hi").choices[0].text.startswith(text(engine_id(shared_world, "t"), "hi"))
+    embedding = client.embeddings.create(model="a", input=["hello"])  # the client asks for base64 by itself
+    np.testing.assert_allclose(embedding.data[0].embedding, expected(shared_world, "a", "hello"), atol=1e-6)
+    assert {model.id for model in client.models.list()} >= {"texts", "a"}
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.embeddings.create(model="nix", input="x")
+    assert caught.value.code == "model_not_found"
