@@ -51,11 +51,13 @@ def engine_command(
     argv = [sys.executable, "-m", f"serve.engines.{kind}", "--socket", str(socket), "--task", task]
     env = {KEY: key}
     if kind == "peft":
-        argv += ["--folder", str(folder), "--max-loras", str(settings.max_loras), "--max-lora-rank", str(settings.max_lora_rank)]
+        argv += ["--folder", str(folder)]
         argv += ["--max-length", str(settings.max_length)] if settings.max_length else []
         argv += ["--pooling", settings.pooling] if settings.pooling else []
-        argv += ["--cores", settings.cores] if settings.cores else []
-        env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if settings.cores:
+            argv += ["--cores", settings.cores]
+            env["OMP_NUM_THREADS"] = str(len(parse_cores(settings.cores)))
+        env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
     return argv, env
 
 

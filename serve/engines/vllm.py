@@ -64,7 +64,7 @@ def _environment(settings: EngineSettings, key: str, *, on_cpu: bool) -> dict[st
         count = len(parse_cores(settings.cores)) if settings.cores else len(os.sched_getaffinity(0))
         # the launcher sets the cores on the whole process, so that vLLM need not (nor start a process more to do it)
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(count), "EMBEDFT_ENGINE_CORES": settings.cores or ""}
-        env |= {"VLLM_ENGINE_READY_TIMEOUT_S": "600"}
+        env |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_ENGINE_READY_TIMEOUT_S": "600"}  # idle threads leave their core to others
     return env
 
 

@@ -8,11 +8,13 @@ lacks: vLLM would load it and apply nothing. (Names saved from a bare decoder, w
 2. vllm-bnb-plugin sizes 4-bit weights by the activations' dtype (right for 16-bit ones only): with fp32 no NF4 folder loads.
 3. It multiplies in bf16 whatever the dtype: tens of times slower than fp32 on CPUs without AVX512-BF16, and other
    rounding than transformers has, so adapters would not meet the base that they were trained on.
+4. Its LoRA operations are replaced (serve.engines.vllm_cpu_lora): base rows could be given an adapter's answer.
 """
 
 import os
 from typing import Any
 
+from serve.engines import vllm_cpu_lora
 from serve.engines.command import parse_cores
 
 
@@ -27,6 +29,7 @@ def main() -> None:
     if current_platform.is_cpu():
         _one_process_for_engine_and_worker(type(current_platform))
         _bitsandbytes_in_the_activations_dtype()
+        vllm_cpu_lora.install()
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()
@@ -50,11 +53,11 @@ def _every_module_of_an_adapter_must_match() -> None:
 
 
 def match_modules(loras: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """`loras` by the model's own module names; ValueError when a module is in none of them."""
+    """`loras` by the model's own module names; ValueError when one is not a linear layer of it."""
     matched = {name if name in known else f"model.{name}": weights for name, weights in loras.items()}
-    missing = sorted(set(matched) - known)
+    missing = sorted(name for name in matched if name not in known or name.endswith(("lm_head", "embed_tokens")))
     if missing or not matched:
-        raise ValueError(f"the adapter adapts modules that the model lacks: {', '.join(missing[:3]) or 'it adapts none'}")
+        raise ValueError(f"the adapter adapts modules that are not linear layers of the model: {', '.join(missing[:3]) or 'it adapts none'}")
     return matched
 
 

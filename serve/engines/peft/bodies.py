@@ -1,0 +1,140 @@
+"""Request bodies of the peft engine: closed, so that what it cannot do is refused and never ignored."""
+
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+
+from embedft.errors import InputInvalid
+from serve.engines.peft.sampling import Sampling
+
+Tokens = Annotated[list[StrictInt], Field(min_length=1)]
+Prompt = StrictStr | Tokens | Annotated[list[StrictStr], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+
+
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: Literal[False] = False
+
+
+class Generation(Body):
+    """What completions and chat share. A field that only has one value is known, and refused when it asks for more."""
+
+    model: str = "base"
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    n: int | None = Field(default=None, ge=1, le=128)
+    seed: int | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=100)
+    return_token_ids: bool | None = None
+    user: str | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    repetition_penalty: Literal[1] | None = None
+    min_p: Literal[0] | None = None
+
+    def sampling(self, *, max_tokens: int, logprobs: int | None) -> list[Sampling]:
+        """One for each of the `n` answers."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        count = self.n or 1
+        seed = self.seed if self.seed is not None else secrets.randbits(62)
+        return [
+            Sampling(
+                max_tokens=max_tokens,
+                temperature=1.0 if self.temperature is None else self.temperature,
+                top_p=self.top_p or 1.0,
+                top_k=max(self.top_k or 0, 0),
+                seed=(seed + index) % 2**63,
+                stop=tuple(text for text in stop if text),
+                stop_token_ids=frozenset(self.stop_token_ids or ()),
+                ignore_eos=self.ignore_eos,
+                logprobs=logprobs,
+                prompt_logprobs=self.prompt_logprobs,
+            )
+            for index in range(count)
+        ]
+
+
+class Completion(Generation):
+    prompt: Prompt
+    max_tokens: int | None = Field(default=None, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+    add_special_tokens: bool = True
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)  # what else a message holds is the chat template's affair
+
+    role: StrictStr
+    content: StrictStr
+
+
+class Chat(Generation):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+
+
+class Embedding(Body):
+    model: str = "base"
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: None = None
+    user: str | None = None
+
+
+class LoadAdapter(Body):
+    lora_name: Annotated[str, Field(min_length=1)]
+    lora_path: Annotated[str, Field(min_length=1)]
+
+
+class UnloadAdapter(Body):
+    lora_name: Annotated[str, Field(min_length=1)]
+    lora_int_id: int | None = None
+
+
+def parse(kind: type[AnyBody], body: bytes) -> AnyBody:
+    """The request's bytes as `kind`. Raises InputInvalid."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise refusal(error) from None
+
+
+def prompts(given: Any, tokenize: Callable[[str], list[int]]) -> list[list[int]]:
+    """A text, token ids, or a list of either → token ids of each."""
+    if isinstance(given, str):
+        return [tokenize(given)]
+    if isinstance(given[0], int):
+        return [list(given)]
+    return [tokenize(item) if isinstance(item, str) else list(item) for item in given]
+
+
+def refusal(error: ValidationError) -> InputInvalid:
+    """The first fault as a 400: an unknown field, or one asking for what this engine lacks, has its own code."""
+    fault = error.errors(include_url=False)[0]
+    param = ".".join(str(part) for part in fault["loc"]) or None
+    unsupported = fault["type"] in {"extra_forbidden", "literal_error", "none_required"}
+    code = "unsupported_parameter" if unsupported else "invalid_request"
+    what = "the peft engine does not support this" if unsupported else fault["msg"]
+    return InputInvalid(code, f"{param or 'body'}: {what}", param)

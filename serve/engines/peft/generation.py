@@ -1,0 +1,115 @@
+"""One generating request: its rows, their pieces in order, and what happens when the client goes away. Knows no routes."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from embedft.errors import InputInvalid
+from serve.engines.peft.answers import Answers, Piece
+from serve.engines.peft.batch import Row, Step
+from serve.engines.peft.bodies import Generation
+from serve.engines.peft.text import Detokenizer
+from serve.engines.peft.worker import Worker
+
+
+class Request:
+    """`prompts` × `n` rows on the worker. Leave it by `close`, finished or not: what still runs is then dropped."""
+
+    def __init__(
+        self, worker: Worker, body: Generation, *, prompts: list[list[int]], adapter: str | None, max_tokens: int, logprobs: int | None, eos: frozenset[int]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        tokenizer = worker.bank.base.tokenizer
+        self._steps: asyncio.Queue[tuple[int, Step]] = asyncio.Queue()
+        self.rows: list[Row] = []
+        self._texts: list[Detokenizer] = []
+        for prompt in prompts:
+            for sampling in body.sampling(max_tokens=max_tokens, logprobs=logprobs):
+                emit = _across(loop, self._steps, len(self.rows))
+                self.rows.append(Row(adapter, prompt, sampling, eos, emit))
+                self._texts.append(Detokenizer(tokenizer, sampling.stop))
+        for row in self.rows:
+            worker.generate(row)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Every row's pieces as they come; the last of a row carries `finish`. Raises what the model raised."""
+        left = len(self.rows)
+        ended = [False] * left
+        while left:
+            index, step = await self._steps.get()
+            if ended[index]:
+                continue
+            if step.error is not None or step.token is None:
+                raise step.error or RuntimeError("a step without a token")
+            text, stopped = self._text(index, step)
+            finish = "stop" if stopped else step.finish
+            if stopped:
+                self.rows[index].cancelled = True
+            if finish:
+                ended[index] = True
+                left -= 1
+            yield Piece(index, text, [step.token], [step.logprobs] if step.logprobs else [], step.prompt_logprobs, finish)
+
+    def _text(self, index: int, step: Step) -> tuple[str, bool]:
+        assert step.token is not None
+        return self._texts[index].feed(step.token, last=step.finish is not None)
+
+    def close(self) -> None:
+        for row in self.rows:
+            row.cancelled = True
+
+
+def _across(loop: asyncio.AbstractEventLoop, steps: "asyncio.Queue[tuple[int, Step]]", index: int) -> Callable[[Step], None]:
+    """From the model's thread into the event loop; nowhere once the loop has closed."""
+
+    def emit(step: Step) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(steps.put_nowait, (index, step))
+
+    return emit
+
+
+async def collect(request: Request, answers: Answers) -> dict[str, Any]:
+    """The whole answer."""
+    whole = [Piece(index) for index in range(len(request.rows))]
+    async for piece in request.pieces():
+        whole[piece.index].add(piece)
+    return answers.whole(whole)
+
+
+async def stream(request: Request, answers: Answers, *, usage: bool) -> AsyncIterator[str]:
+    """Server-sent events. An error after the first of them is an event too, and the last."""
+    generated = 0
+    try:
+        if answers.kind == "chat.completion":
+            for index in range(len(request.rows)):
+                yield _event(answers.opening(index))
+        async for piece in request.pieces():
+            generated += len(piece.tokens)
+            if piece.text or piece.finish or piece.logprobs or piece.prompt_logprobs:
+                yield _event(answers.chunk(piece))
+        if usage:
+            yield _event(answers.closing(generated))
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        code = getattr(error, "code", "engine_failed")
+        yield _event({"error": {"message": str(error), "type": "InternalServerError", "param": None, "code": code}})
+    finally:
+        request.close()
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def room_for(prompts: list[list[int]], wanted: int | None, *, context: int, vocabulary: int) -> int:
+    """How many tokens may be generated after the longest prompt. Raises InputInvalid."""
+    longest = max(map(len, prompts))
+    if longest == 0:
+        raise InputInvalid("input_empty", "the prompt has no tokens: expected some text", "prompt")
+    if any(not 0 <= token < vocabulary for prompt in prompts for token in prompt):
+        raise InputInvalid("token_unknown", f"token ids go from 0 to {vocabulary - 1}", "prompt")
+    if longest + (wanted or 1) > context:
+        raise InputInvalid("context_length_exceeded", f"{longest} prompt tokens and {wanted or 1} to generate exceed the context of {context}", "prompt")
+    return wanted or context - longest

@@ -1,0 +1,164 @@
+"""The peft engine's routes: vLLM's small HTTP over one worker. Knows no process and no socket."""
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, EngineFailed, InputInvalid
+from serve.engines.peft import answers, bodies
+from serve.engines.peft.generation import Request, collect, room_for, stream
+from serve.engines.peft.worker import Worker
+
+STATUS: dict[type[EmbedftError], int] = {AdapterNotFound: 404, EngineBusy: 503, EngineFailed: 500}  # any other of ours: 400
+COMPLETION_TOKENS = 16  # OpenAI's default
+
+
+def create_app(worker: Worker, *, key: str, context: int) -> Starlette:
+    """`key`: the bearer key asked for everywhere but on /health; '' asks for none. `context`: the longest sequence, in tokens."""
+    routes = Routes(worker, context)
+
+    def guarded(handler: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        async def check(request: HttpRequest) -> Response:
+            given = request.headers.get("authorization", "")
+            if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+                return JSONResponse(answers.failure(401, "not_authorized", "a valid bearer key is needed"), 401)
+            return await handler(request)
+
+        return check
+
+    table: list[tuple[str, str, Callable[[HttpRequest], Awaitable[Response]]]] = [("GET", "/v1/models", routes.models)]
+    table += [("POST", "/v1/load_lora_adapter", routes.load), ("POST", "/v1/unload_lora_adapter", routes.unload)]
+    if worker.encoder is not None:
+        table += [("POST", "/v1/embeddings", routes.embed)]
+    else:
+        table += [("POST", "/v1/completions", routes.complete), ("POST", "/v1/chat/completions", routes.chat)]
+    listed = [Route("/health", routes.health), *(Route(path, guarded(handler), methods=[method]) for method, path, handler in table)]
+    return Starlette(routes=listed, exception_handlers={EmbedftError: _refuse, HTTPException: _no_route, Exception: _broken})
+
+
+class Routes:
+    """One method a route."""
+
+    def __init__(self, worker: Worker, context: int) -> None:
+        self.worker, self.context = worker, context
+        base = worker.bank.base
+        self.tokenizer: Any = base.tokenizer
+        ended: Any = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
+        known = [self.tokenizer.eos_token_id, *(ended if isinstance(ended, list) else [ended])]
+        self.eos = frozenset(int(token) for token in known if token is not None)
+
+    async def health(self, request: HttpRequest) -> Response:
+        del request
+        return Response()
+
+    async def models(self, request: HttpRequest) -> Response:
+        del request
+        listed = [{"id": "base", "object": "model", "parent": None}]
+        listed += [{"id": name, "object": "model", "parent": "base"} for name in self.worker.names]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def load(self, request: HttpRequest) -> Response:
+        body = bodies.parse(bodies.LoadAdapter, await request.body())
+        if body.lora_name == "base":
+            raise InputInvalid("adapter_exists", "'base' names the base", "lora_name")
+        await self.worker.load(body.lora_name, Path(body.lora_path))
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload(self, request: HttpRequest) -> Response:
+        body = bodies.parse(bodies.UnloadAdapter, await request.body())
+        await self.worker.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    async def embed(self, request: HttpRequest) -> Response:
+        body = bodies.parse(bodies.Embedding, await request.body())
+        adapter = self._adapter(body.model)
+        encoder = self.worker.encoder
+        assert encoder is not None
+        ids = bodies.prompts(body.input, lambda text: encoder.preparer.prepare([text], truncate=False).ids[0])
+        room_for(ids, None, context=self.context + 1, vocabulary=self.worker.bank.base.model.config.vocab_size)
+        vectors = await self.worker.embed(adapter, ids)
+        return JSONResponse(answers.embeddings(body.model, vectors, tokens=sum(map(len, ids)), encoding=body.encoding_format))
+
+    async def complete(self, request: HttpRequest) -> Response:
+        body = bodies.parse(bodies.Completion, await request.body())
+        ids = bodies.prompts(body.prompt, lambda text: self.tokenizer(text, add_special_tokens=body.add_special_tokens)["input_ids"])
+        return await self._generate(request, "text_completion", body, ids, body.max_tokens or COMPLETION_TOKENS, body.logprobs)
+
+    async def chat(self, request: HttpRequest) -> Response:
+        body = bodies.parse(bodies.Chat, await request.body())
+        if not self.tokenizer.chat_template:
+            raise InputInvalid("chat_template_missing", "this base has no chat template: use /v1/completions", "messages")
+        messages = [message.model_dump() for message in body.messages]
+        try:
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except Exception as error:  # whatever the template raises on roles it does not know
+            raise InputInvalid("messages_invalid", f"the chat template refuses these messages: {error}", "messages") from None
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return await self._generate(request, "chat.completion", body, [list(ids)], body.max_completion_tokens or body.max_tokens, logprobs)
+
+    async def _generate(
+        self, request: HttpRequest, kind: answers.Kind, body: bodies.Generation, ids: list[list[int]], max_tokens: int | None, logprobs: int | None
+    ) -> Response:
+        adapter = self._adapter(body.model)
+        if body.stream and body.prompt_logprobs is not None:
+            raise InputInvalid("unsupported_parameter", "prompt_logprobs cannot be streamed", "prompt_logprobs")
+        room = room_for(ids, max_tokens, context=self.context, vocabulary=self.worker.bank.base.model.config.vocab_size)
+        shapes = answers.Answers(kind, body.model, self.tokenizer, ids, n=body.n or 1, ids=bool(body.return_token_ids))
+        generation = Request(self.worker, body, prompts=ids, adapter=adapter, max_tokens=room, logprobs=logprobs, eos=self.eos)
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            return StreamingResponse(stream(generation, shapes, usage=usage), media_type="text/event-stream")
+        try:
+            return JSONResponse(await _while_connected(request, collect(generation, shapes)))
+        finally:
+            generation.close()
+
+    def _adapter(self, model: str) -> str | None:
+        if model == "base":
+            return None
+        if model not in self.worker.names:
+            raise AdapterNotFound(model, self.worker.names)
+        return model
+
+
+async def _while_connected(request: HttpRequest, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """The result of `work`; EngineBusy, answered to nobody, when the client hangs up first."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0] not in done:
+            raise EngineBusy("the client has gone")
+        return await tasks[0]  # pyright: ignore[reportReturnType]
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _refuse(request: HttpRequest, error: Exception) -> Response:
+    del request
+    assert isinstance(error, EmbedftError)
+    status = STATUS.get(type(error), 400)
+    return JSONResponse(answers.failure(status, error.code, str(error), getattr(error, "param", None)), status)
+
+
+async def _no_route(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(answers.failure(error.status_code, "no_such_route", f"{request.method} {request.url.path}: {error.detail}"), error.status_code)
+
+
+async def _broken(request: HttpRequest, error: Exception) -> Response:
+    del request, error
+    return JSONResponse(answers.failure(500, "engine_failed", "the engine met an error of its own: its log has it"), 500)

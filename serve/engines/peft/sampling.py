@@ -1,0 +1,63 @@
+"""Logits → the next token, and the log-probabilities an answer reports. Pure functions over one row."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one sequence is generated. `temperature` 0 is greedy; `logprobs` and `prompt_logprobs` None report none."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = field(default_factory=frozenset[int])
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One token's log-probability and rank (1 = likeliest), and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+def choose(logits: "Tensor", sampling: Sampling, generator: "torch.Generator | None") -> int:
+    """(vocabulary,) fp32 logits → a token id."""
+    import torch
+
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = logits / sampling.temperature
+    order = torch.argsort(scaled, descending=True)
+    probabilities = torch.softmax(scaled[order], dim=-1)
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if sampling.top_p < 1:
+        keep &= probabilities.cumsum(-1) - probabilities < sampling.top_p  # the first token over the mark stays in
+    if sampling.top_k > 0:
+        keep[sampling.top_k :] = False
+    picked = torch.multinomial((probabilities * keep).cpu(), 1, generator=generator)
+    return int(order[picked])
+
+
+def token_logprobs(logits: "Tensor", token: int, count: int) -> TokenLogprobs:
+    """(vocabulary,) fp32 logits → what is reported of `token`, with the `count` likeliest beside it."""
+    import torch
+
+    values = torch.log_softmax(logits, dim=-1)
+    own = values[token]
+    best = torch.topk(values, count) if count else None
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else ()
+    return TokenLogprobs(token, float(own), int((values > own).sum()) + 1, top)
