@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.world import Server, World, make_world
+from tests.serve.world import Server, World, make_world, put_adapter, write_base
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +16,22 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="session")
 def shared(shared_world: World) -> Iterator[Server]:
     server = shared_world.start(token_latency=0.01)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def changing_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Each test that changes something brings adapters of its own names."""
+    world = make_world(tmp_path_factory.mktemp("changing"))
+    put_adapter(world.store, "foreign", write_base(world.folder / "other", seed=9), seed=1)
+    put_adapter(world.store, "broken", world.texts, seed=2, scale=0.5)
+    return world
+
+
+@pytest.fixture(scope="session")
+def changing(changing_world: World) -> Iterator[Server]:
+    server = changing_world.start(token_latency=0.005)
     yield server
     server.stop()
 

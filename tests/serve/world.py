@@ -135,7 +135,7 @@ class World:
     words: Path
     store: AdapterStore
 
-    def start(self, *, wait: bool = True, latency: float = 0.0, token_latency: float = 0.0, **config: Any) -> Server:
+    def start(self, *, wait: bool = True, latency: float | str = 0.0, token_latency: float = 0.0, **config: Any) -> Server:
         bases = [
             {"name": "texts", "model": str(self.texts), "task": "embedding", "engine": "fake"},
             {"name": "words", "model": str(self.words), "task": "causal_lm", "engine": "fake"},
@@ -151,8 +151,12 @@ class World:
         found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
         assert found, log.read_text()
         server = Server(process, found[0], log, events)
-        if wait:
-            server.wait_ready()
+        try:
+            if wait:
+                server.wait_ready()
+        except BaseException:
+            process.kill()
+            raise
         return server
 
 

@@ -1,0 +1,142 @@
+"""No process outlives the server; a killed engine comes back with its adapters; SIGTERM finishes what runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serve.guard import __file__ as guard_file
+from tests.serve.test_choice import refused
+from tests.serve.world import Server, World, put_adapter, wait_for
+
+Start = Callable[..., Server]
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def running(server: Server, task: str) -> int:
+    """The pid of the engine that does `task` now."""
+    return [row["pid"] for row in server.events("start") if row["task"] == task][-1]
+
+
+def test_sigterm_finishes_what_runs_and_leaves_no_process(start: Start) -> None:
+    server = start(token_latency=0.1)
+    processes, answers = server.processes(), list[str]()
+    assert len(processes) >= 4
+
+    def ask(stream: bool) -> None:
+        body = {"model": "s", "prompt": "x", "max_tokens": 15, "stream": stream}
+        answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).text)
+
+    threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: server.client.get("/v1/adapters/s").json()["leases"] == 2)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{server.url}/health")
+    for thread in threads:
+        thread.join()
+    assert all(answer.count(" word") == 14 for answer in answers), answers
+    assert server.process.wait(timeout=20) == 0
+    wait_for(lambda: gone(processes), 5)
+
+
+def test_a_killed_gateway_leaves_no_process_and_the_next_serves_what_was_put(world: World, start: Start) -> None:
+    server = start()
+    assert server.put("copy", {"source": "a"}).status_code == 200
+    processes = server.processes()
+    assert len(processes) >= 4
+    server.process.kill()
+    server.process.wait()
+    wait_for(lambda: gone(processes), 10)
+    again = start()
+    assert again.client.get("/v1/adapters/copy").json()["generation"] == world.store.current("a")
+
+
+def test_a_gateway_told_to_stop_while_starting_leaves_no_process(start: Start) -> None:
+    server = start(wait=False)
+    wait_for(lambda: len(server.processes()) >= 2, 30, server)
+    processes = server.processes()
+    refused(server.post("/v1/embeddings", {"input": "x"}), 503, "engine_not_ready")
+    assert server.client.get("/ready").status_code == 503
+    assert server.stop() == 0
+    wait_for(lambda: gone(processes), 10)
+
+
+def test_a_killed_engine_comes_back_with_its_adapters(changing_world: World, changing: Server) -> None:
+    world, server = changing_world, changing
+    put_adapter(world.store, "a", world.texts, seed=40)
+    assert server.put("a").status_code == 200
+    serving = {row["name"]: row["id"] for row in server.client.get("/v1/adapters").json()["data"] if row["state"] == "serving"}
+    pid = running(server, "embedding")
+    os.kill(pid, signal.SIGKILL)
+    statuses: list[int] = []
+
+    def asked() -> bool:
+        response = server.post("/v1/embeddings", {"input": "x", "model": "a"})
+        statuses.append(response.status_code)
+        if response.status_code == 503:
+            assert response.headers["retry-after"]
+            assert server.post("/v1/completions", {"model": "s", "prompt": "x"}).status_code == 200  # the other engine goes on
+        return response.status_code == 200 and 503 in statuses
+
+    wait_for(asked, 30, server)
+    assert set(statuses) == {200, 503}
+    assert server.client.get("/ready").status_code == 200
+    again = {row["name"]: row["id"] for row in server.client.get("/v1/adapters").json()["data"] if row["state"] == "serving"}
+    assert again == serving
+    assert 'embedft_engine_restarts{base="texts"} 1.0' in server.client.get("/metrics").text
+
+
+def test_an_engine_killed_in_mid_stream_ends_the_stream_with_an_error(changing: Server) -> None:
+    server = changing
+    body = {"model": "s", "prompt": "x", "stream": True, "max_tokens": 2000}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+        chunks = response.iter_raw()
+        next(chunks)
+        os.kill(running(server, "causal_lm"), signal.SIGKILL)
+        rest = b"".join(chunks).decode()
+    last = json.loads(rest.strip().split("\n")[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "engine_not_ready"
+    assert "[DONE]" not in rest
+    server.wait_ready()
+
+
+def test_an_engine_that_cannot_start_ends_the_server_with_its_log(world: World) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)the server ended.*could not convert string to float"):
+        world.start(latency="nonsense")
+
+
+def test_the_guard_ends_grandchildren_that_left_their_group(tmp_path: Path) -> None:
+    marker = tmp_path / "pids"
+    child = f"""
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork(): os._exit(0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with open({str(marker)!r}, "a") as file: file.write(f"{{os.getpid()}}\\n")
+time.sleep(600)
+"""
+    read, write = os.pipe()
+    guard = subprocess.Popen([sys.executable, "-I", "-S", guard_file, str(read), "0.3", sys.executable, "-c", child], pass_fds=(read,))
+    os.close(read)
+    wait_for(lambda: marker.exists() and len(marker.read_text().split()) == 2)
+    processes = [psutil.Process(int(line)) for line in marker.read_text().split()]
+    os.close(write)
+    assert guard.wait(timeout=10) == 128 + signal.SIGKILL
+    wait_for(lambda: gone(processes), 5)

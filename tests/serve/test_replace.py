@@ -1,0 +1,189 @@
+"""Adapters come and go while requests run: proven before the switch, drained after it, untouched by a refusal.
+
+One server for all; each test has adapters of its own names.
+"""
+
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.engines.fake import text
+from tests.serve.test_choice import refused
+from tests.serve.world import ADMIN, Server, World, fill_adapter, put_adapter, wait_for
+
+
+@pytest.fixture
+def world(changing_world: World) -> World:
+    return changing_world
+
+
+@pytest.fixture
+def server(changing: Server) -> Server:
+    return changing
+
+
+def served(server: Server, world: World, name: str, *, seed: int, scale: float = 1.0, task: str = "embedding") -> str:
+    """Put an adapter into the store and, expecting success, into the server; its generation."""
+    generation = put_adapter(world.store, name, world.texts if task == "embedding" else world.words, seed=seed, scale=scale, task=task)
+    assert server.put(name).status_code == 200
+    return generation
+
+
+def unloaded(server: Server, name: str) -> list[str]:
+    return [row["adapter"] for row in server.events("unload") if row["adapter"].startswith(f"{name}@")]
+
+
+def own(name: str, generation: str) -> str:
+    return f"{name}@{generation[:12]}"
+
+
+def test_hot_replace_under_load_answers_every_request_by_one_of_the_two_generations(world: World, server: Server) -> None:
+    first = served(server, world, "hot", seed=99, task="causal_lm")
+    stop, wrong, answers = threading.Event(), list[str](), list[str]()
+
+    def ask(number: int) -> None:
+        count = 0
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            while not stop.is_set():
+                count += 1
+                name, prompt = ("hot", "t", None)[(number + count) % 3], f"{number}-{count}"
+                body = {"model": "words", "adapter": name, "prompt": prompt, "max_tokens": 4, "stream": number % 2 == 0}
+                response = client.post("/v1/completions", json=body)
+                made_by = response.headers.get("x-embedft-adapter", "")
+                if response.status_code != 200 or text(made_by, prompt) not in response.text or made_by.partition("@")[0] != (name or "base"):
+                    wrong.append(response.text)
+                if name == "hot":
+                    answers.append(made_by)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    generations = [first]
+    until = time.monotonic() + 4
+    for seed in range(100, 120):
+        generations.append(served(server, world, "hot", seed=seed, task="causal_lm"))
+        assert server.post("/v1/completions", {"model": "hot", "prompt": "x"}).headers["x-embedft-adapter"] == own("hot", generations[-1])
+        if time.monotonic() > until:
+            break
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert set(answers) <= {own("hot", generation) for generation in generations}
+    assert len(set(answers)) > 2
+    wait_for(lambda: unloaded(server, "hot") == [own("hot", generation) for generation in generations[:-1]])
+
+
+def test_a_generation_in_use_is_unloaded_only_after_its_last_answer(world: World, server: Server) -> None:
+    old = served(server, world, "slow", seed=49, task="causal_lm")
+    body = {"model": "slow", "prompt": "x", "stream": True, "max_tokens": 250}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+        chunks = response.iter_raw()
+        next(chunks)
+        served(server, world, "slow", seed=50, task="causal_lm")
+        states = {row["state"] for row in server.client.get("/v1/adapters").json()["data"] if row["name"] == "slow"}
+        assert states == {"serving", "draining"}
+        assert not unloaded(server, "slow")
+        assert b"[DONE]" in b"".join(chunks)
+    wait_for(lambda: unloaded(server, "slow") == [own("slow", old)])
+
+
+@pytest.mark.parametrize("scale", [0.8, 0.0])
+@pytest.mark.parametrize("task", ["embedding", "causal_lm"])
+def test_an_adapter_that_fails_its_probes_leaves_the_old_one_serving(world: World, server: Server, scale: float, task: str) -> None:
+    name = f"p{int(scale * 10)}-{task}"
+    before = served(server, world, name, seed=60, task=task)
+    base = world.texts if task == "embedding" else world.words
+    damaged = put_adapter(world.store, name, base, seed=61, scale=scale, task=task)
+    refused(server.put(name), 422, "probes_failed")
+    answer = server.post(*(("/v1/embeddings", {"input": "x", "model": name}) if task == "embedding" else ("/v1/completions", {"prompt": "x", "model": name})))
+    assert answer.headers["x-embedft-adapter"] == own(name, before)
+    assert unloaded(server, name) == [own(name, damaged)]  # nothing of the refused one stays in the engine
+
+
+def test_an_adapter_of_another_base_is_a_409_and_listed_with_the_reason(world: World, server: Server) -> None:
+    refused(server.put("foreign"), 409, "base_mismatch")
+    refused(server.post("/v1/embeddings", {"input": "x", "adapter": "foreign"}), 404, "adapter_not_found")
+    listed = {row["name"]: row for row in server.client.get("/v1/adapters").json()["data"]}
+    assert listed["foreign"]["state"] == listed["broken"]["state"] == "unserved"
+    assert "trained on base" in listed["foreign"]["reason"]
+    assert "probes" in listed["broken"]["reason"]
+
+
+def test_expected_generation_is_compare_and_swap(world: World, server: Server) -> None:
+    old = served(server, world, "swap", seed=69)
+    new = put_adapter(world.store, "swap", world.texts, seed=70)
+    refused(server.put("swap", {"expected_generation": new}), 409, "generation_conflict")
+    assert server.put("swap", {"expected_generation": old, "pin": True}).json()["generation"] == new
+    back = server.put("swap", {"source": old[:12], "expected_generation": new[:12]})  # a rollback is one call
+    assert back.json()["generation"] == old
+    assert world.store.current("swap") == old
+
+
+def test_delete_drains_and_unloads_and_put_brings_it_back(world: World, server: Server) -> None:
+    served(server, world, "off", seed=71)
+    assert server.client.delete("/v1/adapters/off", headers=ADMIN).status_code == 200
+    refused(server.post("/v1/embeddings", {"input": "x", "adapter": "off"}), 404, "adapter_not_found")
+    refused(server.client.delete("/v1/adapters/off", headers=ADMIN), 404, "adapter_not_found")
+    wait_for(lambda: len(unloaded(server, "off")) == 1)
+    assert server.client.get("/v1/adapters/off").json()["state"] == "unserved"
+    assert server.put("off").status_code == 200
+    assert server.post("/v1/embeddings", {"input": "x", "adapter": "off"}).status_code == 200
+    assert server.client.post("/v1/adapters/off/verify", headers=ADMIN).json()["probe"]["passed"] is True
+
+
+def test_vllms_load_and_unload_are_aliases(world: World, server: Server) -> None:
+    served(server, world, "v", seed=72)
+
+    def call(what: str, **body: Any) -> httpx.Response:
+        return server.post(f"/v1/{what}_lora_adapter", body, headers=ADMIN)
+
+    refused(call("load", lora_name="v", lora_path="v"), 400, "adapter_exists")
+    assert call("unload", lora_name="v").status_code == 200
+    assert call("load", lora_name="v", lora_path="v").status_code == 200
+    assert call("load", lora_name="c", lora_path=world.store.current("b")).status_code == 200
+    assert server.post("/v1/embeddings", {"input": "x", "model": "c"}).status_code == 200
+
+
+def test_a_source_outside_the_store_is_refused(world: World, server: Server, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    fill_adapter(outside, "z", world.texts, seed=80, scale=1.0, task="embedding")
+    inside = world.store.root / "incoming"
+    shutil.copytree(outside, inside)
+    (world.store.root / "link").symlink_to(outside)
+    for source in ("../outside", str(outside), "link", "/dev", "http://127.0.0.1/x", "file:///etc", "objects/../../outside", "names", ".", "a\0b"):
+        refused(server.put("z", {"source": source}), 400, "source_refused")
+    assert server.put("z", {"source": "incoming"}).status_code == 200
+    assert world.store.current("z") == server.client.get("/v1/adapters/z").json()["generation"]
+    assert server.put("y", {"source": str(inside)}).status_code == 200
+    (inside / "model.bin").write_bytes(b"pickle")
+    refused(server.put("z", {"source": "incoming"}), 422, "adapter_invalid")
+
+
+def test_names_that_are_none_are_refused(world: World, server: Server) -> None:
+    for name in ("x@y", "ｘ", "x:y", "-x", "x" * 65, "x%00"):
+        refused(server.client.put(f"/v1/adapters/{name}", json={"source": "a"}, headers=ADMIN), 422, "adapter_invalid")
+    refused(server.put("texts", {"source": "a"}), 422, "adapter_invalid")
+    refused(server.put("nix"), 404, "adapter_not_found")
+
+
+def test_an_object_whose_content_was_changed_is_refused(world: World, server: Server) -> None:
+    generation = put_adapter(world.store, "d", world.texts, seed=90)
+    weights = world.store.folder(generation) / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(bytes(content))
+    refused(server.put("d"), 422, "adapter_invalid")
+
+
+def test_a_rank_above_the_engines_is_refused_before_the_engine_hears_of_it(world: World, server: Server) -> None:
+    put_adapter(world.store, "wide", world.texts, seed=91, r=64)
+    refused(server.put("wide"), 422, "adapter_invalid")
+    assert not [row for row in server.events("load") if row["adapter"].startswith("wide")]
