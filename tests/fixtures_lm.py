@@ -75,3 +75,25 @@ def tiny_tokenizer(*, template: bool = True) -> Any:
     if template:
         wrapped.chat_template = CHATML
     return wrapped
+
+
+def planted_recipe(
+    folder: Path, base: Path, *, quantization: str = "none", train: dict[str, Any] | None = None, test_rows: int = 36
+) -> Any:
+    """A recipe for the planted task with its data written to `folder`; torch keeps to one thread from here on."""
+    import torch
+
+    from embedft.recipe import parse_recipe
+
+    torch.set_num_threads(1)
+    content: dict[str, Any] = {
+        "task": "causal_lm",
+        "name": f"colours-{quantization}",
+        "base": {"model": str(base), "quantization": quantization},
+        "data": {"train": str(write_jsonl(folder / "train.jsonl", planted_rows(240)))},
+        "train": {"epochs": 2, "batch": 12, "lr": 1e-2, "max_length": 64} | (train or {}),
+        "eval": {"max_new_tokens": 4},
+    }
+    if test_rows:
+        content["data"]["eval"] = str(write_jsonl(folder / "test.jsonl", planted_rows(test_rows, start=1000)))
+    return parse_recipe(content)

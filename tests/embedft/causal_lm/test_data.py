@@ -1,0 +1,95 @@
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from embedft.causal_lm.data import Message, data_hash, read_rows
+from embedft.errors import DataError
+
+PAIR = {"prompt": "two and two?", "completion": "four"}
+EXPECTED = (Message("user", "two and two?"), Message("assistant", "four"))
+
+
+def test_every_format_becomes_the_same_conversation(tmp_path: Path) -> None:
+    listed = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
+    for record in (PAIR, {"messages": listed}, {"instruction": "two and two?", "output": "four"}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(record) + "\n\n")
+        assert [row.messages for row in read_rows(str(tmp_path / "rows.jsonl"))] == [EXPECTED]
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [PAIR, {"prompt": 'a, "b"\nc', "completion": "naïve"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(lines)
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = [read_rows(str(tmp_path / name)) for name in ("a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.parquet")]
+    assert all(rows == read[0] for rows in read)
+    assert read[0][1].answer == "naïve"
+
+
+def test_alpaca_input_follows_the_instruction(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "Translate.", "input": "Haus", "output": "house"}) + "\n")
+    assert read_rows(str(tmp_path / "a.jsonl"))[0].messages[0].content == "Translate.\n\nHaus"
+
+
+def test_all_bad_rows_are_reported_at_once_with_their_lines(tmp_path: Path) -> None:
+    lines = [json.dumps(PAIR), "{not json", "[1]", json.dumps({"prompt": "x"}), json.dumps({"prompt": "x", "completion": " "})]
+    (tmp_path / "bad.jsonl").write_text("\n".join([*lines, json.dumps({"prompt": None, "completion": "y"})]))
+    with pytest.raises(DataError) as caught:
+        read_rows(str(tmp_path / "bad.jsonl"))
+    problems = caught.value.problems
+    assert [problem.split(": ")[0] for problem in problems] == [f"bad.jsonl:{line}" for line in (2, 3, 4, 5, 6)]
+    assert "expected one object a line" in problems[0]
+    assert "expected an object" in problems[1]
+    assert "no 'completion'" in problems[2]
+    assert "'completion' is empty" in problems[3]
+    assert "'prompt' is a NoneType" in problems[4]
+
+
+@pytest.mark.parametrize(
+    ("messages", "fault"),
+    [
+        ([], "expected \\[{role, content}"),
+        ([{"role": "user", "content": "a"}], "the last message is by the user"),
+        ([{"role": "robot", "content": "a"}], "expected one of system, user, assistant"),
+        ([{"role": "assistant"}], "message 1: no 'content'"),
+    ],
+)
+def test_conversations_that_cannot_be_learnt_are_refused(tmp_path: Path, messages: list[dict[str, str]], fault: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(DataError, match=fault):
+        read_rows(str(tmp_path / "a.jsonl"))
+
+
+def test_unknown_columns_and_files_are_refused_with_what_was_expected(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
+    with pytest.raises(DataError, match="expected prompt and completion"):
+        read_rows(str(tmp_path / "a.jsonl"))
+    with pytest.raises(DataError, match="there is no such file"):
+        read_rows(str(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match=r"expected one of \.jsonl"):
+        read_rows(str(tmp_path / "a.txt"))
+
+
+def test_a_csv_row_with_a_field_too_few_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\nx,y\nz\n")
+    with pytest.raises(DataError, match=r"a\.csv:3: not as many fields"):
+        read_rows(str(tmp_path / "a.csv"))
+
+
+def test_the_data_hash_changes_with_any_text_and_with_the_split(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps(PAIR | {"completion": "five"}) + "\n")
+    rows = read_rows(str(tmp_path / "a.jsonl"))
+    assert len({data_hash(rows), data_hash(rows[:1]), data_hash(rows[:1], rows[1:]), data_hash(rows[::-1])}) == 4

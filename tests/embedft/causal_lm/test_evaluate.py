@@ -1,0 +1,53 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from embedft.base import BaseSpec, load_base
+from embedft.causal_lm.data import Message, Row
+from embedft.causal_lm.evaluate import answer_bits, compare, evaluate_generation, greedy, token_f1
+from embedft.causal_lm.template import template_of
+
+ROWS = [
+    Row(str(i), (Message("user", text), Message("assistant", "stop")))
+    for i, text in enumerate(["what does red mean?", "red", "number 7: what does green mean? " * 3])
+]
+
+
+def test_token_f1_counts_shared_words() -> None:
+    assert token_f1("The red hat", "red hat!") == pytest.approx(0.8)
+    assert token_f1("", "") == 1.0
+    assert token_f1("", "x") == 0.0
+    assert token_f1("a a a", "a") == pytest.approx(0.5)
+
+
+def test_batched_answers_equal_those_of_one_row_at_a_time(tiny_base: Path) -> None:
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    template = template_of(base.tokenizer)
+    batched = greedy(base.model, template, ROWS, max_new_tokens=5, batch=3, max_length=256)
+    alone = [greedy(base.model, template, [row], max_new_tokens=5, batch=1, max_length=256)[0] for row in ROWS]
+    assert batched == alone
+    assert len(set(batched)) > 1
+
+
+def test_bits_are_the_likelihood_of_the_answer_given_the_prompt(tiny_base: Path) -> None:
+    import torch
+
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    template = template_of(base.tokenizer)
+    bits = answer_bits(base.model, template, ROWS, batch=3, max_length=256)
+    for row, value in zip(ROWS, bits, strict=True):
+        prompt, answer = template.prompt_ids(row), template.answer_ids(row)
+        with torch.inference_mode():
+            logits = base.model(torch.tensor([prompt + answer])).logits[0].float().log_softmax(-1)
+        expected = -sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)) / math.log(2)
+        assert value == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_gain_is_positive_where_fewer_bits_are_better(tiny_base: Path) -> None:
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    template = template_of(base.tokenizer)
+    worse = evaluate_generation(base.model, template, ROWS, max_new_tokens=1)
+    better = type(worse)(worse.ids, worse.answers, {**worse.scores, "bits_per_character": worse.scores["bits_per_character"] - 1})
+    low, high = compare(worse, better, "bits_per_character")["gain_ci95"]
+    assert (low, high) == (pytest.approx(1.0), pytest.approx(1.0))

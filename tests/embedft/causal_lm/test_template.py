@@ -1,0 +1,118 @@
+import pytest
+
+from embedft.causal_lm.batches import Collate, LengthGrouped
+from embedft.causal_lm.data import Message, Row
+from embedft.causal_lm.template import IGNORED, Example, stop_tokens, template_of, template_with_hash
+from embedft.errors import UsageError
+from tests.fixtures_lm import tiny_tokenizer
+
+ROW = Row("0", (Message("user", "what does red mean?"), Message("assistant", "stop")))
+TALK = Row("1", (*ROW.messages, Message("user", "and green?"), Message("assistant", "go")))
+THINKING = (  # keeps the reasoning of the last turn alone, as reasoning templates do
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}think {% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def learnt(example: Example | None, tokenizer: object) -> str:
+    assert example is not None
+    return tokenizer.decode([label for label in example.labels if label != IGNORED])  # type: ignore[attr-defined]
+
+
+def test_the_loss_is_on_the_completion_and_its_end_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    example = template_of(tokenizer).example(ROW, max_length=64)
+    assert learnt(example, tokenizer) == "stop<|im_end|>"
+    assert example is not None
+    assert all(label in (IGNORED, token) for label, token in zip(example.labels, example.ids, strict=True))
+
+
+def test_train_on_inputs_puts_the_loss_on_all_tokens() -> None:
+    example = template_of(tiny_tokenizer()).example(ROW, max_length=64, train_on_inputs=True)
+    assert example is not None
+    assert example.labels == example.ids
+
+
+def test_every_answer_of_a_conversation_is_learnt() -> None:
+    tokenizer = tiny_tokenizer()
+    assert learnt(template_of(tokenizer).example(TALK, max_length=128), tokenizer) == "stop<|im_end|>go<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_teaches_the_last_answer_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THINKING
+    assert learnt(template_of(tokenizer).example(TALK, max_length=128), tokenizer) == "think go<|im_end|>"
+
+
+def test_training_sees_exactly_the_prompt_tokens_that_a_server_renders() -> None:
+    tokenizer = tiny_tokenizer()
+    template = template_of(tokenizer)
+    served = tokenizer.apply_chat_template([{"role": "user", "content": "what does red mean?"}], add_generation_prompt=True)[
+        "input_ids"
+    ]
+    example = template.example(ROW, max_length=64)
+    assert example is not None
+    assert template.prompt_ids(ROW) == served
+    assert list(example.ids) == served + template.answer_ids(ROW)
+
+
+def test_a_base_without_a_template_learns_prompt_then_completion_then_end() -> None:
+    tokenizer = tiny_tokenizer(template=False)
+    template = template_of(tokenizer)
+    example = template.example(ROW, max_length=64)
+    assert example is not None
+    assert tokenizer.decode(list(example.ids)) == "what does red mean?stop<|endoftext|>"
+    with pytest.raises(UsageError, match=r"data\.template=chatml"):
+        template.example(TALK, max_length=64)
+    assert learnt(template_of(tokenizer, "chatml").example(ROW, max_length=64), tokenizer).startswith("stop")
+
+
+def test_a_template_is_found_again_by_its_hash_and_a_foreign_one_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    for name in (None, "chatml", "plain"):
+        template = template_of(tokenizer, name)
+        assert template_with_hash(tokenizer, template.hash).source == template.source
+    with pytest.raises(UsageError, match="does not have"):
+        template_with_hash(tokenizer, "0" * 64)
+    with pytest.raises(UsageError, match="no template 'llama9'"):
+        template_of(tokenizer, "llama9")
+
+
+def test_long_rows_are_cut_and_rows_without_room_for_an_answer_dropped() -> None:
+    template = template_of(tiny_tokenizer())
+    whole = template.example(ROW, max_length=64)
+    assert whole is not None
+    shorter = template.example(ROW, max_length=len(whole.ids) - 1)
+    assert shorter is not None
+    assert shorter.ids == whole.ids[:-1]
+    assert template.example(ROW, max_length=len(template.prompt_ids(ROW))) is None
+
+
+def test_a_batch_keeps_logits_for_the_learnt_tail_alone_and_loses_no_label() -> None:
+    import torch
+
+    examples = [Example((1, 2, 3, 4), (IGNORED, IGNORED, 3, 4)), Example((5, 6), (IGNORED, 6))]
+    batch = Collate(pad_id=0)(examples)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert batch["logits_to_keep"] == 3
+    assert batch["labels"].tolist() == [[IGNORED, 3, 4], [IGNORED, IGNORED, 6]]
+    assert torch.equal(batch["labels"], batch["labels"].clamp(min=IGNORED))
+
+
+def test_the_order_is_a_permutation_of_like_lengths_that_depends_on_seed_and_epoch_alone() -> None:
+    lengths = [(7 * i) % 50 + 1 for i in range(203)]
+    sampler = LengthGrouped(lengths, batch=8, seed=3)
+    first, again = list(sampler), list(LengthGrouped(lengths, batch=8, seed=3))
+    sampler.set_epoch(1)
+    assert first == again
+    assert list(sampler) != first
+    assert sorted(first) == list(range(203))
+    spread = [max(lengths[i] for i in first[s : s + 8]) - min(lengths[i] for i in first[s : s + 8]) for s in range(0, 200, 8)]
+    assert max(spread) <= 4
+
+
+def test_the_end_of_a_turn_stops_an_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    assert stop_tokens(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]

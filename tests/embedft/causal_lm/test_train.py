@@ -1,0 +1,112 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedft.base import BaseSpec, base_folder, load_model
+from embedft.causal_lm.evaluate import evaluate_adapter
+from embedft.causal_lm.train import train
+from embedft.errors import DataError
+from embedft.training.measure import DryRunReport
+from embedft.verify import verify
+from tests.fixtures_lm import planted_recipe, planted_rows, write_jsonl
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_planted_task_is_learnt_on_held_out_rows(trained: Any, quantization: str) -> None:
+    result, _, _ = trained(quantization)
+    assert result.metrics["base"]["exact_match"] <= 0.2
+    assert result.metrics["adapter"]["exact_match"] >= 0.8
+    assert result.metrics["gain_ci95"][0] > 0
+    assert result.metrics["adapter"]["bits_per_character"] < result.metrics["base"]["bits_per_character"]
+    assert result.trainable == 65_536  # r=16 on 7 linears in 2 layers, and nothing else
+
+
+def test_the_adapter_folder_is_whole_and_names_no_machine_path(trained: Any, tiny_base: Path) -> None:
+    result, recipe, store = trained("nf4")
+    folder = Path(result.path)
+    names = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "passport.json",
+        "probes.safetensors",
+        "recipe.yaml",
+        "README.md",
+    }
+    assert names <= {path.name for path in folder.iterdir()}
+    for path in folder.rglob("*"):
+        assert path.is_dir() or str(tiny_base.parent).encode() not in path.read_bytes(), path.name
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    rows = [json.loads(line) for line in (folder / "eval" / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 36
+    assert np.mean([row["adapter"]["exact_match"] for row in rows]) == pytest.approx(result.metrics["adapter"]["exact_match"])
+    assert "expected" not in rows[0]  # texts only when asked
+    assert store.names() == {recipe.name: result.generation}
+    assert not list((store.root / ".training").glob("*"))
+
+
+def test_its_probes_pass_on_a_base_loaded_afresh_and_notice_every_module_type(trained: Any) -> None:
+    result, recipe, store = trained("nf4")
+    report = verify(Path(result.path), base=base_folder(BaseSpec(recipe.base.model, "nf4")))
+    assert report.passed
+    assert report.error < 1e-3
+    probes = store.passport(recipe.name).probes
+    assert probes is not None
+    assert len(probes.sensitivity) == 7
+    assert min(probes.sensitivity.values()) > probes.tolerance
+
+
+def test_plain_peft_loads_the_folder_with_the_same_outputs(trained: Any, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from embedft.methods import load_adapter
+
+    result, recipe, _ = trained("none")
+    ids = torch.tensor([[5, 9, 30, 44, 120]])
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(recipe.base.model), result.path)
+    ours = load_adapter(load_model(Path(recipe.base.model), task="causal_lm"), Path(result.path))
+    with torch.inference_mode():
+        assert torch.allclose(plain(ids).logits, ours(ids).logits.float(), atol=1e-4)
+
+
+def test_a_stored_adapter_scores_the_same_as_it_did_in_training(trained: Any) -> None:
+    result, recipe, store = trained("none")
+    again = evaluate_adapter(recipe.name, recipe.data.eval, store, base=Path(recipe.base.model), max_new_tokens=4)
+    assert again["adapter"] == pytest.approx(result.metrics["adapter"], abs=1e-5)
+    assert again["base"] == pytest.approx(result.metrics["base"], abs=1e-5)
+
+
+def test_a_dry_run_reports_its_cost_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    from embedft.adapters.store import AdapterStore
+
+    recipe, store = planted_recipe(tmp_path, tiny_base), AdapterStore(tmp_path / "store")
+    report = train(recipe, store=store, dry_run=True)
+    assert isinstance(report, DryRunReport)
+    assert (report.examples, report.steps, report.trainable) == (240, 40, 65_536)
+    assert report.seconds == pytest.approx(40 * report.seconds_per_step)
+    assert 0 < report.trainable_percent < 100
+    assert report.seconds_per_step > 0
+    assert not store.root.exists() or not list(store.root.rglob("*.safetensors"))
+
+
+def test_bad_rows_of_both_files_are_named_before_any_model_loads(tmp_path: Path) -> None:
+    from embedft.adapters.store import AdapterStore
+
+    recipe = planted_recipe(tmp_path, tmp_path / "no-such-base")
+    write_jsonl(tmp_path / "train.jsonl", [*planted_rows(1), {"prompt": "x"}])
+    write_jsonl(tmp_path / "test.jsonl", [*planted_rows(2), {"prompt": 3, "completion": "y"}])
+    with pytest.raises(DataError) as caught:
+        train(recipe, store=AdapterStore(tmp_path / "store"))
+    assert [problem.partition(": ")[0] for problem in caught.value.problems] == ["train.jsonl:2", "test.jsonl:3"]
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    from embedft.adapters.store import AdapterStore
+
+    recipe = planted_recipe(tmp_path, tiny_base, train={"max_length": 4})
+    with pytest.raises(DataError, match=r"raise train\.max_length"):
+        train(recipe, store=AdapterStore(tmp_path / "store"))
