@@ -22,7 +22,9 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 POOLING_TYPES = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
 
 
-def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSettings, key: str) -> tuple[list[str], dict[str, str]]:
+def vllm_command(
+    *, folder: Path, task: "Task", socket: Path, settings: EngineSettings, key: str
+) -> tuple[list[str], dict[str, str]]:
     """(argv, env) of a vLLM server over the base in `folder`. Raises EngineFailed."""
     import torch
 
@@ -30,7 +32,8 @@ def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSe
     info = describe(folder)
     check_base(folder, info, task=task, on_cpu=on_cpu)
     length = min(settings.max_length or info.max_length, info.max_length)
-    argv = [sys.executable, "-m", "serve.engines.vllm_server", "--model", str(folder), "--served-model-name", "base", "--uds", str(socket)]
+    argv = [sys.executable, "-m", "serve.engines.vllm_server", "--model", str(folder), "--served-model-name", "base"]
+    argv += ["--uds", str(socket)]
     argv += ["--dtype", str(compute_dtype()).removeprefix("torch."), "--max-model-len", str(length)]
     argv += ["--enable-lora", "--max-loras", str(settings.max_loras), "--max-lora-rank", str(lora_rank(settings.max_lora_rank))]
     argv += ["--disable-log-stats", "--disable-uvicorn-access-log"]
@@ -63,7 +66,11 @@ def _environment(settings: EngineSettings, key: str, *, on_cpu: bool) -> dict[st
     if on_cpu:
         count = len(parse_cores(settings.cores)) if settings.cores else len(os.sched_getaffinity(0))
         # the launcher sets the cores on the whole process, so that vLLM need not (nor start a process more to do it)
-        env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(count), "EMBEDFT_ENGINE_CORES": settings.cores or ""}
+        env |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(count),
+            "EMBEDFT_ENGINE_CORES": settings.cores or "",
+        }
         env |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_ENGINE_READY_TIMEOUT_S": "600"}  # idle threads leave their core to others
     return env
 
@@ -83,4 +90,5 @@ def check_base(folder: Path, info: BaseInfo, *, task: "Task", on_cpu: bool) -> N
     config = read_json(folder / "config.json")
     size = config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"])
     if on_cpu and size not in CPU_HEAD_SIZES:
-        raise EngineFailed(f"vLLM cannot serve this: its CPU attention takes head sizes {', '.join(map(str, CPU_HEAD_SIZES))}, this base has {size}: use the peft engine")
+        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+        raise EngineFailed(f"vLLM's CPU attention takes head sizes {sizes}; this base has {size}: use the peft engine")

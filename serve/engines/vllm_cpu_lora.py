@@ -1,7 +1,7 @@
-"""Multi-LoRA for vLLM on a CPU: right for base rows, and one pair of matrix products per adapter. Knows only vLLM's CPU wrapper.
+"""Multi-LoRA for vLLM on a CPU: right for base rows, one pair of matrix products an adapter. Knows only vLLM's CPU wrapper.
 
-vLLM 0.32 gathers a (tokens, rank, dim) copy of the weights, and indexes it by -1 for a row without an adapter: such a row then gets
-the adapter in the last slot. Its add_lora_logits fails, and takes the engine down, as soon as prompt log-probabilities are asked for.
+vLLM 0.32 gathers a (tokens, rank, dim) copy of the weights, and indexes it by -1 for a row without an adapter: such a row
+then gets the adapter in the last slot. Its add_lora_logits fails on prompt log-probabilities, and takes the engine down.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,11 @@ def install() -> None:
 
     wrapper: Any = punica_cpu
     wrapper.bgmv_shrink, wrapper.bgmv_expand, wrapper.bgmv_expand_slice = shrink, expand, expand_slice
-    wrapper.sgmv_shrink, wrapper.sgmv_expand, wrapper.sgmv_expand_slice = _prefill(shrink), _prefill(expand), _prefill(expand_slice)
+    wrapper.sgmv_shrink, wrapper.sgmv_expand, wrapper.sgmv_expand_slice = (
+        _prefill(shrink),
+        _prefill(expand),
+        _prefill(expand_slice),
+    )
     wrapper.PunicaWrapperCPU.add_lora_logits = _no_logits
 
 
@@ -33,7 +37,9 @@ def expand(inputs: "Tensor", weights: "Tensor", out: "Tensor", slots: "Tensor", 
     expand_slice(inputs, weights, out, slots, 0, out.shape[1], add_inputs)
 
 
-def expand_slice(inputs: "Tensor", weights: "Tensor", out: "Tensor", slots: "Tensor", offset: int, size: int, add_inputs: bool = True) -> None:
+def expand_slice(
+    inputs: "Tensor", weights: "Tensor", out: "Tensor", slots: "Tensor", offset: int, size: int, add_inputs: bool = True
+) -> None:
     """The same into the columns from `offset` on, at most `size` of them."""
     for slot, rows in _by_slot(slots):
         part = inputs[rows].to(out.dtype) @ _matrix(weights, slot, out).T

@@ -38,7 +38,8 @@ def main() -> None:
 def _every_module_of_an_adapter_must_match() -> None:
     from vllm.lora.worker_manager import WorkerLoRAManager
 
-    stock = WorkerLoRAManager._load_adapter
+    worker: Any = WorkerLoRAManager
+    stock = worker._load_adapter
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
         lora = stock(self, lora_request)
@@ -49,7 +50,7 @@ def _every_module_of_an_adapter_must_match() -> None:
             weights.module_name = name
         return lora
 
-    WorkerLoRAManager._load_adapter = load_adapter
+    worker._load_adapter = load_adapter
 
 
 def match_modules(loras: dict[str, Any], known: set[str]) -> dict[str, Any]:
@@ -57,7 +58,8 @@ def match_modules(loras: dict[str, Any], known: set[str]) -> dict[str, Any]:
     matched = {name if name in known else f"model.{name}": weights for name, weights in loras.items()}
     missing = sorted(name for name in matched if name not in known or name.endswith(("lm_head", "embed_tokens")))
     if missing or not matched:
-        raise ValueError(f"the adapter adapts modules that are not linear layers of the model: {', '.join(missing[:3]) or 'it adapts none'}")
+        which = ", ".join(missing[:3]) or "it adapts none"
+        raise ValueError(f"the adapter adapts modules that are not linear layers of the model: {which}")
     return matched
 
 
@@ -84,14 +86,14 @@ def _bitsandbytes_in_the_activations_dtype() -> None:
         return 2
 
     linear.calculate_quant_ratio = halves_of_a_byte
-    linear.BitsAndBytesLinearMethod._apply_4bit_weight = _apply_4bit
-    linear.BitsAndBytesLinearMethod._apply_8bit_weight = _apply_8bit
+    method: Any = linear.BitsAndBytesLinearMethod
+    method._apply_4bit_weight, method._apply_8bit_weight = _apply_4bit, _apply_8bit
 
 
 def _apply_4bit(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
     """x (..., in) → (..., out), shard by shard as bitsandbytes' Linear4bit computes it."""
     import torch
-    from bitsandbytes import matmul_4bit
+    from bitsandbytes.autograd._functions import matmul_4bit
 
     del self
     weight = layer.weight
@@ -105,7 +107,7 @@ def _apply_4bit(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
 def _apply_8bit(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
     """x (..., in) → (..., out), shard by shard as bitsandbytes' Linear8bitLt computes it in eval mode."""
     import torch
-    from bitsandbytes import MatmulLtState, matmul
+    from bitsandbytes.autograd._functions import MatmulLtState, matmul
 
     weight = layer.weight
     offsets, states = weight.bnb_shard_offsets, weight.matmul_state

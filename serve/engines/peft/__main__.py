@@ -1,4 +1,4 @@
-"""`python -m serve.engines.peft --folder F --task embedding|causal_lm --socket S`: one base behind a Unix socket until SIGTERM."""
+"""`python -m serve.engines.peft --folder F --task T --socket S`: one base behind a Unix socket until SIGTERM."""
 
 import argparse
 import os

@@ -38,7 +38,9 @@ class Piece:
 class Answers:
     """The shapes of one request's answer. `logprobs`: the number of alternatives to list, None for no log-probabilities."""
 
-    def __init__(self, kind: Kind, model: str, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], *, n: int, ids: bool) -> None:
+    def __init__(
+        self, kind: Kind, model: str, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], *, n: int, ids: bool
+    ) -> None:
         self.kind: Kind = kind
         self._tokenizer: Any = tokenizer
         self._prompts, self._n, self._ids = prompts, n, ids
@@ -48,7 +50,8 @@ class Answers:
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The answer that is not streamed; `pieces` one a choice."""
         choices = [self._choice(piece, streamed=False) for piece in pieces]
-        return {**self._head, "object": self.kind, "choices": choices, "usage": self.usage(sum(len(piece.tokens) for piece in pieces))}
+        usage = self.usage(sum(len(piece.tokens) for piece in pieces))
+        return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         return {**self._head, "object": self._chunk_kind, "choices": [self._choice(piece, streamed=True)]}
@@ -105,8 +108,12 @@ class Answers:
         return {"token": word, "logprob": logprob, "bytes": list(word.encode())}
 
     def _prompt_entry(self, entry: TokenLogprobs) -> dict[str, Any]:
-        listed = {entry.token: (entry.logprob, entry.rank)} | {token: (value, rank + 1) for rank, (token, value) in enumerate(entry.top)}
-        return {str(token): {"logprob": value, "rank": rank, "decoded_token": self._word(token)} for token, (value, rank) in listed.items()}
+        listed = {entry.token: (entry.rank, entry.logprob)}
+        listed |= {token: (rank, value) for rank, (token, value) in enumerate(entry.top, start=1)}
+        return {
+            str(token): {"logprob": value, "rank": rank, "decoded_token": self._word(token)}
+            for token, (rank, value) in listed.items()
+        }
 
     def _word(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
@@ -125,5 +132,6 @@ def embeddings(model: str, vectors: "np.ndarray", *, tokens: int, encoding: str 
 
 def failure(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
     """OpenAI's error envelope; `code` is stable."""
-    kind = {401: "AuthenticationError", 404: "NotFoundError", 503: "ServiceUnavailableError"}.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+    named = {401: "AuthenticationError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
+    kind = named.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -17,7 +17,15 @@ class Request:
     """`prompts` × `n` rows on the worker. Leave it by `close`, finished or not: what still runs is then dropped."""
 
     def __init__(
-        self, worker: Worker, body: Generation, *, prompts: list[list[int]], adapter: str | None, max_tokens: int, logprobs: int | None, eos: frozenset[int]
+        self,
+        worker: Worker,
+        body: Generation,
+        *,
+        prompts: list[list[int]],
+        adapter: str | None,
+        max_tokens: int,
+        logprobs: int | None,
+        eos: frozenset[int],
     ) -> None:
         loop = asyncio.get_running_loop()
         tokenizer = worker.bank.base.tokenizer
@@ -111,5 +119,6 @@ def room_for(prompts: list[list[int]], wanted: int | None, *, context: int, voca
     if any(not 0 <= token < vocabulary for prompt in prompts for token in prompt):
         raise InputInvalid("token_unknown", f"token ids go from 0 to {vocabulary - 1}", "prompt")
     if longest + (wanted or 1) > context:
-        raise InputInvalid("context_length_exceeded", f"{longest} prompt tokens and {wanted or 1} to generate exceed the context of {context}", "prompt")
+        asked = f"{longest} prompt tokens and {wanted or 1} to generate"
+        raise InputInvalid("context_length_exceeded", f"{asked} exceed the context of {context}", "prompt")
     return wanted or context - longest

@@ -40,7 +40,8 @@ def create_app(worker: Worker, *, key: str, context: int) -> Starlette:
         table += [("POST", "/v1/embeddings", routes.embed)]
     else:
         table += [("POST", "/v1/completions", routes.complete), ("POST", "/v1/chat/completions", routes.chat)]
-    listed = [Route("/health", routes.health), *(Route(path, guarded(handler), methods=[method]) for method, path, handler in table)]
+    listed = [Route("/health", routes.health)]
+    listed += [Route(path, guarded(handler), methods=[method]) for method, path, handler in table]
     return Starlette(routes=listed, exception_handlers={EmbedftError: _refuse, HTTPException: _no_route, Exception: _broken})
 
 
@@ -89,7 +90,8 @@ class Routes:
 
     async def complete(self, request: HttpRequest) -> Response:
         body = bodies.parse(bodies.Completion, await request.body())
-        ids = bodies.prompts(body.prompt, lambda text: self.tokenizer(text, add_special_tokens=body.add_special_tokens)["input_ids"])
+        special = body.add_special_tokens
+        ids = bodies.prompts(body.prompt, lambda text: self.tokenizer(text, add_special_tokens=special)["input_ids"])
         return await self._generate(request, "text_completion", body, ids, body.max_tokens or COMPLETION_TOKENS, body.logprobs)
 
     async def chat(self, request: HttpRequest) -> Response:
@@ -102,10 +104,17 @@ class Routes:
         except Exception as error:  # whatever the template raises on roles it does not know
             raise InputInvalid("messages_invalid", f"the chat template refuses these messages: {error}", "messages") from None
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await self._generate(request, "chat.completion", body, [list(ids)], body.max_completion_tokens or body.max_tokens, logprobs)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        return await self._generate(request, "chat.completion", body, [list(ids)], max_tokens, logprobs)
 
     async def _generate(
-        self, request: HttpRequest, kind: answers.Kind, body: bodies.Generation, ids: list[list[int]], max_tokens: int | None, logprobs: int | None
+        self,
+        request: HttpRequest,
+        kind: answers.Kind,
+        body: bodies.Generation,
+        ids: list[list[int]],
+        max_tokens: int | None,
+        logprobs: int | None,
     ) -> Response:
         adapter = self._adapter(body.model)
         if body.stream and body.prompt_logprobs is not None:
@@ -156,7 +165,8 @@ async def _refuse(request: HttpRequest, error: Exception) -> Response:
 
 async def _no_route(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(answers.failure(error.status_code, "no_such_route", f"{request.method} {request.url.path}: {error.detail}"), error.status_code)
+    what = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(answers.failure(error.status_code, "no_such_route", what), error.status_code)
 
 
 async def _broken(request: HttpRequest, error: Exception) -> Response:

@@ -93,7 +93,10 @@ class Worker:
             else:
                 future.set_result(outcome)
 
-        put(lambda outcome: loop.call_soon_threadsafe(settle, outcome))
+        def done(outcome: Any) -> None:
+            loop.call_soon_threadsafe(settle, outcome)
+
+        put(done)
         return await future
 
     def _run(self) -> None:
