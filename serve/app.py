@@ -39,26 +39,26 @@ def create_app(gateway: Gateway) -> FastAPI:
 
 def _errors(app: FastAPI) -> None:
     @app.exception_handler(EmbedftError)
-    async def ours(request: Request, error: EmbedftError) -> Response:
+    async def ours(_: Request, error: EmbedftError) -> Response:
         status = status_of(error)
         headers = {503: {"retry-after": RETRY_AFTER}, 401: {"www-authenticate": "Bearer"}}.get(status)
         return JSONResponse(as_envelope(error), status_code=status, headers=headers)
 
     @app.exception_handler(HTTPException)
-    async def framework(request: Request, error: HTTPException) -> Response:
+    async def framework(_: Request, error: HTTPException) -> Response:
         code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         body = envelope(str(error.detail), code=code, status=error.status_code)
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> Response:
+    async def malformed(_: Request, error: RequestValidationError) -> Response:
         return JSONResponse(envelope(str(error)[:300], code="invalid_parameter", status=400), status_code=400)
 
     @app.exception_handler(ClientGone)
-    async def gone(request: Request, error: ClientGone) -> Response:
+    async def gone(_: Request, __: ClientGone) -> Response:
         return Response(status_code=499)
 
     @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
+    async def unforeseen(_: Request, __: Exception) -> Response:
         body = envelope("the server failed at this request; its log says how", code="internal_error", status=500)
         return JSONResponse(body, status_code=500)

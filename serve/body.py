@@ -17,7 +17,10 @@ Result = TypeVar("Result")
 
 
 async def read_body(request: Request, schema: type[Schema], *, limit: int) -> Schema:
-    """The body as `schema`. Raises BodyTooLarge, MediaTypeUnsupported or InputInvalid (json_invalid, duplicate_key, unknown_parameter, invalid_parameter)."""
+    """The body as `schema`.
+
+    Raises BodyTooLarge, MediaTypeUnsupported or InputInvalid (json_invalid, duplicate_key, unknown_parameter, invalid_parameter).
+    """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise MediaTypeUnsupported(f"content-type is {content_type[:60] or 'absent'}: send application/json")

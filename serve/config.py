@@ -72,8 +72,10 @@ class ServerConfig(_Section):
         return self
 
 
-def load_config(path: Path | None, *, store: AdapterStore, engine: EngineKind | None = None, host: str = "127.0.0.1", port: int = 8000) -> ServerConfig:
-    """The YAML file's settings (`engine`, where given, is for the bases that name none), or the bases that the store's adapters need.
+def load_config(
+    path: Path | None, *, store: AdapterStore, engine: EngineKind | None = None, host: str = "127.0.0.1", port: int = 8000
+) -> ServerConfig:
+    """The YAML file's settings, or the bases that the store's adapters need. `engine` is for the bases that name none.
 
     Raises UsageError with all that is wrong.
     """
@@ -87,7 +89,9 @@ def load_config(path: Path | None, *, store: AdapterStore, engine: EngineKind | 
         problems = [f"{'.'.join(map(str, item['loc'])) or 'server'}: {item['msg']}" for item in error.errors()]
         raise UsageError(f"{path or 'server'}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from None
     default = engine or default_engine()
-    return config.model_copy(update={"bases": tuple(base.model_copy(update={"engine": base.engine or default}) for base in config.bases)})
+    return config.model_copy(
+        update={"bases": tuple(base.model_copy(update={"engine": base.engine or default}) for base in config.bases)}
+    )
 
 
 def default_engine() -> EngineKind:
@@ -114,7 +118,9 @@ def bases_of(store: AdapterStore) -> list[dict[str, Any]]:
             continue  # a damaged adapter is listed with its reason once the server runs
         found.setdefault(passport.base.fingerprint, []).append(passport)
     if not found:
-        raise UsageError(f"the store {store.root} holds no adapter, so there is no base to serve: train one, or name bases in a CONFIG file")
+        raise UsageError(
+            f"the store {store.root} holds no adapter, so no base to serve: train one, or name bases in a CONFIG file"
+        )
     bases: list[dict[str, Any]] = []
     for passports in found.values():
         base, rank = passports[0].base, max(passport.r for passport in passports)

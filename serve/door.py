@@ -33,7 +33,7 @@ class Door:
     def _refusal(self, headers: Headers) -> InputInvalid | OriginRefused | None:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or _name(hosts[0]) not in self._hosts:
-            return InputInvalid("host_refused", "the Host header names another server: use localhost, 127.0.0.1 or one of allowed_hosts")
+            return InputInvalid("host_refused", "the Host header names another server: use localhost or one of allowed_hosts")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower():
             return OriginRefused("a web page of another origin may not use this server")

@@ -1,4 +1,4 @@
-"""Vectors for a request: one call per distinct adapter, prompts and truncation as in training, merged in input order. Knows no HTTP of clients."""
+"""Vectors by one base or adapter: prompts, truncation and dimensions as in training. Knows no HTTP of clients."""
 
 import asyncio
 from collections import OrderedDict
@@ -53,11 +53,15 @@ def way_of(engine: Engine, resident: Resident | None, *, input_type: InputType |
     settings, side, generation = engine.plain_settings(), "both", None
     if resident and passport:
         settings = EncodeSettings(
-            passport.pooling or engine.info.pooling, bool(passport.normalize), min(passport.max_length, engine.max_length), passport.prompts
+            passport.pooling or engine.info.pooling,
+            bool(passport.normalize),
+            min(passport.max_length, engine.max_length),
+            passport.prompts,
         )
         side, generation = passport.side, resident.generation
         if side == "query" and input_type is None:
-            raise InputInvalid("input_type_required", f"adapter {resident.name!r} is for queries only: say input_type query or document", "input_type")
+            message = f"adapter {resident.name!r} is for queries only: say input_type query or document"
+            raise InputInvalid("input_type_required", message, "input_type")
         if side == "query" and input_type == "document":
             generation = None  # documents stay the base's
     identity = lineage(
@@ -98,7 +102,9 @@ async def embed(
     """The vectors of `inputs` (texts, or token ids taken as they are) by one way. InputInvalid where they do not fit it."""
     ids, truncated = await _ids(way, inputs, preparers, input_type=input_type, truncate=truncate)
     way.engine.supervisor.require_ready()
-    answer: dict[str, Any] = await way.engine.client.call("/v1/embeddings", {"model": way.model, "input": ids, "encoding_format": "float"})
+    answer: dict[str, Any] = await way.engine.client.call(
+        "/v1/embeddings", {"model": way.model, "input": ids, "encoding_format": "float"}
+    )
     rows: list[list[float]] = [row["embedding"] for row in sorted(answer["data"], key=lambda row: row["index"])]
     if way.dimensions:
         rows = _cut(rows, way.dimensions, normalize=way.settings.normalize)
@@ -121,7 +127,9 @@ async def _ids(
 
 def _own_ids(way: Way, rows: list[list[int]], input_type: InputType | None) -> list[list[int]]:
     if input_type and way.settings.prompts.get(input_type):
-        raise InputInvalid("input_type_needs_text", f"the {input_type} prompt goes before a text: send texts, not token ids", "input")
+        raise InputInvalid(
+            "input_type_needs_text", f"the {input_type} prompt goes before a text: send texts, not token ids", "input"
+        )
     if any(len(row) > way.settings.max_length for row in rows):
         raise InputInvalid("input_too_long", f"an input has more than {way.settings.max_length} tokens", "input")
     return rows

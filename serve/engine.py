@@ -42,14 +42,20 @@ class Engine:
         return TextPreparer(self.folder, settings)
 
 
-def create_engine(base: BaseConfig, server: ServerConfig, folder: Path, *, prepare: Callable[["Engine"], Awaitable[None]]) -> Engine:
-    """Describe the base, write a quantized folder first if need be, and lay out (not start) its process under `folder` (0700)."""
+def create_engine(
+    base: BaseConfig, server: ServerConfig, folder: Path, *, prepare: Callable[["Engine"], Awaitable[None]]
+) -> Engine:
+    """Describe the base, quantizing it first if need be, and lay out (not start) its process under `folder` (0700)."""
     kind = base.engine or "peft"
     weights = base_folder(base.spec)
     info = describe(weights)
     socket, key = folder / f"{base.name}.sock", engine_key()
     settings = EngineSettings(
-        max_loras=base.max_loras, max_lora_rank=base.max_lora_rank, cores=base.cores, max_length=base.max_length, kv_gib=base.kv_gib
+        max_loras=base.max_loras,
+        max_lora_rank=base.max_lora_rank,
+        cores=base.cores,
+        max_length=base.max_length,
+        kv_gib=base.kv_gib,
     )
     argv, env = engine_command(kind, folder=weights, task=base.task, socket=socket, settings=settings, key=key)
     env = {**env, KEY: key, "EMBEDFT_HIDDEN_SIZE": str(info.hidden_size)}

@@ -73,7 +73,7 @@ class _Call:
         self.headers = {"x-embedft-adapter": resident.id if resident else BASE, "x-embedft-base": self.base}
 
     async def relabelled(self, events: AsyncIterator[bytes], outcome: Outcome, *, usage_wanted: bool) -> AsyncIterator[bytes]:
-        """The engine's events under the public name. An engine that dies in mid-answer ends the stream with an error event, without [DONE]."""
+        """The engine's events under the public name. One that dies ends the stream with an error event, no [DONE]."""
         began, first = time.perf_counter(), True
         try:
             async for payload in events:
@@ -115,7 +115,9 @@ def check_caps(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
     if isinstance(body, CompletionRequest) and isinstance(body.prompt, list) and not isinstance(body.prompt[0], int):
         prompts = len(body.prompt)
     if (body.n or 1) * prompts > max(limits.n, prompts if (body.n or 1) == 1 and prompts <= limits.inputs else 0):
-        raise InputInvalid("n_too_large", f"n × prompts is {(body.n or 1) * prompts}: at most {limits.n} answers in one request", "n")
+        raise InputInvalid(
+            "n_too_large", f"n × prompts is {(body.n or 1) * prompts}: at most {limits.n} answers in one request", "n"
+        )
     asked_for = [body.max_tokens, getattr(body, "max_completion_tokens", None), body.min_tokens]
     if any(value is not None and value > limits.max_tokens for value in asked_for):
         raise InputInvalid("max_tokens_too_large", f"at most {limits.max_tokens} tokens in one answer", "max_tokens")

@@ -6,7 +6,7 @@ step, the old one drains and is unloaded. A refusal leaves what was serving unto
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ class Resident:
 
 
 class Lifecycle:
-    """All adapters over all engines. Every change of a name happens under that name's lock; the switch itself has no await in it."""
+    """All adapters over all engines. A name changes under that name's lock; the switch itself has no await in it."""
 
     def __init__(self, engines: Iterable[Engine], store: AdapterStore) -> None:
         self.engines = {engine.name: engine for engine in engines}
@@ -61,7 +61,7 @@ class Lifecycle:
         self._populated: set[str] = set()
 
     @asynccontextmanager
-    async def lease(self, name: str) -> AsyncIterator[Resident]:
+    async def lease(self, name: str) -> AsyncGenerator[Resident]:
         """The generation serving `name` (or `name@hex`, if that is it), kept loaded inside the block. AdapterNotFound."""
         resident = self.get(name)
         resident.leases += 1
@@ -245,7 +245,8 @@ def _check_fit(name: str, passport: Passport, engine: Engine) -> None:
     if passport.base.fingerprint != engine.info.fingerprint:
         raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=engine.info.fingerprint)
     if passport.r > engine.config.max_lora_rank:
-        raise AdapterInvalid(name, f"its rank {passport.r} is above this engine's {engine.config.max_lora_rank}: raise max_lora_rank of the base")
+        limit = engine.config.max_lora_rank
+        raise AdapterInvalid(name, f"its rank {passport.r} is above this engine's {limit}: raise max_lora_rank of the base")
     if passport.task == "embedding" and passport.pooling != engine.info.pooling:
         raise AdapterInvalid(name, f"it pools by {passport.pooling}, the engine by {engine.info.pooling}")
     if passport.task == "embedding" and passport.max_length > engine.max_length:

@@ -1,4 +1,4 @@
-"""An adapter's probes through the live engine: base, adapter and base again in one run, held against what the trainer recorded."""
+"""An adapter's probes through the live engine: base, adapter, base again in one run, held against what the trainer recorded."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,7 +4,7 @@ Knows vLLM's HTTP and nothing of names, generations or tenants.
 """
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class EngineClient:
             return
 
     @asynccontextmanager
-    async def _answer(self, path: str, body: Mapping[str, Any], timeout: float | None) -> AsyncIterator[httpx.Response]:
+    async def _answer(self, path: str, body: Mapping[str, Any], timeout: float | None) -> AsyncGenerator[httpx.Response]:
         limit = httpx.Timeout(timeout, connect=5.0)
         try:
             response = await self._http.post(path, content=to_json(body), timeout=limit)
@@ -79,8 +79,8 @@ class EngineClient:
         yield response
 
     @asynccontextmanager
-    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The answer's server-sent events, each a line's payload (`data: ` cut off). Leaving the block cancels what runs upstream."""
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[bytes]]:
+        """The answer's server-sent events (`data: ` cut off). Leaving the block cancels what runs upstream."""
         request = self._http.build_request("POST", path, content=to_json(body))
         try:
             response = await self._http.send(request, stream=True)

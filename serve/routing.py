@@ -35,14 +35,18 @@ def choose(lifecycle: Lifecycle, *, task: Task, model: str | None, adapter: str 
     """Resolve a request. Raises ModelNotFound, AdapterNotFound, or InputInvalid adapter_conflict, model_required, wrong_task."""
     base, by_model = _of_model(lifecycle, model)
     if by_model is not None and is_set and adapter != by_model:
-        raise InputInvalid("adapter_conflict", f"model {model!r} names adapter {by_model!r}, `adapter` says {adapter!r}: say one", "adapter")
+        raise InputInvalid(
+            "adapter_conflict", f"model {model!r} names adapter {by_model!r}, `adapter` says {adapter!r}: say one", "adapter"
+        )
     name = adapter if is_set else by_model
     if name is None:
         engine = base or _only(lifecycle, task)
     else:
         engine = lifecycle.get(name).engine
         if base is not None and base is not engine:
-            raise InputInvalid("adapter_conflict", f"adapter {name!r} is on base {engine.name!r}, not on {base.name!r}", "adapter")
+            raise InputInvalid(
+                "adapter_conflict", f"adapter {name!r} is on base {engine.name!r}, not on {base.name!r}", "adapter"
+            )
     if engine.config.task != task:
         can = "embeds" if engine.config.task == "embedding" else "generates"
         raise InputInvalid("wrong_task", f"base {engine.name!r} only {can}: ask another base for this", "model")

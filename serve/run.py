@@ -17,7 +17,7 @@ from serve.gateway import Gateway
 
 
 def run(config: ServerConfig) -> int:
-    """Serve until a signal; returns the exit status. What the first failing engine raised is raised again after all have ended."""
+    """Serve until a signal; returns the exit status. What a failing engine raised is raised again after all have ended."""
     return asyncio.run(_run(config))
 
 
@@ -33,7 +33,9 @@ async def _run(config: ServerConfig) -> int:
     listening = _listen(config)
     port = listening.getsockname()[1]
     gateway = Gateway(config)
-    server = _Server(uvicorn.Config(create_app(gateway), log_level="warning", access_log=False, server_header=False, lifespan="off"))
+    server = _Server(
+        uvicorn.Config(create_app(gateway), log_level="warning", access_log=False, server_header=False, lifespan="off")
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.handle_exit, number, None)
@@ -85,4 +87,5 @@ def _announce(config: ServerConfig, gateway: Gateway, port: int) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"embedft serve: {line}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"embedft serve: {line}\n")
+    sys.stderr.flush()

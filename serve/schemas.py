@@ -1,4 +1,4 @@
-"""Request bodies: closed, so that what an engine gets is what was meant. Field names are OpenAI's and vLLM's; `adapter` is ours."""
+"""Request bodies: closed, so that an engine gets what was meant. Field names are OpenAI's and vLLM's; `adapter` is ours."""
 
 from typing import Annotated, Any, Literal
 

@@ -18,7 +18,7 @@ class Found:
 
 
 def find(store: AdapterStore, name: str, source: str | None) -> Found:
-    """Resolve `source` for `name`: None or 'store', a name, a generation (12 to 64 hex digits) or a folder under the store's root.
+    """Resolve `source` for `name`: None or 'store', a name, a generation (12 to 64 hex digits), a folder under the store's root.
 
     A folder is copied into the store first, without a name. Raises AdapterNotFound, AdapterInvalid, InputInvalid source_refused.
     """
@@ -43,8 +43,10 @@ def find(store: AdapterStore, name: str, source: str | None) -> Found:
 
 
 def contained(root: Path, source: str) -> Path:
-    """`source` as an existing folder under `root`, reached through no link and no `..`. InputInvalid otherwise, saying nothing of what is there."""
-    refused = InputInvalid("source_refused", "a source is a name or generation in the store, or a folder under its root", "source")
+    """`source` as a folder under `root`, reached through no link and no `..`; else InputInvalid."""
+    refused = InputInvalid(
+        "source_refused", "a source is a name or generation in the store, or a folder under its root", "source"
+    )
     if "\0" in source or "://" in source or len(source) > 1024:
         raise refused
     given = Path(source)

@@ -35,7 +35,7 @@ class Command:
 
 
 class Supervisor:
-    """One engine: started, made ready by `prepare` (warm-up, adapters), restarted with backoff when it dies, ended with all it started."""
+    """One engine: started, made ready by `prepare` (warm-up, adapters), restarted when it dies, ended with all it started."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Supervisor:
             if time.monotonic() - since > STEADY:
                 failures = 0
             self.state, self.restarts = "restarting", self.restarts + 1
-            print(f"engine {self.name}: ended unexpectedly; restarting", file=sys.stderr, flush=True)
+            self._say("ended unexpectedly; restarting")
             while True:
                 await asyncio.sleep(BACKOFF[min(failures, len(BACKOFF) - 1)])
                 failures += 1
@@ -98,7 +98,7 @@ class Supervisor:
                     break
                 except EmbedftError as error:
                     self.last_failure = str(error)
-                    print(f"engine {self.name}: {error}", file=sys.stderr, flush=True)
+                    self._say(str(error))
             self.state, since = "ready", time.monotonic()
 
     async def _come_up(self) -> None:
@@ -106,9 +106,9 @@ class Supervisor:
         until, pause = time.monotonic() + self._start_seconds, 0.05
         while not await self._healthy():
             if not self._alive():
-                raise EngineFailed(f"the engine of base {self.name!r} ended while starting; the end of its log:\n{self.log_tail()}")
+                raise self._failed("ended while starting")
             if time.monotonic() > until:
-                raise EngineFailed(f"the engine of base {self.name!r} did not answer in {self._start_seconds:.0f} s; the end of its log:\n{self.log_tail()}")
+                raise self._failed(f"did not answer in {self._start_seconds:.0f} s")
             await asyncio.sleep(pause)
             pause = min(pause * 1.3, 0.5)
         await self._prepare()
@@ -147,6 +147,13 @@ class Supervisor:
         if self._pipe is not None:
             os.close(self._pipe)
             self._pipe = None
+
+    def _failed(self, how: str) -> EngineFailed:
+        return EngineFailed(f"the engine of base {self.name!r} {how}; the end of its log:\n{self.log_tail()}")
+
+    def _say(self, line: str) -> None:
+        sys.stderr.write(f"engine {self.name}: {line}\n")
+        sys.stderr.flush()
 
     def log_tail(self) -> str:
         try:

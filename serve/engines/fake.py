@@ -1,8 +1,8 @@
 """An engine without a model, for tests and load: the same HTTP, and answers from which the adapter can be told. Imports no torch.
 
-A vector is a hash of the token ids, moved by a hash of (the adapter's weights, ids); a text begins with `[engine adapter id|hash of the
-prompt]`. On an adapter's probes it shows the recorded effect, times `fake_scale` of its adapter_config.json (1 unless a test damages it).
-Environment: EMBEDFT_FAKE_LATENCY and EMBEDFT_FAKE_TOKEN_LATENCY in seconds; EMBEDFT_FAKE_EVENTS, a file that gets one line an event.
+A vector is a hash of the token ids, moved by a hash of (the adapter's weights, ids); a text begins with `[adapter id|hash of the
+prompt]`. On an adapter's probes it shows the recorded effect, times `fake_scale` of its adapter_config.json (1, unless damaged).
+Environment: EMBEDFT_FAKE_LATENCY and EMBEDFT_FAKE_TOKEN_LATENCY in seconds; EMBEDFT_FAKE_EVENTS, a file with one line an event.
 """
 
 import argparse
@@ -82,7 +82,9 @@ def prompt_logprobs(loaded: Loaded | None, ids: Sequence[int]) -> list[dict[str,
         recorded, start = loaded.effect.get(key), loaded.starts.get(key, 0)
         for place, change in enumerate(recorded if recorded is not None else []):
             scores[start + place] += float(change)
-    entries: list[dict[str, Any] | None] = [{str(t): {"logprob": s, "rank": 1, "decoded_token": ""}} for t, s in zip(ids, scores, strict=True)]
+    entries: list[dict[str, Any] | None] = [
+        {str(t): {"logprob": s, "rank": 1, "decoded_token": ""}} for t, s in zip(ids, scores, strict=True)
+    ]
     return [None, *entries[1:]]
 
 
@@ -125,10 +127,10 @@ class FakeEngine:
 
         return guarded
 
-    async def health(self, request: Request) -> Response:
+    async def health(self, _: Request) -> Response:
         return Response()
 
-    async def models(self, request: Request) -> Response:
+    async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in ("base", *self.adapters)]})
 
     async def load(self, body: dict[str, Any]) -> Response:
@@ -153,7 +155,9 @@ class FakeEngine:
             for i, row in enumerate(rows)
         ]
         tokens = sum(len(ids) for ids in body["input"])
-        return JSONResponse({"object": "list", "model": body["model"], "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+        return JSONResponse(
+            {"object": "list", "model": body["model"], "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        )
 
     async def completions(self, body: dict[str, Any]) -> Response:
         prompt = body["prompt"]
@@ -167,7 +171,11 @@ class FakeEngine:
 
     async def _generate(self, body: dict[str, Any], choices: list[dict[str, Any]], *, chat: bool) -> Response:
         model, count = body["model"], body.get("max_tokens") or body.get("max_completion_tokens") or 16
-        usage = {"prompt_tokens": 3 * len(choices), "completion_tokens": count * len(choices), "total_tokens": (3 + count) * len(choices)}
+        usage = {
+            "prompt_tokens": 3 * len(choices),
+            "completion_tokens": count * len(choices),
+            "total_tokens": (3 + count) * len(choices),
+        }
         if body.get("stream"):
             return StreamingResponse(self._stream(body, choices, count, usage, chat=chat), media_type="text/event-stream")
         await asyncio.sleep(self.token_latency * count)
@@ -178,10 +186,18 @@ class FakeEngine:
             if body.get("prompt_logprobs") is not None and not chat:
                 content["prompt_logprobs"] = prompt_logprobs(self.adapters.get(model), choice["prompt"])
             made.append({"index": choice["index"], "finish_reason": "length", **content})
-        return JSONResponse({"id": "fake", "object": "chat.completion" if chat else "text_completion", "created": 0, "model": model, "choices": made, "usage": usage})
+        kind = "chat.completion" if chat else "text_completion"
+        return JSONResponse({"id": "fake", "object": kind, "created": 0, "model": model, "choices": made, "usage": usage})
 
-    async def _stream(self, body: dict[str, Any], choices: list[dict[str, Any]], count: int, usage: Any, *, chat: bool) -> AsyncIterator[str]:
-        head = {"id": "fake", "object": "chat.completion.chunk" if chat else "text_completion", "created": 0, "model": body["model"]}
+    async def _stream(
+        self, body: dict[str, Any], choices: list[dict[str, Any]], count: int, usage: Any, *, chat: bool
+    ) -> AsyncIterator[str]:
+        head = {
+            "id": "fake",
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": 0,
+            "model": body["model"],
+        }
         finished = False
         self.event("stream", adapter=body["model"])
         try:
@@ -190,7 +206,8 @@ class FakeEngine:
                     word = text(body["model"], choice["prompt"]) if token == 0 else " word"
                     part: dict[str, Any] = {"delta": {"role": "assistant", "content": word}} if chat else {"text": word}
                     last = "length" if token == count - 1 else None
-                    yield f"data: {json.dumps({**head, 'choices': [{'index': choice['index'], 'finish_reason': last, **part}]})}\n\n"
+                    shown = {"index": choice["index"], "finish_reason": last, **part}
+                    yield f"data: {json.dumps({**head, 'choices': [shown]})}\n\n"
                 await asyncio.sleep(self.token_latency)
             if (body.get("stream_options") or {}).get("include_usage"):
                 yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"

@@ -57,7 +57,11 @@ def test_too_large_a_body_is_a_413(shared: Server) -> None:
 
 
 def test_another_content_type_is_a_415(shared: Server) -> None:
-    refused(shared.client.post("/v1/embeddings", content=b'{"input": "x"}', headers={"content-type": "text/plain"}), 415, "media_type_unsupported")
+    refused(
+        shared.client.post("/v1/embeddings", content=b'{"input": "x"}', headers={"content-type": "text/plain"}),
+        415,
+        "media_type_unsupported",
+    )
 
 
 def test_a_web_page_cannot_reach_the_server(shared: Server) -> None:
@@ -80,7 +84,12 @@ def test_a_web_page_cannot_reach_the_server(shared: Server) -> None:
     ],
 )
 def test_changes_need_the_admin_token(shared: Server, method: str, path: str) -> None:
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer tést".encode()}, {"authorization": ADMIN["authorization"][:-1]}):
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Bearer tést".encode()},
+        {"authorization": ADMIN["authorization"][:-1]},
+    ):
         refused(shared.client.request(method, path, json={"lora_name": "a"}, headers=headers), 401, "not_authorized")
 
 

@@ -41,7 +41,9 @@ def refused(response: httpx.Response, status: int, code: str) -> None:
         ({"model": "a", "adapter": "a"}, "?adapter=a", "a"),
     ],
 )
-def test_each_way_of_naming_an_adapter_reaches_it(shared: Server, shared_world: World, body: dict[str, Any], query: str, adapter: str | None) -> None:
+def test_each_way_of_naming_an_adapter_reaches_it(
+    shared: Server, shared_world: World, body: dict[str, Any], query: str, adapter: str | None
+) -> None:
     response = shared.post(f"/v1/embeddings{query}", {**body, "input": "hello"})
     np.testing.assert_allclose(rows(response)[0], expected(shared_world, adapter, "hello"), atol=1e-6)
     named = f"a@{shared_world.store.current('a')[:12]}" if adapter else "base"
@@ -98,7 +100,9 @@ def test_a_list_of_adapters_is_merged_in_input_order(shared: Server, shared_worl
 
 def test_base64_holds_the_same_floats(shared: Server) -> None:
     plain = rows(shared.post("/v1/embeddings", {"input": "hello", "adapter": "a"}))[0]
-    packed = shared.post("/v1/embeddings", {"input": "hello", "adapter": "a", "encoding_format": "base64"}).json()["data"][0]["embedding"]
+    packed = shared.post("/v1/embeddings", {"input": "hello", "adapter": "a", "encoding_format": "base64"}).json()["data"][0][
+        "embedding"
+    ]
     np.testing.assert_array_equal(np.frombuffer(base64.b64decode(packed), dtype="<f4"), plain)
 
 
@@ -161,7 +165,9 @@ def test_rerank_orders_by_closeness_and_sets_both_input_types(shared: Server, sh
 
 def test_a_base_is_not_asked_for_what_it_cannot_do(shared: Server) -> None:
     refused(shared.post("/v1/embeddings", {"input": "x", "model": "words"}), 400, "wrong_task")
-    refused(shared.post("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "x"}]}), 400, "wrong_task")
+    refused(
+        shared.post("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "x"}]}), 400, "wrong_task"
+    )
 
 
 def test_models_lists_bases_and_adapters_with_their_parent(shared: Server) -> None:

@@ -76,7 +76,8 @@ def test_a_client_that_hangs_up_cancels_its_stream_in_the_engine(shared: Server)
 def test_a_client_that_hangs_up_frees_its_lease_without_a_stream(shared: Server) -> None:
     place = urlsplit(shared.url)
     content = json.dumps({"model": "t", "prompt": "x", "max_tokens": 4000}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    fields = f"Host: {place.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n"
     with socket.create_connection((place.hostname or "", place.port or 0)) as connection:
         connection.sendall(head.encode() + content)
         wait_for(lambda: shared.client.get("/v1/adapters/t").json()["leases"] == 1)
@@ -89,12 +90,20 @@ def test_the_openai_client_works_unchanged(shared: Server, shared_world: World) 
     chat = client.chat.completions.create(model="s", messages=[{"role": "user", "content": "hi"}], max_tokens=2, temperature=0)
     assert chat.choices[0].message.content == text(own, [{"role": "user", "content": "hi"}]) + " word"
     stream = client.chat.completions.create(
-        model="words", messages=[{"role": "user", "content": "hi"}], stream=True, extra_body={"adapter": "s"}, stream_options={"include_usage": True}
+        model="words",
+        messages=[{"role": "user", "content": "hi"}],
+        stream=True,
+        extra_body={"adapter": "s"},
+        stream_options={"include_usage": True},
     )
     parts = list(stream)
     assert parts[0].choices[0].delta.content == text(own, [{"role": "user", "content": "hi"}])
     assert parts[-1].usage is not None
-    assert client.completions.create(model="words:t", prompt="hi").choices[0].text.startswith(text(engine_id(shared_world, "t"), "hi"))
+    assert (
+        client.completions.create(model="words:t", prompt="hi")
+        .choices[0]
+        .text.startswith(text(engine_id(shared_world, "t"), "hi"))
+    )
     embedding = client.embeddings.create(model="a", input=["hello"])  # the client asks for base64 by itself
     np.testing.assert_allclose(embedding.data[0].embedding, expected(shared_world, "a", "hello"), atol=1e-6)
     assert {model.id for model in client.models.list()} >= {"texts", "a"}

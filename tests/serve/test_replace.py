@@ -29,7 +29,9 @@ def server(changing: Server) -> Server:
 
 def served(server: Server, world: World, name: str, *, seed: int, scale: float = 1.0, task: str = "embedding") -> str:
     """Put an adapter into the store and, expecting success, into the server; its generation."""
-    generation = put_adapter(world.store, name, world.texts if task == "embedding" else world.words, seed=seed, scale=scale, task=task)
+    generation = put_adapter(
+        world.store, name, world.texts if task == "embedding" else world.words, seed=seed, scale=scale, task=task
+    )
     assert server.put(name).status_code == 200
     return generation
 
@@ -55,7 +57,11 @@ def test_hot_replace_under_load_answers_every_request_by_one_of_the_two_generati
                 body = {"model": "words", "adapter": name, "prompt": prompt, "max_tokens": 4, "stream": number % 2 == 0}
                 response = client.post("/v1/completions", json=body)
                 made_by = response.headers.get("x-embedft-adapter", "")
-                if response.status_code != 200 or text(made_by, prompt) not in response.text or made_by.partition("@")[0] != (name or "base"):
+                if (
+                    response.status_code != 200
+                    or text(made_by, prompt) not in response.text
+                    or made_by.partition("@")[0] != (name or "base")
+                ):
                     wrong.append(response.text)
                 if name == "hot":
                     answers.append(made_by)
@@ -67,7 +73,9 @@ def test_hot_replace_under_load_answers_every_request_by_one_of_the_two_generati
     until = time.monotonic() + 4
     for seed in range(100, 120):
         generations.append(served(server, world, "hot", seed=seed, task="causal_lm"))
-        assert server.post("/v1/completions", {"model": "hot", "prompt": "x"}).headers["x-embedft-adapter"] == own("hot", generations[-1])
+        assert server.post("/v1/completions", {"model": "hot", "prompt": "x"}).headers["x-embedft-adapter"] == own(
+            "hot", generations[-1]
+        )
         if time.monotonic() > until:
             break
     stop.set()
@@ -95,13 +103,16 @@ def test_a_generation_in_use_is_unloaded_only_after_its_last_answer(world: World
 
 @pytest.mark.parametrize("scale", [0.8, 0.0])
 @pytest.mark.parametrize("task", ["embedding", "causal_lm"])
-def test_an_adapter_that_fails_its_probes_leaves_the_old_one_serving(world: World, server: Server, scale: float, task: str) -> None:
+def test_an_adapter_that_fails_its_probes_leaves_the_old_one_serving(
+    world: World, server: Server, scale: float, task: str
+) -> None:
     name = f"p{int(scale * 10)}-{task}"
     before = served(server, world, name, seed=60, task=task)
     base = world.texts if task == "embedding" else world.words
     damaged = put_adapter(world.store, name, base, seed=61, scale=scale, task=task)
     refused(server.put(name), 422, "probes_failed")
-    answer = server.post(*(("/v1/embeddings", {"input": "x", "model": name}) if task == "embedding" else ("/v1/completions", {"prompt": "x", "model": name})))
+    path, field = ("/v1/embeddings", "input") if task == "embedding" else ("/v1/completions", "prompt")
+    answer = server.post(path, {field: "x", "model": name})
     assert answer.headers["x-embedft-adapter"] == own(name, before)
     assert unloaded(server, name) == [own(name, damaged)]  # nothing of the refused one stays in the engine
 
@@ -157,7 +168,18 @@ def test_a_source_outside_the_store_is_refused(world: World, server: Server, tmp
     inside = world.store.root / "incoming"
     shutil.copytree(outside, inside)
     (world.store.root / "link").symlink_to(outside)
-    for source in ("../outside", str(outside), "link", "/dev", "http://127.0.0.1/x", "file:///etc", "objects/../../outside", "names", ".", "a\0b"):
+    for source in (
+        "../outside",
+        str(outside),
+        "link",
+        "/dev",
+        "http://127.0.0.1/x",
+        "file:///etc",
+        "objects/../../outside",
+        "names",
+        ".",
+        "a\0b",
+    ):
         refused(server.put("z", {"source": source}), 400, "source_refused")
     assert server.put("z", {"source": "incoming"}).status_code == 200
     assert world.store.current("z") == server.client.get("/v1/adapters/z").json()["generation"]

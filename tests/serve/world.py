@@ -1,4 +1,4 @@
-"""A small world for the gateway: bases without a model, adapters that the fake engine obeys, and a real server process over them."""
+"""A small world for the gateway: bases without a model, adapters that the fake engine obeys, a real server process over them."""
 
 import json
 import os
