@@ -1,0 +1,29 @@
+import numpy as np
+import pytest
+
+from embedft.training.statistics import paired_bootstrap
+
+
+def test_the_interval_is_that_of_the_mean_difference() -> None:
+    generator = np.random.default_rng(0)
+    base = generator.normal(size=400)
+    adapted = base + generator.normal(0.3, 0.5, size=400)
+    low, high = paired_bootstrap(base, adapted)
+    mean, error = float((adapted - base).mean()), 0.5 / np.sqrt(400)
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.012)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.012)
+
+
+def test_pairs_are_kept_together() -> None:
+    base = np.linspace(0, 100, 50)
+    low, high = paired_bootstrap(base, base + 0.01)
+    assert (low, high) == (pytest.approx(0.01), pytest.approx(0.01))
+
+
+def test_it_is_the_same_every_time_and_refuses_unlike_vectors() -> None:
+    base, adapted = np.arange(9.0), np.arange(9.0)[::-1]
+    assert paired_bootstrap(base, adapted) == paired_bootstrap(base, adapted)
+    with pytest.raises(ValueError, match="equally long"):
+        paired_bootstrap(base, adapted[:3])
+    with pytest.raises(ValueError, match="non-empty"):
+        paired_bootstrap(base[:0], base[:0])
