@@ -1,0 +1,137 @@
+"""Parts of the engines that need no process: command lines, the bank, sampling, detokenising, the CPU LoRA operations."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedft.base import BaseSpec, load_base
+from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineFailed
+from serve.engines import vllm_cpu_lora
+from serve.engines.command import KEY, EngineSettings, engine_command, parse_cores
+from serve.engines.peft.bank import AdapterBank
+from serve.engines.peft.sampling import Sampling, choose, token_logprobs
+from serve.engines.peft.text import Detokenizer
+from serve.engines.vllm import lora_rank
+from serve.engines.vllm_server import match_modules
+from tests.fixtures_embedding import tiny_encoder
+from tests.fixtures_lm import tiny_llama, tiny_tokenizer
+from tests.serve.engine_process import random_adapter
+
+
+def test_cores_are_read_as_vllm_reads_them() -> None:
+    assert parse_cores("0-2,5") == {0, 1, 2, 5}
+
+
+def test_a_rank_is_rounded_up_to_one_vllm_has() -> None:
+    assert [lora_rank(r) for r in (1, 2, 16, 17, 300)] == [1, 8, 16, 32, 320]
+    with pytest.raises(EngineFailed):
+        lora_rank(513)
+
+
+def test_the_vllm_command_carries_pooling_length_and_a_key_that_is_not_an_argument(tmp_path: Path) -> None:
+    base = tiny_encoder(tmp_path / "base", pooling="cls", normalize=False)
+    settings = EngineSettings(max_lora_rank=12, cores="1", max_length=20)
+    argv, env = engine_command("vllm", folder=base, task="embedding", socket=tmp_path / "s", settings=settings)
+    option = dict(itertools.pairwise(argv))
+    assert json.loads(option["--pooler-config"]) == {"seq_pooling_type": "CLS", "use_activation": False}
+    assert (option["--max-lora-rank"], option["--max-model-len"], env["EMBEDFT_ENGINE_CORES"]) == ("16", "20", "1")
+    assert env["VLLM_API_KEY"] == env[KEY]
+    assert env[KEY] not in " ".join(argv)
+
+
+def test_vllm_is_not_started_for_a_base_it_cannot_serve(tmp_path: Path) -> None:
+    base = tiny_encoder(tmp_path / "base", pooling="mean")
+    with pytest.raises(EngineFailed, match="encoder"):
+        engine_command("vllm", folder=base, task="causal_lm", socket=tmp_path / "s", settings=EngineSettings())
+    config = json.loads((base / "config.json").read_text()) | {"num_attention_heads": 4}
+    (base / "config.json").write_text(json.dumps(config))
+    if not torch.cuda.is_available():
+        with pytest.raises(EngineFailed, match="head sizes"):
+            engine_command("vllm", folder=base, task="embedding", socket=tmp_path / "s", settings=EngineSettings())
+
+
+def test_an_adapters_modules_are_matched_or_refused() -> None:
+    known = {"model.layers.0.q_proj", "model.layers.0.k_proj", "lm_head"}
+    assert set(match_modules({"layers.0.q_proj": 1, "model.layers.0.k_proj": 2}, known)) == known - {"lm_head"}
+    for wrong in ({"blocks.0.q_proj": 1}, {"lm_head": 1}, {}):
+        with pytest.raises(ValueError, match="not linear layers"):
+            match_modules(wrong, known)
+
+
+def test_lora_operations_apply_each_rows_own_adapter_and_none_to_base_rows() -> None:
+    torch.manual_seed(0)
+    inputs, slots = torch.randn(7, 6), torch.tensor([1, -1, 0, 1, 2, -1, 0])
+    a, b = torch.randn(3, 1, 4, 6), torch.randn(3, 1, 5, 4)
+    buffer, out = torch.zeros(7, 4), torch.zeros(7, 9)
+    vllm_cpu_lora.shrink(inputs, a, buffer, slots, 0.5)
+    vllm_cpu_lora.expand_slice(buffer, b, out, slots, 2, 5)
+    for row, slot in enumerate(slots.tolist()):
+        expected = torch.zeros(9)
+        if slot >= 0:
+            expected[2:7] = b[slot, 0] @ (0.5 * (a[slot, 0] @ inputs[row]))
+        assert torch.allclose(out[row], expected, atol=1e-5)
+
+
+def test_unloading_gives_back_the_adapters_memory_and_the_bases_answer(tmp_path: Path) -> None:
+    base = load_base(BaseSpec(str(tiny_llama(tmp_path / "base"))), task="causal_lm")
+    ids = torch.tensor([[5, 6, 7]])
+    before, size = base.model(input_ids=ids).logits, sum(p.numel() for p in base.model.parameters())
+    bank = AdapterBank(base)
+    sizes: list[int] = []
+    for seed, name in enumerate(("x.1@abc", "y@abc")):
+        bank.load(name, random_adapter(tmp_path / str(seed), base.folder, "causal_lm", seed=seed))
+        sizes.append(sum(p.numel() for p in bank.model.parameters()))
+    mixed = bank.model(input_ids=ids.repeat(2, 1), **bank.rows(["x.1@abc", None])).logits
+    assert torch.allclose(mixed[1], before[0], atol=1e-5)
+    assert not torch.allclose(mixed[0], before[0], atol=1e-2)
+    with pytest.raises(AdapterExists):
+        bank.load("y@abc", tmp_path / "0")
+    bank.unload("x.1@abc")
+    assert sum(p.numel() for p in bank.model.parameters()) == sizes[0] < sizes[1]
+    with pytest.raises(AdapterNotFound):
+        bank.rows(["x.1@abc"])
+    bank.unload("y@abc")
+    assert sum(p.numel() for p in base.model.parameters()) == size
+    assert torch.equal(base.model(input_ids=ids).logits, before)
+
+
+def test_an_adapter_that_would_change_other_rows_is_refused(tmp_path: Path) -> None:
+    base = load_base(BaseSpec(str(tiny_llama(tmp_path / "base"))), task="causal_lm")
+    folder = random_adapter(tmp_path / "a", base.folder, "causal_lm", seed=0)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    bank = AdapterBank(base)
+    for change in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"r": 4}):
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(AdapterInvalid):
+            bank.load("a", folder)
+        assert bank.names == []
+        assert bank.model is base.model
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    generator = torch.Generator().manual_seed(0)
+    drawn = {choose(logits, Sampling(1, top_p=0.6), generator) for _ in range(200)}
+    assert drawn == {0, 1}
+    assert choose(logits, Sampling(1, temperature=0), None) == 0
+    assert (entry := token_logprobs(logits, 1, 2)).rank == 2
+    assert [token for token, _ in entry.top] == [0, 1]
+
+
+def test_text_never_ends_inside_a_character_or_a_stop_string() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("a € sign, then END of it")["input_ids"]
+    detokenizer = Detokenizer(tokenizer, ("END",))
+    told, stopped = "", False
+    for token in ids:
+        piece, stopped = detokenizer.feed(token, last=False)
+        told += piece
+        assert "\ufffd" not in told
+        assert not told.endswith(("E", "EN"))
+        if stopped:
+            break
+    assert stopped
+    assert told == "a € sign, then "
