@@ -6,7 +6,7 @@ Last-token pooling takes the last token that the base's own tokenizer gives; no 
 So a text, its token ids sent to vLLM's pooling runner, and plain sentence-transformers on the same folder all pool the same position.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -55,7 +55,9 @@ class TextPreparer:
 
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise BaseNotFound(f"{Path(folder).name} has no tokenizer.json: save it there once with transformers' AutoTokenizer.save_pretrained")
+            raise BaseNotFound(
+                f"{Path(folder).name} has no tokenizer.json: save it there once with transformers' AutoTokenizer.save_pretrained"
+            )
         self.settings = settings
         self._tokenizer = Tokenizer.from_file(str(path))
         self._tokenizer.no_padding()  # some files (MiniLM's) carry fixed padding and a shorter truncation

@@ -70,7 +70,7 @@ def _qrels(path: Path, documents: Mapping[str, str], queries: Mapping[str, str],
         for number, line in enumerate(file, start=1):
             fields = line.rstrip("\r\n").split("\t")
             where = f"qrels/{path.name}:{number}"
-            if number == 1 and not fields[-1].lstrip("-").isdigit() or not line.strip():
+            if (number == 1 and not fields[-1].lstrip("-").isdigit()) or not line.strip():
                 continue  # the header
             if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
                 problems.append(f"{where}: expected query-id, corpus-id and a whole number, separated by tabs")

@@ -115,7 +115,9 @@ def data_hash(examples: Examples, retrieval: RetrievalSet) -> str:
 
 def _as_beir(source: str, format: str | None) -> bool:
     if format == "beir" and not is_beir(source):
-        raise DataError([f"{Path(source).name}: data.format is beir, but this is no folder; expected corpus.jsonl, queries.jsonl and qrels/"])
+        raise DataError(
+            [f"{Path(source).name}: data.format is beir, but this is no folder; expected corpus.jsonl, queries.jsonl and qrels/"]
+        )
     return is_beir(source)
 
 
@@ -123,7 +125,9 @@ def _examples(source: str, limit: int | None, problems: list[str], *, scored: bo
     if not _as_beir(source, format):
         return list(parse(first(read_rows(source, problems), limit), problems, scored=scored))
     if scored:
-        raise DataError([f"{Path(source).name}: a BEIR folder holds relevant pairs, and this loss takes scored ones; expected rows with a score"])
+        raise DataError(
+            [f"{Path(source).name}: a BEIR folder holds relevant pairs, and this loss takes scored ones; expected rows with a score"]
+        )
     beir = read_beir(Path(source), "train", problems)
     pairs = [(query, document) for query, grades in beir.relevant.items() for document in grades]
     return [Example(beir.queries[query], beir.documents[document]) for query, document in pairs[:limit]]

@@ -50,9 +50,9 @@ def evaluate_retrieval(
     return score(data, rank(queries, documents, list(data.documents)))
 
 
-def rank(queries: NDArray[np.float32], documents: NDArray[np.float32], ids: Sequence[str]) -> list[list[str]]:
+def rank(queries: NDArray[np.float32], documents: NDArray[np.float32], ids: Sequence[str]) -> list[Sequence[str]]:
     """(q, d) and (n, d) vectors → for each query the ids of its DEPTH nearest documents by cosine, best first."""
-    best: list[list[str]] = []
+    best: list[Sequence[str]] = []
     documents = _unit(documents)
     for start in range(0, len(queries), 256):
         scores = _unit(queries[start : start + 256]) @ documents.T  # (256, n)
@@ -103,22 +103,19 @@ def _scores(relevant: Mapping[str, int], best: Sequence[str]) -> dict[str, float
     }
 
 
-def comparison(base: RetrievalResult, bm25: RetrievalResult, adapter: RetrievalResult, *, metric: str, seed: int = 7) -> dict[str, Any]:
-    """The metrics block of a passport: three rows of figures, and the 95 % interval of the adapter's gain in `metric`."""
+def comparison(results: Mapping[str, RetrievalResult], *, metric: str, seed: int = 7) -> dict[str, Any]:
+    """The metrics block of a passport: the figures of base, bm25 and adapter, and the 95 % interval of the adapter's gain in `metric`."""
     from embedft.training.statistics import paired_bootstrap
 
+    base, adapter = results["base"], results["adapter"]
     low, high = paired_bootstrap(base.per_query[metric], adapter.per_query[metric], seed=seed)
-    return {
-        "metric": metric,
-        "queries": len(base.ids),
-        "base": dict(base.metrics),
-        "bm25": dict(bm25.metrics),
-        "adapter": dict(adapter.metrics),
-        "gain_ci95": [low, high],
-    }
+    figures = {name: dict(results[name].metrics) for name in ("base", "bm25", "adapter")}
+    return {"metric": metric, "queries": len(base.ids), **figures, "gain_ci95": [low, high]}
 
 
-def compare_towers(model: Any, folder: Path, settings: EncodeSettings, data: RetrievalSet, *, side: str, batch_size: int) -> dict[str, RetrievalResult]:
+def compare_towers(
+    model: Any, folder: Path, settings: EncodeSettings, data: RetrievalSet, *, side: str, batch_size: int
+) -> dict[str, RetrievalResult]:
     """base, bm25 and adapter on the same queries, from one PEFT model: the base is the adapter switched off."""
     encoder = Encoder(model, folder, settings)
     off = model.disable_adapter() if side == "query" else None
@@ -162,4 +159,4 @@ def evaluate_adapter(
     model = load_adapter(load_model(source, task="embedding"), folder)
     settings = EncodeSettings(passport.pooling, passport.normalize, passport.max_length, passport.prompts)
     results = compare_towers(model, source, settings, retrieval, side=passport.side, batch_size=batch_size)
-    return comparison(**results, metric=metric)
+    return comparison(results, metric=metric)

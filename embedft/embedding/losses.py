@@ -18,7 +18,7 @@ MINI_BATCH = 32  # rows in memory at once for the cached losses; changes memory,
 
 @dataclass(frozen=True)
 class Loss:
-    """`takes`: pairs (negatives optional), triplets (at least one negative) or scored pairs. `options`: what `scale` and constants become."""
+    """`takes`: pairs (negatives optional), triplets (at least one negative) or scored pairs. `options`: keywords made of `scale`."""
 
     name: str
     of: str

@@ -30,8 +30,8 @@ class Tower(InputModule):
         self.preparer = preparer
         self.side = side
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, task: InputType | None = None, **_: Any) -> dict[str, Any]:
-        """Texts → input_ids and attention_mask (n, longest). `task` picks the prompt; sentence-transformers' own `prompt` is not used."""
+    def preprocess(self, inputs: Sequence[Any], task: InputType | None = None, **_: Any) -> dict[str, Any]:
+        """Texts → input_ids and attention_mask (n, longest). `task` picks the prompt; sentence-transformers' own `prompt` is ignored."""
         input_ids, mask = pad(self.preparer.prepare(list(inputs), task).ids)
         return {"input_ids": input_ids, "attention_mask": mask}
 
@@ -71,14 +71,14 @@ def sentence_transformer(model: Any, folder: Path, settings: EncodeSettings, *, 
     return SentenceTransformer(modules=modules, device=str(next(model.parameters()).device))
 
 
-class PairTrainer(AdapterCheckpoints, SentenceTransformerTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+class PairTrainer(AdapterCheckpoints, SentenceTransformerTrainer):
     """sentence-transformers' trainer with our batches, adapter-only checkpoints and no model card of its own."""
 
     def __init__(self, *args: Any, plan: BatchPlan, **kwargs: Any) -> None:
         self.plan = plan
         super().__init__(*args, **kwargs)
 
-    def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> Any:
+    def get_batch_sampler(self, *_: Any, **__: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.plan
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def train(
     model.eval()
     results = compare_towers(model, base.folder, settings, retrieval, side=recipe.adapter.side, batch_size=recipe.eval.batch)
     published = Published(
-        metrics=comparison(**results, metric=recipe.eval.metric),
+        metrics=comparison(results, metric=recipe.eval.metric),
         data_hash=identity,
         max_length=settings.max_length,
         seconds=seconds,
@@ -140,7 +140,7 @@ def _check_negatives(examples: Examples, loss: Loss) -> None:
 
 
 def _check_tokenizer(base: Base, settings: EncodeSettings) -> None:
-    """The tokenizer's own file must give the ids that transformers gives: plain sentence-transformers and vLLM read it through transformers."""
+    """The tokenizer's own file must give the ids that transformers gives: plain sentence-transformers and vLLM go by those."""
     tokenizer: Any = base.tokenizer
     ours = TextPreparer(base.folder, settings).prepare(_SAMPLES).ids
     theirs = tokenizer(list(_SAMPLES), truncation=True, max_length=settings.max_length)["input_ids"]

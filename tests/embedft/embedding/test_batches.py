@@ -31,14 +31,16 @@ def test_a_document_shared_by_two_queries_never_stands_twice_in_a_batch() -> Non
 
 
 def test_every_row_is_seen_once_an_epoch_and_in_another_order_the_next() -> None:
-    plan, kept = plan_of([Example(f"q{i}", f"d{i}") for i in range(50)])
+    plan, _kept = plan_of([Example(f"q{i}", f"d{i}") for i in range(50)])
     first = list(plan)
     assert sorted(i for batch in first for i in batch) == list(range(50))
     plan.set_epoch(1)
     second = list(plan)
-    assert sorted(i for batch in second for i in batch) == list(range(50)) and second != first
+    assert sorted(i for batch in second for i in batch) == list(range(50))
+    assert second != first
     plan.set_epoch(0)
-    assert list(plan) == first and len(plan) == len(first)
+    assert list(plan) == first
+    assert len(plan) == len(first)
     assert list(plan_of([Example(f"q{i}", f"d{i}") for i in range(50)], seed=8)[0]) != first
 
 

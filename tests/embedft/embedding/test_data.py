@@ -66,13 +66,23 @@ def test_a_missing_or_doubled_column_is_named_with_what_was_expected(tmp_path: P
 
 def test_all_bad_rows_are_reported_at_once_with_file_and_line(tmp_path: Path) -> None:
     good = json.dumps(ROWS[0])
-    bad = [good, "{not json", "[1, 2]", '{"query": "", "document": "d"}', good, '{"query": "q", "document": 7}', '{"query": "q", "document": null}']
+    bad = [
+        good,
+        "{not json",
+        "[1, 2]",
+        '{"query": "", "document": "d"}',
+        good,
+        '{"query": "q", "document": 7}',
+        '{"query": "q", "document": null}',
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(bad))
     found = problems(str(tmp_path / "a.jsonl"))
     assert [line.split(": ")[0] for line in found] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "a.jsonl:6", "a.jsonl:7"]
-    assert "not JSON" in found[0] and "a JSON list; expected an object" in found[1]
+    assert "not JSON" in found[0]
+    assert "a JSON list; expected an object" in found[1]
     assert "query is empty; expected text" in found[2]
-    assert "document is a int; expected text" in found[3] and "document is missing" in found[4]
+    assert "document is a int; expected text" in found[3]
+    assert "document is missing" in found[4]
 
 
 def test_faults_of_training_and_evaluation_data_come_together(tmp_path: Path) -> None:
@@ -92,7 +102,8 @@ def test_negatives_come_from_a_list_or_from_numbered_columns(tmp_path: Path) -> 
     assert load(listed)[0] == load(numbered)[0]
     assert load(listed)[0].negatives == 2
     same = problems(write_rows(tmp_path / "c.jsonl", [row | {"negative": row["document"]} for row in ROWS[:3]]))
-    assert len(same) == 3 and "is the document itself" in same[0]
+    assert len(same) == 3
+    assert "is the document itself" in same[0]
 
 
 def test_scored_pairs_need_a_number_and_their_own_evaluation_data(tmp_path: Path) -> None:
@@ -107,7 +118,9 @@ def test_scored_pairs_need_a_number_and_their_own_evaluation_data(tmp_path: Path
 
 def test_a_beir_folder_trains_on_train_and_is_scored_on_test(tmp_path: Path) -> None:
     examples, retrieval = load(write_beir(tmp_path / "beir", train=32, test=8))
-    assert len(examples) == 32 and len(retrieval.queries) == 8 and len(retrieval.documents) == 16
+    assert len(examples) == 32
+    assert len(retrieval.queries) == 8
+    assert len(retrieval.documents) == 16
     assert set(retrieval.queries.values()).isdisjoint(row.query for row in examples.rows)
 
 
@@ -128,14 +141,18 @@ def test_a_training_row_whose_query_is_evaluated_is_left_out(tmp_path: Path) -> 
     train = write_rows(tmp_path / "train.jsonl", ROWS)
     evaluation = write_rows(tmp_path / "test.jsonl", ROWS[:5])
     examples, retrieval = load(train, eval=evaluation)
-    assert len(examples) == 35 and len(retrieval.queries) == 5
+    assert len(examples) == 35
+    assert len(retrieval.queries) == 5
 
 
 def test_repeated_rows_count_once_and_equal_texts_are_one_document(tmp_path: Path) -> None:
-    evaluation = write_rows(tmp_path / "test.jsonl", [{"query": "q", "document": "a"}, {"query": "q", "document": "b"}, {"query": "p", "document": "a"}])
+    evaluation = write_rows(
+        tmp_path / "test.jsonl", [{"query": "q", "document": "a"}, {"query": "q", "document": "b"}, {"query": "p", "document": "a"}]
+    )
     examples, retrieval = load(write_rows(tmp_path / "a.jsonl", ROWS + ROWS), eval=evaluation)
     assert len(examples) == 40
-    assert len(retrieval.queries) == 2 and len(retrieval.documents) == 2
+    assert len(retrieval.queries) == 2
+    assert len(retrieval.documents) == 2
     assert sorted(len(grades) for grades in retrieval.relevant.values()) == [1, 2]
 
 
@@ -143,7 +160,9 @@ def test_caps_keep_relevant_documents_and_do_not_depend_on_order(tmp_path: Path)
     retrieval = load_retrieval(write_beir(tmp_path / "beir", train=8, test=32))
     small = reduce_to(retrieval, queries=6, documents=4)
     needed = {identifier for grades in small.relevant.values() for identifier in grades}
-    assert len(small.queries) == 6 and needed <= set(small.documents) and len(small.documents) == max(4, len(needed))
+    assert len(small.queries) == 6
+    assert needed <= set(small.documents)
+    assert len(small.documents) == max(4, len(needed))
     turned = RetrievalSet(dict(reversed(retrieval.queries.items())), dict(reversed(retrieval.documents.items())), retrieval.relevant, "")
     assert reduce_to(turned, queries=6, documents=4).queries == small.queries
 

@@ -24,7 +24,14 @@ def test_metrics_agree_with_sentence_transformers_evaluator(tmp_path: Path) -> N
     relevant = {query: set(grades) for query, grades in data.relevant.items()}
     evaluator = InformationRetrievalEvaluator(dict(data.queries), dict(data.documents), relevant, show_progress_bar=False, write_csv=False)
     theirs = evaluator(SentenceTransformer(str(folder), device="cpu"))
-    for name, key in {"ndcg@10": "ndcg@10", "mrr@10": "mrr@10", "hit@1": "accuracy@1", "hit@5": "accuracy@5", "hit@10": "accuracy@10", "recall@10": "recall@10"}.items():
+    for name, key in {
+        "ndcg@10": "ndcg@10",
+        "mrr@10": "mrr@10",
+        "hit@1": "accuracy@1",
+        "hit@5": "accuracy@5",
+        "hit@10": "accuracy@10",
+        "recall@10": "recall@10",
+    }.items():
         assert ours[name] == pytest.approx(theirs[f"cosine_{key}"], abs=1e-6), name
     assert 0.05 < ours["ndcg@10"] < 0.95
 
@@ -34,7 +41,8 @@ def test_grades_count_and_each_query_keeps_its_own_score() -> None:
     result = score(data, [["2", "3", "1"], []])
     assert result.per_query["ndcg@10"][0] == pytest.approx((1 + 2 / np.log2(4)) / (2 + 1 / np.log2(3)))
     assert {name: values[1] for name, values in result.per_query.items()} == dict.fromkeys(METRICS, 0.0)
-    assert result.metrics["mrr@10"] == 0.5 and result.per_query["recall@10"][0] == 1.0
+    assert result.metrics["mrr@10"] == 0.5
+    assert result.per_query["recall@10"][0] == 1.0
 
 
 def test_only_the_first_ten_places_count() -> None:
@@ -46,7 +54,8 @@ def test_bm25_finds_shared_words_and_gives_no_rank_to_documents_without_any() ->
     documents = {"1": "read_csv parses a table", "2": "the moon", "3": "write a file"}
     data = RetrievalSet({"a": "csv table", "b": "zebra"}, documents, {"a": {"1": 1}, "b": {"2": 1}}, "")
     result = bm25_baseline(data)
-    assert result.ranked[0] == ("1",) and result.ranked[1] == ()
+    assert result.ranked[0] == ("1",)
+    assert result.ranked[1] == ()
     assert result.metrics["ndcg@10"] == 0.5
 
 
@@ -54,6 +63,9 @@ def test_a_comparison_holds_three_rows_and_the_interval_of_the_gain(tmp_path: Pa
     data = load_retrieval(write_beir(tmp_path / "beir", train=8, test=32))
     worst = score(data, [[] for _ in data.queries])
     best = score(data, [list(data.relevant[query]) for query in data.queries])
-    made = comparison(worst, bm25_baseline(data), best, metric="mrr@10")
-    assert made["gain_ci95"] == [1.0, 1.0] and made["queries"] == 32
-    assert made["base"]["mrr@10"] == 0.0 and made["adapter"]["ndcg@10"] == 1.0 and set(made["bm25"]) == set(METRICS)
+    made = comparison({"base": worst, "bm25": bm25_baseline(data), "adapter": best}, metric="mrr@10")
+    assert made["gain_ci95"] == [1.0, 1.0]
+    assert made["queries"] == 32
+    assert made["base"]["mrr@10"] == 0.0
+    assert made["adapter"]["ndcg@10"] == 1.0
+    assert set(made["bm25"]) == set(METRICS)
