@@ -80,12 +80,9 @@ def tiny_tokenizer(*, template: bool = True) -> Any:
 def planted_recipe(
     folder: Path, base: Path, *, quantization: str = "none", train: dict[str, Any] | None = None, test_rows: int = 36
 ) -> Any:
-    """A recipe for the planted task with its data written to `folder`; torch keeps to one thread from here on."""
-    import torch
-
+    """A recipe for the planted task with its data written to `folder`."""
     from embedft.recipe import parse_recipe
 
-    torch.set_num_threads(1)
     content: dict[str, Any] = {
         "task": "causal_lm",
         "name": f"colours-{quantization}",

@@ -1,6 +1,6 @@
 """One tiny base and its trained adapters for all tests of this folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,16 @@ from embedft.adapters.store import AdapterStore
 from embedft.recipe import CausalLMRecipe
 from embedft.training.measure import AdapterResult
 from tests.fixtures_lm import planted_recipe, tiny_llama
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
