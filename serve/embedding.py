@@ -1,16 +1,18 @@
 """Vectors by one base or adapter: prompts, truncation and dimensions as in training. Knows no HTTP of clients."""
 
 import asyncio
+import base64
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedft.adapters.passport import lineage
 from embedft.encode import EncodeSettings, TextPreparer
-from embedft.errors import InputInvalid
+from embedft.errors import EngineFailed, InputInvalid
 from serve.engine import BASE, Engine
 from serve.lifecycle import Resident
 
@@ -37,7 +39,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Vectors:
-    rows: list[list[float]]
+    """`rows`: (inputs, dimensions) float32."""
+
+    rows: NDArray[np.float32]
     tokens: int
     truncated: int
 
@@ -103,9 +107,9 @@ async def embed(
     ids, truncated = await _ids(way, inputs, preparers, input_type=input_type, truncate=truncate)
     way.engine.supervisor.require_ready()
     answer: dict[str, Any] = await way.engine.client.call(
-        "/v1/embeddings", {"model": way.model, "input": ids, "encoding_format": "float"}
+        "/v1/embeddings", {"model": way.model, "input": ids, "encoding_format": "base64"}
     )
-    rows: list[list[float]] = [row["embedding"] for row in sorted(answer["data"], key=lambda row: row["index"])]
+    rows = _decoded(answer["data"], len(ids))
     if way.dimensions:
         rows = _cut(rows, way.dimensions, normalize=way.settings.normalize)
     return Vectors(rows, int(answer.get("usage", {}).get("prompt_tokens") or sum(map(len, ids))), truncated)
@@ -135,8 +139,22 @@ def _own_ids(way: Way, rows: list[list[int]], input_type: InputType | None) -> l
     return rows
 
 
-def _cut(rows: list[list[float]], dimensions: int, *, normalize: bool) -> list[list[float]]:
-    kept = np.asarray(rows, dtype=np.float32)[:, :dimensions]
-    if normalize:
-        kept = kept / np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), 1e-12)
-    return kept.tolist()
+def _decoded(data: list[dict[str, Any]], count: int) -> NDArray[np.float32]:
+    """An engine's base64 rows → (count, d). EngineFailed unless there is one finite row for each input."""
+    packed = [base64.b64decode(row["embedding"]) for row in sorted(data, key=lambda row: row["index"])]
+    if len(packed) != count or len({len(row) for row in packed}) != 1:
+        raise EngineFailed(f"the engine gave {len(packed)} vectors for {count} inputs")
+    rows = np.frombuffer(b"".join(packed), dtype="<f4").reshape(count, -1)
+    if not np.isfinite(rows).all():
+        raise EngineFailed("the engine gave a vector that is not finite")
+    return rows
+
+
+def _cut(rows: NDArray[np.float32], dimensions: int, *, normalize: bool) -> NDArray[np.float32]:
+    kept = rows[:, :dimensions]
+    return unit(kept) if normalize else kept
+
+
+def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n, d) → (n, d), each of length 1."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

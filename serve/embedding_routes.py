@@ -14,7 +14,7 @@ from pydantic_core import to_json
 from embedft.errors import InputInvalid
 from serve.body import read_body, unless_gone
 from serve.config import Limits
-from serve.embedding import Preparers, Vectors, Way, embed, way_of
+from serve.embedding import Preparers, Vectors, Way, embed, unit, way_of
 from serve.engine import BASE
 from serve.gateway import Gateway
 from serve.openapi import described
@@ -109,10 +109,11 @@ def _answer(
     *,
     listed: bool,
 ) -> Response:
+    packed = body.encoding_format == "base64"
     data: list[dict[str, Any]] = [{}] * len(names)
     for name, indexes in groups.items():
         for index, row in zip(indexes, made[name].rows, strict=True):
-            shown = base64.b64encode(np.asarray(row, dtype="<f4").tobytes()).decode() if body.encoding_format == "base64" else row
+            shown = base64.b64encode(row.astype("<f4").tobytes()).decode() if packed else row.tolist()
             data[index] = {"object": "embedding", "index": index, "embedding": shown}
             if listed:
                 data[index] |= {"adapter": ways[name].label, "lineage": ways[name].lineage}
@@ -156,7 +157,7 @@ async def _rerank(gateway: Gateway, request: Request, body: RerankRequest, prepa
                 embed(document_way, body.documents, preparers, input_type="document", truncate=True),
             ]
         )
-    scores = _unit(documents.rows) @ _unit(query.rows)[0]
+    scores = unit(documents.rows) @ unit(query.rows)[0]
     order = [int(index) for index in np.argsort(-scores, kind="stable")[: body.top_n]]
     results = [{"index": index, "relevance_score": float(scores[index])} for index in order]
     if body.return_documents:
@@ -172,11 +173,6 @@ async def _rerank(gateway: Gateway, request: Request, body: RerankRequest, prepa
     label = resident.id if resident else BASE
     headers = {"x-embedft-adapter": label, "x-embedft-base": choice.engine.name, "x-embedft-lineage": query_way.lineage}
     return Response(to_json(content), media_type="application/json", headers=headers)
-
-
-def _unit(rows: list[list[float]]) -> Any:
-    vectors = np.asarray(rows, dtype=np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _inputs(given: str | list[int] | list[str] | list[list[int]]) -> Inputs:
