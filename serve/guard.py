@@ -1,13 +1,15 @@
-"""Runs one engine and outlives nobody: `python guard.py PIPE COMMAND …`. Standard library only; imports nothing of ours.
+"""Runs one engine and outlives nobody: `python guard.py PIPE GRACE FOLDER COMMAND …`. Standard library only; nothing of ours.
 
 The gateway holds the other end of PIPE. When that closes (the gateway ended in whatever way, SIGKILL included), on SIGTERM, or
-when the engine ends, everything below this process is ended. It is a subreaper: a grandchild that left its parent stays below it.
+when the engine ends, everything below this process is ended; if the gateway is gone, its FOLDER of sockets and logs goes too.
+This is a subreaper: a grandchild that left its parent stays below it.
 """
 
 import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def main(pipe: int, grace: float, command: list[str]) -> int:
+def main(pipe: int, grace: float, folder: str, command: list[str]) -> int:
     """Run `command` until it ends or nobody wants it; returns its exit status (128 + signal where one ended it)."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     wake, alarm = os.pipe()
@@ -40,9 +42,11 @@ def main(pipe: int, grace: float, command: list[str]) -> int:
             os._exit(1)
 
     engine = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, preexec_fn=child_setup)
+    orphaned = False
     while engine.poll() is None and not asked:
         ready, _, _ = select.select([pipe, wake], [], [], 60)
         if pipe in ready and not os.read(pipe, 1):
+            orphaned = True
             break
         if wake in ready:
             os.read(wake, 4096)
@@ -54,6 +58,8 @@ def main(pipe: int, grace: float, command: list[str]) -> int:
         while engine.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
     end_all(engine)
+    if orphaned:
+        shutil.rmtree(folder, ignore_errors=True)
     status = engine.poll()
     return 1 if status is None else status if status >= 0 else 128 - status
 
@@ -93,4 +99,4 @@ def _reap(engine: "subprocess.Popen[bytes]") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4:]))

@@ -85,10 +85,10 @@ class Meters:
             self._resident.labels(base, resident.name, resident.generation[:12]).set(0 if resident.retired else 1)
             if resident.report:
                 self._error.labels(base, resident.name).set(resident.report.error)
-        for (name, outcome), count in self._lifecycle.loads.items():
+        for (name, outcome), count in list(self._lifecycle.loads.items()):
             self._loads.labels(name, outcome).set(count)
         for engine in self._lifecycle.engines.values():
             self._ready.labels(engine.name).set(engine.supervisor.state == "ready")
             self._restarts.labels(engine.name).set(engine.supervisor.restarts)
-            names = ",".join(sorted(name for name, resident in self._lifecycle.live.items() if resident.engine is engine))
+            names = ",".join(sorted(name for name, resident in list(self._lifecycle.live.items()) if resident.engine is engine))
             self._lora.labels(str(engine.config.max_loras), names, "").set(time.time())

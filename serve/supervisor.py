@@ -119,7 +119,8 @@ class Supervisor:
             self.command.log.unlink()
         read, write = os.pipe()
         env = {key: value for key, value in os.environ.items() if key not in SECRETS} | dict(self.command.env)
-        guard = [sys.executable, "-I", "-S", str(GUARD), str(read), str(self._stop_seconds), *self.command.argv]
+        folder = str(self.command.socket.parent)
+        guard = [sys.executable, "-I", "-S", str(GUARD), str(read), str(self._stop_seconds), folder, *self.command.argv]
         with self.command.log.open("ab") as log:
             self._process = subprocess.Popen(
                 guard, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(read,), start_new_session=True

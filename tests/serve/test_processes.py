@@ -133,12 +133,14 @@ with open({str(marker)!r}, "a") as file: file.write(f"{{os.getpid()}}\\n")
 time.sleep(600)
 """
     read, write = os.pipe()
-    guard = subprocess.Popen(
-        [sys.executable, "-I", "-S", guard_file, str(read), "0.3", sys.executable, "-c", child], pass_fds=(read,)
-    )
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    command = [sys.executable, "-I", "-S", guard_file, str(read), "0.3", str(sockets), sys.executable, "-c", child]
+    guard = subprocess.Popen(command, pass_fds=(read,))
     os.close(read)
     wait_for(lambda: marker.exists() and len(marker.read_text().split()) == 2)
     processes = [psutil.Process(int(line)) for line in marker.read_text().split()]
     os.close(write)
     assert guard.wait(timeout=10) == 128 + signal.SIGKILL
+    assert not sockets.exists()
     wait_for(lambda: gone(processes), 5)
