@@ -132,6 +132,8 @@ class Worker:
             else:
                 item.done(self._outcome(item.function))
                 self._names = tuple(self.bank.names)
+                if self.encoder is not None:
+                    self.encoder.model = self.bank.model  # and so lets go of what was unloaded
 
     @staticmethod
     def _outcome(function: Callable[[], Any]) -> Any:
@@ -154,7 +156,6 @@ class Worker:
         adapters = [request.adapter for request in ready for _ in request.ids]
         if not ids:
             return
-        self.encoder.model = self.bank.model
         try:
             vectors = self.encoder.encode_ids(ids, **self.bank.rows(adapters))
         except Exception as error:
