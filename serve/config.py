@@ -1,6 +1,7 @@
 """What a server is told: its bases, its store, its limits. Read once from YAML or derived from the store; closed and frozen."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from embedft.adapters.passport import Passport
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
 from embedft.errors import EmbedftError, UsageError
+from serve.engines.command import parse_cores
 
 EngineKind = Literal["vllm", "peft", "fake"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -89,8 +91,29 @@ def load_config(
         problems = [f"{'.'.join(map(str, item['loc'])) or 'server'}: {item['msg']}" for item in error.errors()]
         raise UsageError(f"{path or 'server'}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from None
     default = engine or default_engine()
-    return config.model_copy(
-        update={"bases": tuple(base.model_copy(update={"engine": base.engine or default}) for base in config.bases)}
+    bases = tuple(base.model_copy(update={"engine": base.engine or default}) for base in config.bases)
+    return config.model_copy(update={"bases": with_cores(bases, free_cores())})
+
+
+def free_cores() -> list[int]:
+    """The cores that CPU engines may share out; none where a GPU does the work or the system does not say."""
+    if Path("/dev/nvidiactl").exists() or not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0))
+
+
+def with_cores(bases: tuple[BaseConfig, ...], cores: list[int]) -> tuple[BaseConfig, ...]:
+    """Give each vLLM engine without cores its own equal part, so that no two share one while another is free."""
+    taken = {core for base in bases if base.cores for core in parse_cores(base.cores)}
+    left = [core for core in cores if core not in taken]
+    waiting = [base.name for base in bases if base.engine == "vllm" and not base.cores]
+    if len(waiting) < 2 and not taken:
+        return bases
+    if len(left) < len(waiting):
+        return bases
+    parts = {name: left[place :: len(waiting)] for place, name in enumerate(waiting)}
+    return tuple(
+        base.model_copy(update={"cores": ",".join(map(str, parts[base.name]))}) if base.name in parts else base for base in bases
     )
 
 

@@ -1,0 +1,54 @@
+"""A server's settings: from YAML, or from what the store's adapters need."""
+
+from pathlib import Path
+
+import pytest
+
+from embedft.errors import UsageError
+from serve.config import BaseConfig, load_config, with_cores
+from tests.serve.world import World, put_adapter
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "server.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_without_a_file_the_stores_adapters_say_which_bases_are_served(world: World) -> None:
+    put_adapter(world.store, "wide", world.texts, seed=1, r=32)
+    config = load_config(None, store=world.store, engine="fake")
+    assert [(base.task, base.engine, base.max_lora_rank) for base in config.bases] == [
+        ("embedding", "fake", 32),
+        ("causal_lm", "fake", 2),
+    ]
+    assert len({base.name for base in config.bases}) == 2
+    assert config.adapters == world.store.root
+
+
+def test_all_faults_of_a_file_are_told_at_once(world: World, tmp_path: Path) -> None:
+    path = write(tmp_path, "bases: [{name: a:b, model: m, task: embeding}]\nprot: 80\n")
+    with pytest.raises(UsageError) as caught:
+        load_config(path, store=world.store)
+    assert all(part in str(caught.value) for part in ("bases.0.name", "bases.0.task", "prot"))
+
+
+def test_without_keys_only_loopback_is_bound(world: World, tmp_path: Path) -> None:
+    path = write(tmp_path, "bases: [{name: a, model: m, task: embedding}]\nhost: 0.0.0.0\n")
+    with pytest.raises(UsageError, match="loopback"):
+        load_config(path, store=world.store)
+
+
+def test_a_relative_store_is_relative_to_the_file(world: World, tmp_path: Path) -> None:
+    path = write(tmp_path, "bases: [{name: a, model: m, task: embedding}]\nadapters: mine\n")
+    assert load_config(path, store=world.store).adapters == tmp_path / "mine"
+
+
+def test_no_two_vllm_engines_share_a_core_while_another_is_free() -> None:
+    def base(name: str, cores: str | None = None) -> BaseConfig:
+        return BaseConfig(name=name, model=name, task="embedding", engine="vllm", cores=cores)
+
+    assert [made.cores for made in with_cores((base("a"), base("b")), [0, 1, 2, 3])] == ["0,2", "1,3"]
+    assert [made.cores for made in with_cores((base("a", "0-1"), base("b")), [0, 1, 2, 3])] == ["0-1", "2,3"]
+    assert [made.cores for made in with_cores((base("a"),), [0, 1])] == [None]
+    assert [made.cores for made in with_cores((base("a"), base("b")), [0])] == [None, None]
