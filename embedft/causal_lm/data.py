@@ -70,9 +70,7 @@ def detect(record: dict[str, Any], place: str) -> Format:
         return "prompt_completion"
     if {"instruction", "output"} <= columns:
         return "alpaca"
-    raise DataError(
-        [f"{place}: columns {', '.join(columns)}; expected prompt and completion, messages, or instruction and output"]
-    )
+    raise DataError([f"{place}: columns {', '.join(columns)}; expected prompt and completion, messages, or instruction and output"])
 
 
 def data_hash(*parts: Sequence[Row]) -> str:

@@ -177,11 +177,7 @@ def evaluate_adapter(
         raise BaseMismatch(passport.name, trained_on=passport.base.fingerprint, serving=fingerprint(source))
     template = template_with_hash(AutoTokenizer.from_pretrained(source), passport.template_hash)
     model: Any = load_adapter(load_model(source, task="causal_lm"), folder)
-    adapted = evaluate_generation(
-        model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=passport.max_length
-    )
+    adapted = evaluate_generation(model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=passport.max_length)
     with model.disable_adapter():
-        plain = evaluate_generation(
-            model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=passport.max_length
-        )
+        plain = evaluate_generation(model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=passport.max_length)
     return {"adapter": passport.name, **compare(plain, adapted, str(passport.metrics.get("metric", "exact_match")))}

@@ -90,16 +90,12 @@ class Template:
 
     def _plain(self, messages: Sequence[Message]) -> str:
         if len(messages) != 1 or messages[0].role != "user":
-            raise UsageError(
-                "this base has no chat template, so its rows are one prompt and one completion: set data.template=chatml"
-            )
+            raise UsageError("this base has no chat template, so its rows are one prompt and one completion: set data.template=chatml")
         return messages[0].content
 
     def _render(self, messages: Sequence[Message], *, ask: bool) -> str:
         listed = [{"role": message.role, "content": message.content} for message in messages]
-        return str(
-            self.tokenizer.apply_chat_template(listed, chat_template=self.source, tokenize=False, add_generation_prompt=ask)
-        )
+        return str(self.tokenizer.apply_chat_template(listed, chat_template=self.source, tokenize=False, add_generation_prompt=ask))
 
     def _ids(self, text: str, *, first: bool) -> list[int]:
         special = first and self.source is None  # a template writes its special tokens itself
@@ -123,9 +119,7 @@ def template_with_hash(tokenizer: Any, wanted: str | None) -> Template:
         template = template_of(tokenizer, name)
         if wanted in (None, template.hash):
             return template
-    raise UsageError(
-        "the adapter was trained with a chat template that this base does not have: serve the base it was trained on"
-    )
+    raise UsageError("the adapter was trained with a chat template that this base does not have: serve the base it was trained on")
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:

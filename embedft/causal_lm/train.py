@@ -95,16 +95,12 @@ def read_split(recipe: CausalLMRecipe) -> Split:
 
 def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -> list[Example]:
     """Examples of the rows whose answer begins within max_length. DataError if that is fewer than nine in ten."""
-    made = [
-        template.example(row, max_length=recipe.train.max_length, train_on_inputs=recipe.data.train_on_inputs) for row in rows
-    ]
+    made = [template.example(row, max_length=recipe.train.max_length, train_on_inputs=recipe.data.train_on_inputs) for row in rows]
     kept = [example for example in made if example is not None]
     if len(kept) < 0.9 * len(rows):
         limit = recipe.train.max_length
         raise DataError(
-            [
-                f"{len(rows) - len(kept)} of {len(rows)} prompts fill all {limit} tokens and leave no answer: raise train.max_length"
-            ]
+            [f"{len(rows) - len(kept)} of {len(rows)} prompts fill all {limit} tokens and leave no answer: raise train.max_length"]
         )
     return kept
 
@@ -157,9 +153,7 @@ def _evaluate(model: Any, template: Template, rows: list[Row], recipe: CausalLMR
     )
 
 
-def eval_rows(
-    rows: Sequence[Row], base: Generation | None, adapter: Generation | None, *, keep_texts: bool
-) -> list[dict[str, Any]]:
+def eval_rows(rows: Sequence[Row], base: Generation | None, adapter: Generation | None, *, keep_texts: bool) -> list[dict[str, Any]]:
     """One record a row: id and both scores; the texts only when asked."""
     if base is None or adapter is None:
         return []

@@ -47,9 +47,7 @@ def test_a_template_that_rewrites_earlier_turns_teaches_the_last_answer_alone() 
 def test_training_sees_exactly_the_prompt_tokens_that_a_server_renders() -> None:
     tokenizer = tiny_tokenizer()
     template = template_of(tokenizer)
-    served = tokenizer.apply_chat_template([{"role": "user", "content": "what does red mean?"}], add_generation_prompt=True)[
-        "input_ids"
-    ]
+    served = tokenizer.apply_chat_template([{"role": "user", "content": "what does red mean?"}], add_generation_prompt=True)["input_ids"]
     example = template.example(ROW, max_length=64)
     assert example is not None
     assert template.prompt_ids(ROW) == served

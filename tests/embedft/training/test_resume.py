@@ -90,9 +90,7 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint_to_bitwise_the_same
     base: Path, unbroken: bytes, tmp_path: Path
 ) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
-    child = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path, base], env=environment, capture_output=True, timeout=200, check=False
-    )
+    child = subprocess.run([sys.executable, "-c", KILLED, tmp_path, base], env=environment, capture_output=True, timeout=200, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
     run = tmp_path / "store" / ".training" / "colours-nf4"
     (run / "checkpoint-6").mkdir()  # as a kill in the middle of a save leaves it
