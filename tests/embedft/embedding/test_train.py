@@ -188,7 +188,7 @@ def test_each_loss_falls_while_it_trains(name: str, make: Make, beir: str, root:
     from embedft.embedding.train import make_trainer, settings_for
     from embedft.methods import attach
 
-    scored, rows = LOSSES[name].takes == "scored", planted_rows(192)
+    scored, rows = LOSSES[name].takes == "scored", planted_rows(96)
     triplets: list[dict[str, Any]] = [row | {"negative": rows[another(i)]["document"]} for i, row in enumerate(rows)]
     pairs: list[dict[str, Any]] = [
         {"query": r["query"], "document": r[key], "score": float(key == "document")} for r in triplets for key in ("document", "negative")
@@ -206,8 +206,8 @@ def test_each_loss_falls_while_it_trains(name: str, make: Make, beir: str, root:
     trainer = make_trainer(model, base, settings_for(recipe, base), examples, recipe, plan=plan, output=tmp_path)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) >= 4
-    assert np.mean(losses[-2:]) < 0.9 * losses[0]
+    assert len(losses) >= 3
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_query_only_adapter_leaves_documents_to_the_base(make: Make, bases: dict[str, str], store: AdapterStore) -> None:
