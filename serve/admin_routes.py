@@ -34,6 +34,9 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     )
     def adapters() -> Response:
         rows = [view(resident) for resident in [*lifecycle.live.values(), *lifecycle.draining()]]
+        for row in rows:
+            if row["name"] in lifecycle.refused:
+                row["refused"] = lifecycle.refused[row["name"]]  # a newer generation, which is not the one that serves
         rows += [{"name": name, "state": "unserved", "reason": reason} for name, reason in lifecycle.unserved().items()]
         return _json({"object": "list", "data": sorted(rows, key=lambda row: row["name"])})
 

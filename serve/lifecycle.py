@@ -140,16 +140,17 @@ class Lifecycle:
 
     async def _from_store(self, engine: Engine) -> None:
         for name in await asyncio.to_thread(self.store.names):
-            try:
-                found = await asyncio.to_thread(find, self.store, name, None)
-                passport = read_passport(found.folder, name=name)
-                if passport.base.fingerprint != engine.info.fingerprint or name in self.live:
-                    continue
-                self.live[name] = await self._load(name, found, engine=engine)
-            except NotReady:
-                raise
-            except EmbedftError as error:
-                self.refused[name] = str(error)
+            for identity in reversed(await asyncio.to_thread(self.store.history, name)):
+                try:
+                    found = await asyncio.to_thread(find, self.store, name, identity)
+                    passport = read_passport(found.folder, name=name)
+                    if passport.base.fingerprint == engine.info.fingerprint and name not in self.live:
+                        self.live[name] = await self._load(name, found, engine=engine)
+                    break
+                except NotReady:
+                    raise
+                except EmbedftError as error:  # then the generation before it serves, as it would had this one been PUT
+                    self.refused.setdefault(name, str(error))
 
     def unserved(self) -> dict[str, str]:
         """Names in the store that are not served, each with the reason."""

@@ -26,6 +26,8 @@ def changing_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = make_world(tmp_path_factory.mktemp("changing"))
     put_adapter(world.store, "foreign", write_base(world.folder / "other", seed=9), seed=1)
     put_adapter(world.store, "broken", world.texts, seed=2, scale=0.5)
+    put_adapter(world.store, "twice", world.texts, seed=3)
+    put_adapter(world.store, "twice", world.texts, seed=4, scale=0.5)
     return world
 
 

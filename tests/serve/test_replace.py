@@ -126,6 +126,15 @@ def test_an_adapter_of_another_base_is_a_409_and_listed_with_the_reason(world: W
     assert "probes" in listed["broken"]["reason"]
 
 
+def test_at_the_start_a_refused_generation_leaves_the_one_before_it_serving(world: World, server: Server) -> None:
+    older, newest = world.store.history("twice")
+    (row,) = [row for row in server.client.get("/v1/adapters").json()["data"] if row["name"] == "twice"]
+    assert row["generation"] == older
+    assert "probes" in row["refused"]
+    refused(server.put("twice"), 422, "probes_failed")
+    assert world.store.current("twice") == newest
+
+
 def test_expected_generation_is_compare_and_swap(world: World, server: Server) -> None:
     old = served(server, world, "swap", seed=69)
     new = put_adapter(world.store, "swap", world.texts, seed=70)
