@@ -8,8 +8,11 @@ from typing import Any
 from embedft.seed.model import Shape
 
 
-def card(scores: Mapping[str, Any], data: Mapping[str, Any], shape: Shape, *, parameters: int) -> str:
-    """Markdown for the export's README.md; `scores` as in scores.json, `data` as in data.json."""
+def card(scores: Mapping[str, Any], data: Mapping[str, Any], shape: Shape, *, parameters: int, history: str = "") -> str:
+    """Markdown for the export's README.md; `scores` as in scores.json, `data` as in data.json.
+
+    `history` tells what the script's own defaults do not: say, that a run was begun with others.
+    """
     kinds = "\n".join(f"| {kind} | {share:.1%} |" for kind, share in scores["exact_match_by_kind"].items())
     tokens = data["tokens"]
     packages = ", ".join(sorted(data["packages"]))
@@ -38,12 +41,14 @@ byte-level BPE of {shape.vocab} entries, ChatML template. The weights are bf16, 
 | tasks | {tokens["tasks"]:,} | {data["examples"]:,} chat examples made from both by script (`embedft/seed/tasks.py`) |
 
 The tasks: extractive questions over three short passages, cloze and continuation questions, function and docstring, repeat and quote.
-A batch takes about 30 % of its rows from prose, 20 % from code and 50 % from tasks, whose answer tokens weigh four times as much.
+A batch takes 30 % of its rows from prose, 20 % from code and 50 % from tasks, whose answer tokens weigh four times as much; besides,
+up to a quarter of its rows are random runs of tokens said two to four times.
 Packages read: {packages}.
 
 ## Training
 {scores["step"]:,} steps, {scores["tokens"]:,} tokens, {scores["seconds"] / 60:.0f} minutes on a CPU, {state}:
-Muon and AdamW, warm-up, level, linear decay; sequences of 512, at the end of 2,048 tokens.
+Muon and AdamW, warm-up, level, linear decay; sequences of 512, at the end of 2,048 tokens. Copying is guided:
+for 40 % of the run an added loss points one attention head at the previous token and two at the place to copy from, and a tenth of it stays to the end.{" " + history if history else ""}
 
 ## Held-out scores
 Documents are held out whole ({data["books_held_out"]} books, one source file in 40).

@@ -33,7 +33,7 @@ class Scores:
 @torch.no_grad()
 def token_losses(model: SeedLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, length) ids → (rows, length - 1) next-token losses in nats, and whether each next token is the likeliest."""
-    logits = F.linear(model.hidden(tokens[:, :-1]), model.model.embed_tokens.weight)
+    logits = F.linear(model.hidden(tokens[:, :-1])[0], model.model.embed_tokens.weight)
     losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     return losses, logits.argmax(-1) == tokens[:, 1:]
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from embedft.installed import Function, bucket, functions_in, permissive_packages, read_source, source_files
-from embedft.seed.tasks import EXTRACTIVE, Example, Text, examples, gather
+from embedft.seed.tasks import EXTRACTIVE, Example, examples, gather
 from embedft.seed.tokenizer import END, VOCAB, render_chat, train_tokenizer
 
 HELD_OUT = 40  # one document in 40 is held out
@@ -164,11 +164,14 @@ class Batches:
         self.weights: NDArray[np.uint8] = np.load(folder / "tasks-weights.npy", mmap_mode="r")
         self.starts: NDArray[np.int64] = np.load(folder / "tasks-starts.npy")
 
-    def at(self, step: int, *, rows: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(rows, length + 1) ids and the (rows, length) weights of their targets."""
+    def at(self, step: int, *, rows: int, length: int, copies: float = 0.0) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(rows, length + 1) ids and the (rows, length) weights of their targets; a share `copies` of the rows is `repeated` tokens."""
         rng = np.random.default_rng((self.seed, step))
         ids, weights = np.zeros((rows, length + 1), dtype=np.int64), np.ones((rows, length), dtype=np.float32)
         for row in range(rows):
+            if copies and rng.random() < copies:
+                ids[row] = repeated(rng, self.ids["prose"], length + 1)
+                continue
             name = STREAMS[int(rng.choice(3, p=self.shares))]
             stream = self.ids[name]
             room = max(1, len(stream) - length - 1)
@@ -183,9 +186,38 @@ class Batches:
         return ids, weights
 
 
+def repeated(rng: np.random.Generator, stream: Ids, length: int) -> NDArray[np.int64]:
+    """Short runs of tokens drawn at random (half of the runs evenly, half as often as in `stream`), each said two to four times."""
+    top, pieces, filled = int(stream[:100_000].max()), list[NDArray[np.int64]](), 0
+    while filled < length:
+        size, times = int(rng.integers(4, 33)), int(rng.integers(2, 5))
+        even = rng.random() < 0.5
+        run = rng.integers(4, top + 1, size=size) if even else stream[rng.integers(len(stream), size=size)].astype(np.int64)
+        pieces.append(np.tile(run, times))
+        filled += size * times
+    return np.concatenate(pieces)[:length]
+
+
+def copy_sources(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each target can be copied from: (rows, length + 1) ids → (rows, length) places, -1 where there is none.
+
+    A place p has ids[p] = the target and, just before p, the token that is just before the target; it is the latest such place.
+    """
+    rows, width = ids.shape
+    sources = np.full((rows, width - 1), -1, dtype=np.int64)
+    for row in range(rows):
+        latest: dict[tuple[int, int], int] = {}
+        listed = ids[row].tolist()
+        for i in range(width - 1):
+            pair = (listed[i], listed[i + 1])
+            sources[row, i] = latest.get(pair, -1)
+            latest[pair] = i + 1
+    return sources
+
+
 def load_checks(folder: Path) -> list[Example]:
     """The held-out extractive questions."""
     return [Example(*row) for row in json.loads((folder / "checks.json").read_text(encoding="utf-8"))]
 
 
-__all__ = ["Batches", "Budget", "Text", "encode_example", "load_checks", "prepare", "read_books", "read_packages", "split"]
+__all__ = ["Batches", "Budget", "copy_sources", "encode_example", "load_checks", "prepare", "read_books", "read_packages", "split"]

@@ -74,7 +74,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden, self.kv_heads * self.size, bias=False)
         self.o_proj = nn.Linear(self.heads * self.size, shape.hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the last head's attention logits before the mask, (batch, length, length)."""
         batch, length, _ = x.shape
         q = rotate(self.q_proj(x).view(batch, length, self.heads, self.size).transpose(1, 2), cos, sin)
         k = rotate(self.k_proj(x).view(batch, length, self.kv_heads, self.size).transpose(1, 2), cos, sin)
@@ -82,7 +83,8 @@ class Attention(nn.Module):
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        last = q[:, -1] @ k[:, -1].mT * self.size**-0.5
+        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1)), last
 
 
 class Mlp(nn.Module):
@@ -102,9 +104,10 @@ class Layer(nn.Module):
         self.input_layernorm, self.self_attn = Norm(shape.hidden), Attention(shape)
         self.post_attention_layernorm, self.mlp = Norm(shape.hidden), Mlp(shape)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        attended, last = self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), last
 
 
 class Body(nn.Module):
@@ -132,20 +135,40 @@ class SeedLM(nn.Module):
                 last = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * shape.layers) ** 0.5 if last else 0.02)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """(batch, length) ids → (batch, length, hidden), after the last norm."""
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(batch, length) ids → (batch, length, hidden) after the last norm, and each layer's last head's attention logits."""
         length = tokens.shape[1]
         cos, sin = self.get_buffer("cos")[:length], self.get_buffer("sin")[:length]
         x = self.model.embed_tokens(tokens)
+        heads: list[Tensor] = []
         for layer in self.model.layers:
-            x = layer(x, cos, sin)
-        return self.model.norm(x)
+            x, last = layer(x, cos, sin)
+            heads.append(last)
+        return self.model.norm(x), heads
 
-    def forward(self, tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Weighted mean of the next-token losses in nats; targets and weights are (batch, length)."""
-        logits = F.linear(self.hidden(tokens), self.model.embed_tokens.weight)
+    def forward(self, tokens: Tensor, targets: Tensor, weights: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted mean of the next-token losses, and the guide's loss, both in nats; all inputs are (batch, length).
+
+        The guide teaches copying, which is slow to appear by itself: the first layer's last head is to look at the previous token, and the
+        next two layers' last heads at `sources`, the place to copy the next token from (-1: nowhere in particular).
+        """
+        x, heads = self.hidden(tokens)
+        logits = F.linear(x, self.model.embed_tokens.weight)
         losses = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
-        return (losses * weights.reshape(-1)).sum() / weights.sum()
+        previous = torch.arange(-1, tokens.shape[1] - 1, device=tokens.device).expand_as(tokens)
+        guide = attention_loss(heads[0], previous)
+        for head in heads[1:3]:
+            guide = guide + attention_loss(head, sources)
+        return (losses * weights.reshape(-1)).sum() / weights.sum(), guide
+
+
+def attention_loss(logits: Tensor, sources: Tensor) -> Tensor:
+    """Mean of -log(attention paid to `sources`) in nats, over the (batch, length) places whose source is not -1."""
+    length = logits.shape[-1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=logits.device).tril()
+    paid = F.log_softmax(logits.masked_fill(~causal, -1e9), dim=-1).gather(-1, sources.clamp(min=0)[..., None])[..., 0]
+    counted = (sources >= 0).float()
+    return -(paid * counted).sum() / counted.sum().clamp(min=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

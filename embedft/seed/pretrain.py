@@ -27,14 +27,16 @@ from torch import Tensor
 
 from embedft.seed.card import card
 from embedft.seed.check import Scores, score
-from embedft.seed.data import Batches, Budget, prepare
+from embedft.seed.data import Batches, Budget, copy_sources, prepare
 from embedft.seed.model import SeedLM, Shape
 from embedft.seed.optimizer import MuonAdamW
 from embedft.seed.tokenizer import save_tokenizer
 
 TOKENS = 4096  # a step's tokens, whatever its sequence length
 LENGTH, LONG = 512, 2048
-LONG_FROM = 0.93  # the share of the run after which sequences are LONG
+LONG_FROM = 0.95  # the share of the run after which sequences are LONG
+GUIDE, GUIDE_UNTIL = 1.0, 0.4  # the guide's weight, and the share of the run that has it in full; then a tenth of it
+COPIES = 0.25  # the share of rows that are repeated random runs while the guide is on in full; then a quarter of it
 WARMUP, DECAY_FROM, FLOOR = 0.01, 0.45, 0.03
 
 
@@ -136,7 +138,10 @@ class Pretraining:
         self.optimizer = MuonAdamW(self.model.named_parameters())
         self.checkpoint = run.out / "checkpoint.safetensors"
         self.state = load_checkpoint(self.checkpoint, self.model, self.optimizer)
-        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(self.model, dynamic=False) if run.compile else self.model
+        self.guide = 0.0
+        self.loss: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
+            torch.compile(self.model, dynamic=False) if run.compile else self.model
+        )
 
     @property
     def progress(self) -> float:
@@ -148,10 +153,14 @@ class Pretraining:
         """One update; gives its loss in nats."""
         run, progress = self.run, self.progress
         length = run.long if progress >= LONG_FROM else run.length
-        ids, weights = self.batches.at(self.state.step, rows=max(1, run.tokens // length), length=length)
-        tokens = torch.from_numpy(ids).to(self.device)
-        loss = self.loss(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(weights).to(self.device))
-        loss.backward()
+        guided = progress < GUIDE_UNTIL
+        rows = max(1, run.tokens // length)
+        ids, weights = self.batches.at(self.state.step, rows=rows, length=length, copies=COPIES if guided else COPIES / 4)
+        tokens, sources = torch.from_numpy(ids).to(self.device), torch.from_numpy(copy_sources(ids)).to(self.device)
+        forward = self.loss if length == run.length else self.model  # the few long steps are not worth a second compilation
+        loss, guide = forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(weights).to(self.device), sources)
+        (loss + (GUIDE if guided else GUIDE / 10) * guide).backward()
+        self.guide = float(guide.detach())
         self.optimizer.step(rate(progress))
         self.state.step += 1
         return float(loss.detach())
@@ -195,7 +204,7 @@ class Pretraining:
         recent, left = losses[-20:], (1 / max(self.progress, 1e-6) - 1) * self.state.spent
         loss, tokens = sum(recent) / len(recent), self.state.step * self.run.tokens / 1e6
         self.report(
-            f"step {self.state.step} progress {self.progress:.3f} loss {loss:.3f} tokens/s {speed:.0f} "
+            f"step {self.state.step} progress {self.progress:.3f} loss {loss:.3f} guide {self.guide:.3f} tokens/s {speed:.0f} "
             f"tokens {tokens:.2f}M ETA {left / 60:.0f} min"
         )
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from embedft.installed import Function
 from embedft.seed.check import token_losses
-from embedft.seed.data import Budget, read_books
+from embedft.seed.data import Budget, copy_sources, read_books, repeated
 from embedft.seed.model import SeedLM, Shape
 from embedft.seed.optimizer import orthogonal
 from embedft.seed.pretrain import Pretraining, Run, load_checkpoint
@@ -153,6 +154,17 @@ def test_an_extractive_answer_is_always_in_the_prompt() -> None:
     for example in examples(text, 200, seed=3, mixture=EXTRACTIVE):
         assert example.answer
         assert example.answer in example.prompt
+
+
+def test_a_source_is_the_latest_place_after_the_same_pair() -> None:
+    ids = np.array([[5, 6, 7, 5, 6, 9, 5, 6]])
+    assert copy_sources(ids).tolist() == [[-1, -1, -1, 1, -1, -1, 4]]
+
+
+def test_repeated_runs_can_mostly_be_copied() -> None:
+    ids = repeated(np.random.default_rng(0), np.arange(4, 500, dtype=np.uint16), 400)[None]
+    assert ids.shape == (1, 400)
+    assert (copy_sources(ids) >= 0).mean() > 0.4
 
 
 def test_books_are_split_at_the_separator(tmp_path: Path) -> None:
