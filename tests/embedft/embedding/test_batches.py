@@ -45,7 +45,7 @@ def test_every_row_is_seen_once_an_epoch_and_in_another_order_the_next() -> None
 
 
 def test_rows_of_like_length_share_a_batch() -> None:
-    lengths = [random.Random(1).randrange(1, 400) for _ in range(256)]
+    lengths = random.Random(1).sample(range(1, 400), 256)
     plan, kept = plan_of([Example(f"q{i}", "x" * length + f" {i}") for i, length in enumerate(lengths)], batch=16)
     padded = sum(max(len(kept[i].document) for i in batch) * len(batch) for batch in plan)
     assert padded < 1.15 * sum(len(row.document) for row in kept)
