@@ -13,6 +13,7 @@ def card(scores: Mapping[str, Any], data: Mapping[str, Any], shape: Shape, *, pa
 
     `history` tells what the script's own defaults do not: say, that a run was begun with others.
     """
+    extra = f"\n{history}" if history else ""
     kinds = "\n".join(f"| {kind} | {share:.1%} |" for kind, share in scores["exact_match_by_kind"].items())
     tokens = data["tokens"]
     packages = ", ".join(sorted(data["packages"]))
@@ -48,7 +49,8 @@ Packages read: {packages}.
 ## Training
 {scores["step"]:,} steps, {scores["tokens"]:,} tokens, {scores["seconds"] / 60:.0f} minutes on a CPU, {state}:
 Muon and AdamW, warm-up, level, linear decay; sequences of 512, at the end of 2,048 tokens. Copying is guided:
-for 40 % of the run an added loss points one attention head at the previous token and two at the place to copy from, and a tenth of it stays to the end.{" " + history if history else ""}
+for 40 % of the run an added loss points one attention head at the previous token and two at the place to copy
+from, and a tenth of it stays to the end.{extra}
 
 ## Held-out scores
 Documents are held out whole ({data["books_held_out"]} books, one source file in 40).
