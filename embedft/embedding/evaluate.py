@@ -50,14 +50,14 @@ def evaluate_retrieval(
     return score(data, rank(queries, documents, list(data.documents)))
 
 
-def rank(queries: NDArray[np.float32], documents: NDArray[np.float32], ids: Sequence[str]) -> list[Sequence[str]]:
+def rank(queries: NDArray[np.float32], documents: NDArray[np.float32], ids: Sequence[str]) -> list[list[str]]:
     """(q, d) and (n, d) vectors → for each query the ids of its DEPTH nearest documents by cosine, best first."""
-    best: list[Sequence[str]] = []
+    best: list[list[str]] = []
     documents = _unit(documents)
     for start in range(0, len(queries), 256):
         scores = _unit(queries[start : start + 256]) @ documents.T  # (256, n)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
-        best.extend([ids[column] for column in row] for row in order)
+        best.extend([ids[int(column)] for column in row] for row in order)
     return best
 
 

@@ -30,8 +30,10 @@ class Tower(InputModule):
         self.preparer = preparer
         self.side = side
 
-    def preprocess(self, inputs: Sequence[Any], task: InputType | None = None, **_: Any) -> dict[str, Any]:
-        """Texts → input_ids and attention_mask (n, longest). `task` picks the prompt; sentence-transformers' own `prompt` is ignored."""
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
+        """Texts → input_ids and attention_mask (n, longest). The option `task` (query, document or None) picks the prompt."""
+        assert prompt is None, "prompts are the TextPreparer's, so that training and inference cannot differ"
+        task: InputType | None = options.get("task")
         input_ids, mask = pad(self.preparer.prepare(list(inputs), task).ids)
         return {"input_ids": input_ids, "attention_mask": mask}
 
@@ -71,7 +73,7 @@ def sentence_transformer(model: Any, folder: Path, settings: EncodeSettings, *, 
     return SentenceTransformer(modules=modules, device=str(next(model.parameters()).device))
 
 
-class PairTrainer(AdapterCheckpoints, SentenceTransformerTrainer):
+class PairTrainer(AdapterCheckpoints, SentenceTransformerTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """sentence-transformers' trainer with our batches, adapter-only checkpoints and no model card of its own."""
 
     def __init__(self, *args: Any, plan: BatchPlan, **kwargs: Any) -> None:
