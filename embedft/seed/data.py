@@ -91,7 +91,7 @@ def prepare(
     _write(folder, "held-code", _encode(tokenizer, _sample(held_code or train_code[:4], 600_000)))
     text = gather(prose, documented)
     _write_tasks(folder, tokenizer, examples(text, budget.examples, seed=seed))
-    unseen = gather(held_prose, _documented((p, held or train) for p, train, held in pairs))
+    unseen = gather(held_prose, _documented((p, held) for p, _, held in pairs))
     checks = examples(unseen, budget.checks, seed=seed + 1, mixture=EXTRACTIVE)
     (folder / "checks.json").write_text(json.dumps([[c.kind, c.prompt, c.answer] for c in checks]), encoding="utf-8")
     counts = {name: int(np.load(folder / f"{name}.npy", mmap_mode="r").shape[0]) for name in (*STREAMS, "held-prose", "held-code")}
