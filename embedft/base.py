@@ -142,11 +142,8 @@ def _identity_files(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=64)
 def _fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
-    digest = hash_tensors(Path(name) for name, _, _ in files if name.endswith(".safetensors"))
-    for name, _, _ in files:
-        if not name.endswith(".safetensors"):
-            digest.update(Path(name).read_bytes())
-    return digest.hexdigest()
+    weights = [Path(name) for name, _, _ in files if name.endswith(".safetensors")]
+    return hash_tensors(weights, then=[Path(name).read_bytes() for name, _, _ in files if not name.endswith(".safetensors")])
 
 
 def describe(folder: Path) -> BaseInfo:
@@ -229,7 +226,7 @@ def _settle_4bit(model: "PreTrainedModel") -> None:
     """An evaluation must not pack 4-bit weights that the next training step needs unpacked, nor a foreign machine's dtype rule."""
     if quantization_of_model(model) != "bitsandbytes":
         return
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):

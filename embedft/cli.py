@@ -4,6 +4,7 @@ Exit status: 0 done, 1 it failed and says what to do, 2 wrong usage. `--json` pr
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -158,7 +159,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from embedft.training.measure import DryRunReport
 
     if isinstance(outcome, DryRunReport):
-        _print(arguments, vars(outcome), title=f"one step of {outcome.name}")
+        _print(arguments, dataclasses.asdict(outcome), title=f"one step of {outcome.name}")
         return 0
     if arguments.json:
         print(json.dumps(outcome.as_json()))
@@ -212,7 +213,7 @@ def _adapters_verify(arguments: argparse.Namespace) -> int:
     from embedft.verify import verify
 
     report = verify(_store(arguments).folder(arguments.adapter))
-    _print(arguments, vars(report), title=arguments.adapter)
+    _print(arguments, dataclasses.asdict(report), title=arguments.adapter)
     return 0 if report.passed else 1
 
 
@@ -282,7 +283,7 @@ def _recipes_copy(arguments: argparse.Namespace) -> None:
 def _data_pydocs(arguments: argparse.Namespace) -> None:
     from embedft.pydocs import make_pydocs
 
-    _print(arguments, vars(make_pydocs(arguments.out, limit=arguments.limit)), title=str(arguments.out))
+    _print(arguments, dataclasses.asdict(make_pydocs(arguments.out, limit=arguments.limit)), title=str(arguments.out))
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
@@ -317,7 +318,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     checks = examine()
     words = {True: "ok", None: "-", False: "FAULT"}
     if arguments.json:
-        print(json.dumps({"checks": [vars(check) for check in checks]}))
+        print(json.dumps({"checks": [dataclasses.asdict(check) for check in checks]}))
     else:
         _table([{"check": c.name, "": words[c.ok], "found": c.found, "mend it with": "" if c.ok else c.mend} for c in checks])
     return 1 if any(check.ok is False for check in checks) else 0

@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,22 @@ def tensor_table(path: Path) -> list[tuple[str, str, list[int], int, int]]:
             raise HeaderInvalid(f"{path.name}: a header of {length} bytes in a file of {size}")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-            rows = [
-                (name, str(entry["dtype"]), [int(n) for n in entry["shape"]], *(int(n) for n in entry["data_offsets"]))
-                for name, entry in header.items()
-                if name != "__metadata__"
-            ]
+            rows = [_row(name, entry) for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise HeaderInvalid(f"{path.name}: header not readable: {error}") from None
     body = 8 + length
-    if any(not 0 <= first <= last <= size - body for *_, first, last in rows):
+    if any(not 0 <= row[3] <= row[4] <= size - body for row in rows):
         raise HeaderInvalid(f"{path.name}: a tensor lies outside the file")
     return [(name, dtype, shape, body + first, last - first) for name, dtype, shape, first, last in rows]
 
 
-def hash_tensors(paths: Iterable[Path]) -> "hashlib._Hash":
-    """sha256 over the sorted (name, dtype, shape, bytes) of all tensors in the safetensors files."""
+def _row(name: str, entry: dict[str, Any]) -> tuple[str, str, list[int], int, int]:
+    first, last = entry["data_offsets"]
+    return name, str(entry["dtype"]), [int(size) for size in entry["shape"]], int(first), int(last)
+
+
+def hash_tensors(paths: Iterable[Path], *, then: Iterable[bytes] = ()) -> str:
+    """sha256 (64 hex) over the sorted (name, dtype, shape, bytes) of all tensors in the safetensors files, then over `then`."""
     digest = hashlib.sha256()
     for name, dtype, shape, path, start, length in sorted((row[0], row[1], row[2], path, row[3], row[4]) for path in paths for row in tensor_table(path)):
         digest.update(json.dumps([name, dtype, shape]).encode())
@@ -52,7 +53,9 @@ def hash_tensors(paths: Iterable[Path]) -> "hashlib._Hash":
             while length > 0 and (chunk := file.read(min(length, 1 << 24))):
                 digest.update(chunk)
                 length -= len(chunk)
-    return digest
+    for content in then:
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def hash_json(content: Any) -> str:
@@ -61,7 +64,7 @@ def hash_json(content: Any) -> str:
 
 
 @contextmanager
-def staged_folder(parent: Path) -> Iterator[Path]:
+def staged_folder(parent: Path) -> Generator[Path]:
     """An empty folder inside `parent`, removed at the end unless it was moved away."""
     parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".stage-", dir=parent))
@@ -95,7 +98,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Generator[None]:
     """Hold an exclusive lock on `path` (made if absent) against other processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -240,9 +240,10 @@ def _apply(content: dict[str, Any], override: str) -> None:
         parsed = value  # a prompt such as 'query: ', not a mapping
     *parents, last = key.split(".")
     for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
+        inner: Any = content.setdefault(parent, {})
+        if not isinstance(inner, dict):
             raise RecipeError(override, [f"{parent} is not a section"])
+        content = cast("dict[str, Any]", inner)
     content[last] = parsed
 
 

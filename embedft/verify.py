@@ -1,6 +1,6 @@
 """Record an adapter's effect on the probes, and replay it, in this process: on a freshly loaded base, from files alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,7 @@ def module_types(model: Any) -> list[str]:
 
 
 @contextmanager
-def dropped(model: Any, kind: str) -> Iterator[None]:
+def dropped(model: Any, kind: str) -> Generator[None]:
     """The adapter without its tensors of one module type, inside the block."""
     import torch
 

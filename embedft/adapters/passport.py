@@ -88,13 +88,11 @@ def generation(folder: Path) -> str:
     """sha256 (64 hex) over the adapter's weights, its PEFT config and the passport fields that change outputs."""
     passport = read_passport(folder)
     try:
-        digest = hash_tensors([folder / WEIGHTS])
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        fields = passport.model_dump(mode="json", include=set(_OUTPUT_FIELDS))
+        return hash_tensors([folder / WEIGHTS], then=[hash_json([config, passport.base.fingerprint, fields]).encode()])
     except (OSError, HeaderInvalid, ValueError) as error:
         raise AdapterInvalid(passport.name, f"its weights or config cannot be read: {error}") from None
-    fields = passport.model_dump(mode="json", include=set(_OUTPUT_FIELDS))
-    digest.update(hash_json([config, passport.base.fingerprint, fields]).encode())
-    return digest.hexdigest()
 
 
 def lineage(

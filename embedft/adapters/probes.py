@@ -178,7 +178,7 @@ def read_probes(folder: Path) -> RecordedProbes:
 
 
 def _split(flat: NDArray[np.generic], lengths: NDArray[np.generic]) -> list[NDArray[np.float32]]:
-    bounds = np.cumsum(lengths)
+    bounds = np.cumsum(lengths.astype(np.int64))
     if len(bounds) and bounds[-1] != len(flat):
         raise ValueError("lengths that do not add up")
     return [np.asarray(part) for part in np.split(flat, bounds[:-1])]

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class AdapterStore:
         self._objects, self._names = self.root / "objects", self.root / "names"
 
     @contextmanager
-    def stage(self) -> Iterator[Path]:
+    def stage(self) -> Generator[Path]:
         """A folder on the store's own disk to write an adapter in; `put` takes it, otherwise it vanishes."""
         with staged_folder(self._objects) as folder:
             yield folder
