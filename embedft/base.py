@@ -3,25 +3,21 @@
 A quantized base is always a folder (embedft.quantize writes it once); trainer and engine load that same folder.
 """
 
-import json
 import logging
 import os
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from embedft.errors import BaseNotFound, QuantizationUnsupported
-from embedft.files import hash_tensors
+from embedft.model_folder import RECORD, BaseInfo, Task, describe, fingerprint, quantization_of
+from embedft.quantize import quantize
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Task = Literal["embedding", "causal_lm"]
-Pooling = Literal["mean", "cls", "lasttoken"]
 BUILT_INS = ("minilm", "seed-lm")
-RECORD = "embedft.json"  # in a quantized folder: its scheme and its parent's fingerprint
 
 
 @dataclass(frozen=True)
@@ -31,21 +27,6 @@ class BaseSpec:
     model: str
     quantization: str = "none"
     revision: str | None = None
-
-
-@dataclass(frozen=True)
-class BaseInfo:
-    """What a base folder says of itself. `max_length` in tokens; `pooling` as sentence-transformers would pool it."""
-
-    fingerprint: str
-    parent: str | None
-    quantization: str
-    architecture: str
-    kind: Literal["encoder", "decoder"]
-    pooling: Pooling
-    normalize: bool
-    max_length: int
-    hidden_size: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +57,9 @@ def source_folder(spec: BaseSpec) -> Path:
         if not folder.is_dir() and not folder.is_absolute() and folder.parts[:1] not in {(".",), ("..",)}:
             folder = _from_hub(spec)
     if not (folder / "config.json").is_file():
-        raise BaseNotFound(f"base {spec.model!r}: {folder} holds no config.json; name a model folder, a hub id or one of {', '.join(BUILT_INS)}")
+        raise BaseNotFound(
+            f"base {spec.model!r}: {folder} holds no config.json; name a model folder, a hub id or one of {', '.join(BUILT_INS)}"
+        )
     return folder
 
 
@@ -109,84 +92,10 @@ def base_folder(spec: BaseSpec) -> Path:
         return source
     if own != "none":
         raise QuantizationUnsupported(f"base {spec.model!r} is already {own}; asked for {spec.quantization}: name its unquantized weights")
-    from embedft.quantize import quantize
-
     folder = cache_root() / "bases" / f"{Path(spec.model).name}-{spec.quantization}-{fingerprint(source)[:16]}"
     if not (folder / RECORD).is_file():
         quantize(source, folder, scheme=spec.quantization)
     return folder
-
-
-def quantization_of(folder: Path) -> str:
-    """'none', 'nf4', 'int8' or the config's own quant_method."""
-    quantization = read_json(folder / "config.json").get("quantization_config")
-    if not quantization:
-        return "none"
-    if quantization.get("quant_method") == "bitsandbytes":
-        return "nf4" if quantization.get("load_in_4bit") else "int8"
-    return str(quantization.get("quant_method", "unknown"))
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 (64 hex) over sorted (tensor name, dtype, shape, bytes) of the safetensors files, then the tokenizer's bytes."""
-    files = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _identity_files(folder))
-    if not any(name.endswith(".safetensors") for name, _, _ in files):
-        raise BaseNotFound(f"{folder} holds no safetensors weights (a pickle is never read): convert it with save_pretrained")
-    return _fingerprint(files)
-
-
-def _identity_files(folder: Path) -> list[Path]:
-    tokenizer = [folder / "tokenizer.json"] if (folder / "tokenizer.json").is_file() else sorted(folder.glob("*.model"))
-    return sorted(folder.glob("*.safetensors")) + tokenizer
-
-
-@lru_cache(maxsize=64)
-def _fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
-    weights = [Path(name) for name, _, _ in files if name.endswith(".safetensors")]
-    return hash_tensors(weights, then=[Path(name).read_bytes() for name, _, _ in files if not name.endswith(".safetensors")])
-
-
-def describe(folder: Path) -> BaseInfo:
-    """Read what `folder` says of itself; loads no weights."""
-    config = read_json(folder / "config.json")
-    architecture = (config.get("architectures") or ["unknown"])[0]
-    decoder = "CausalLM" in architecture
-    pooling, normalize = _pooling(folder, decoder=decoder)
-    return BaseInfo(
-        fingerprint=fingerprint(folder),
-        parent=read_json(folder / RECORD).get("parent") if (folder / RECORD).is_file() else None,
-        quantization=quantization_of(folder),
-        architecture=architecture,
-        kind="decoder" if decoder else "encoder",
-        pooling=pooling,
-        normalize=normalize,
-        max_length=_max_length(folder, config),
-        hidden_size=int(config["hidden_size"]),
-    )
-
-
-def _pooling(folder: Path, *, decoder: bool) -> tuple[Pooling, bool]:
-    if not (folder / "modules.json").is_file():
-        return ("lasttoken" if decoder else "mean"), True
-    modules: list[dict[str, Any]] = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    normalize = any(module["type"].endswith("Normalize") for module in modules)
-    for module in modules:
-        if module["type"].endswith("Pooling"):
-            config = read_json(folder / module["path"] / "config.json")
-            if config.get("pooling_mode_cls_token") or config.get("pooling_mode") == "cls":
-                return "cls", normalize
-            if config.get("pooling_mode_lasttoken") or config.get("pooling_mode") == "lasttoken":
-                return "lasttoken", normalize
-    return "mean", normalize
-
-
-def _max_length(folder: Path, config: dict[str, Any]) -> int:
-    limit = int(config.get("max_position_embeddings", 512))
-    if config.get("model_type") in {"roberta", "xlm-roberta"}:
-        limit -= 2  # positions start after the padding index
-    path = folder / "sentence_bert_config.json"
-    given = read_json(path).get("max_seq_length") if path.is_file() else None
-    return min(limit, int(given)) if given else limit
 
 
 def compute_dtype() -> "torch.dtype":
@@ -239,9 +148,3 @@ def quantization_of_model(model: "PreTrainedModel") -> str | None:
     config = getattr(model.config, "quantization_config", None)
     method = getattr(config, "quant_method", None) or (config.get("quant_method") if isinstance(config, dict) else None)
     return str(getattr(method, "value", method)) if method else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise BaseNotFound(f"{path.parent} holds no {path.name}: it is not a model folder")
-    return json.loads(path.read_text(encoding="utf-8"))

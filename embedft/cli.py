@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, task in (("train-embed", "embedding"), ("train-lm", "causal_lm")):
-        command = _command(commands, name, _train, f"train an adapter for {'a retrieval' if task == 'embedding' else 'a causal language'} model")
+        command = _command(
+            commands, name, _train, f"train an adapter for {'a retrieval' if task == 'embedding' else 'a causal language'} model"
+        )
         command.set_defaults(task=task)
         command.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the recipe, dotted: train.lr=1e-4")
@@ -133,7 +135,9 @@ def _data(commands: Any) -> None:
 
 def _serve(commands: Any) -> None:
     serve = _command(commands, "serve", _run_server, "serve adapters over their bases, chosen per request by adapter=")
-    serve.add_argument("config", metavar="CONFIG", nargs="?", type=Path, help="a YAML file; without one, the bases that the store's adapters need")
+    serve.add_argument(
+        "config", metavar="CONFIG", nargs="?", type=Path, help="a YAML file; without one, the bases that the store's adapters need"
+    )
     serve.add_argument("--engine", choices=("vllm", "peft", "fake"), help="default: vllm where it is installed, else peft")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
@@ -194,7 +198,9 @@ def _adapters_list(arguments: argparse.Namespace) -> None:
         passport = store.passport(name)
         base = f"{passport.base.model} ({passport.base.quantization})"
         proof = "unproven" if passport.unproven else "probes" if passport.probes else "none"
-        rows.append({"name": name, "generation": identity[:12], "task": passport.task, "method": passport.method, "base": base, "proof": proof})
+        rows.append(
+            {"name": name, "generation": identity[:12], "task": passport.task, "method": passport.method, "base": base, "proof": proof}
+        )
     if arguments.json:
         print(json.dumps({"adapters": rows}))
     elif rows:
@@ -206,7 +212,11 @@ def _adapters_list(arguments: argparse.Namespace) -> None:
 def _adapters_show(arguments: argparse.Namespace) -> None:
     store = _store(arguments)
     passport = store.passport(arguments.adapter).model_dump(mode="json", by_alias=True)
-    _print(arguments, {"path": str(store.folder(arguments.adapter)), "history": store.history(arguments.adapter), **passport}, title=arguments.adapter)
+    _print(
+        arguments,
+        {"path": str(store.folder(arguments.adapter)), "history": store.history(arguments.adapter), **passport},
+        title=arguments.adapter,
+    )
 
 
 def _adapters_verify(arguments: argparse.Namespace) -> int:
@@ -287,7 +297,8 @@ def _data_pydocs(arguments: argparse.Namespace) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    from embedft.base import BaseSpec, describe, source_folder
+    from embedft.base import BaseSpec, source_folder
+    from embedft.model_folder import describe
     from embedft.quantize import quantize
 
     folder = quantize(source_folder(BaseSpec(arguments.base, revision=arguments.revision)), arguments.out, scheme=arguments.scheme)
@@ -337,7 +348,13 @@ def _print(arguments: argparse.Namespace, content: Mapping[str, Any], *, title: 
     print(title)
     width = max(len(key) for key in content)
     for key, value in content.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        shown = (
+            f"{value:,.4g}"
+            if isinstance(value, float)
+            else f"{value:,}"
+            if isinstance(value, int) and not isinstance(value, bool)
+            else value
+        )
         print(f"  {key:<{width}}  {json.dumps(shown, ensure_ascii=False) if isinstance(shown, dict | list) else shown}")
 
 

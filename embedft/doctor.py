@@ -79,7 +79,9 @@ def _matmul() -> str:
         if not bool((product[0, :4].float() == 512).all()):
             raise RuntimeError(f"a product in {dtype} is wrong")
         speeds[dtype] = 2 * 512**3 / (time.perf_counter() - start) / 1e9
-    return f"bf16 {speeds[torch.bfloat16]:.0f}, fp32 {speeds[torch.float32]:.0f} GFLOP/s on {device}; computing in {str(compute_dtype())[6:]}"
+    return (
+        f"bf16 {speeds[torch.bfloat16]:.0f}, fp32 {speeds[torch.float32]:.0f} GFLOP/s on {device}; computing in {str(compute_dtype())[6:]}"
+    )
 
 
 def _nf4() -> str:

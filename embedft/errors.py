@@ -71,7 +71,8 @@ class BaseMismatch(BaseError):
     def __init__(self, name: str, *, trained_on: str, serving: str) -> None:
         self.name, self.trained_on, self.serving = name, trained_on, serving
         super().__init__(
-            f"adapter {name!r} was trained on base {trained_on[:12]}…, but this is base {serving[:12]}…: use the base it was trained on, or retrain"
+            f"adapter {name!r} was trained on base {trained_on[:12]}…, but this is base {serving[:12]}…: "
+            "use the base it was trained on, or retrain"
         )
 
 

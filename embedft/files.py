@@ -46,7 +46,8 @@ def _row(name: str, entry: dict[str, Any]) -> tuple[str, str, list[int], int, in
 def hash_tensors(paths: Iterable[Path], *, then: Iterable[bytes] = ()) -> str:
     """sha256 (64 hex) over the sorted (name, dtype, shape, bytes) of all tensors in the safetensors files, then over `then`."""
     digest = hashlib.sha256()
-    for name, dtype, shape, path, start, length in sorted((row[0], row[1], row[2], path, row[3], row[4]) for path in paths for row in tensor_table(path)):
+    rows = sorted((*row[:3], path, *row[3:]) for path in paths for row in tensor_table(path))
+    for name, dtype, shape, path, start, length in rows:
         digest.update(json.dumps([name, dtype, shape]).encode())
         with path.open("rb") as file:
             file.seek(start)

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from embedft.base import Task, load_model
+from embedft.base import load_model
 from embedft.errors import EmbedftError
 from embedft.methods import load_adapter
+from embedft.model_folder import Task
 
 Way = Literal["shared", "merged"]
 
@@ -45,7 +46,11 @@ def _measure(base: Path, adapters: Sequence[Path], *, task: Task, way: Way) -> F
     gc.collect()
     process = psutil.Process()
     before = process.memory_full_info().uss
-    models = _shared(base, adapters, task) if way == "shared" else [load_adapter(load_model(base, task=task), a).merge_and_unload() for a in adapters]
+    models = (
+        _shared(base, adapters, task)
+        if way == "shared"
+        else [load_adapter(load_model(base, task=task), a).merge_and_unload() for a in adapters]
+    )
     gc.collect()
     return Footprint(way, len(adapters), sum(_bytes(model) for model in models), process.memory_full_info().uss - before)
 

@@ -10,15 +10,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedft.adapters.passport import CONFIG, WEIGHTS
-from embedft.base import Base, Task
+from embedft.base import Base
 from embedft.errors import AdapterInvalid, MethodUnsupported
+from embedft.model_folder import Task
 from embedft.recipe import AdapterSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
-
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def attach(base: Base, adapter: AdapterSection, *, task: Task) -> "PeftModel":
 
     method = method_named(adapter.method)
     if base.info.quantization not in method.quantizations:
-        raise MethodUnsupported(method.name, where=f"on a base in {base.info.quantization}", why=f"it trains on {', '.join(method.quantizations)}")
+        raise MethodUnsupported(
+            method.name, where=f"on a base in {base.info.quantization}", why=f"it trains on {', '.join(method.quantizations)}"
+        )
     modules = targeted_modules(base.model, adapter.targets)
     suffixes = sorted({name.rpartition(".")[2] for name in modules}) if adapter.targets == "all-linear" else list(adapter.targets)
     excluded = sorted(name for name in linear_modules(base.model) if name not in modules and any(name.endswith(s) for s in suffixes))
@@ -135,9 +137,14 @@ def _check_tensors(model: "PeftModel", folder: Path, adapter_name: str) -> None:
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    expected = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False).items()}
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False).items()
+    }
     with safe_open(str(folder / WEIGHTS), framework="pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     for name in sorted(set(expected) | set(found)):
         if expected.get(name) != found.get(name):
-            raise AdapterInvalid(folder.name, f"tensor {name}: the base expects {expected.get(name, 'none')}, the file has {found.get(name, 'none')}")
+            raise AdapterInvalid(
+                folder.name, f"tensor {name}: the base expects {expected.get(name, 'none')}, the file has {found.get(name, 'none')}"
+            )

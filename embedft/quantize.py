@@ -8,14 +8,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from embedft.base import RECORD, describe, fingerprint, quantization_of
 from embedft.errors import QuantizationUnsupported
 from embedft.files import publish_folder, staged_folder
+from embedft.model_folder import RECORD, describe, fingerprint, quantization_of
 
 SCHEMES = ("nf4", "int8")
 # Left in full precision: the output embedding, and a pooler that sentence embeddings never use.
 SKIPPED = ("lm_head", "pooler")
-_COPIED = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.jinja", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "generation_config.json", "*.model")
+_COPIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "*.jinja",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "generation_config.json",
+    "*.model",
+)
 
 
 def quantize(source: Path, out: Path, *, scheme: str) -> Path:

@@ -16,10 +16,11 @@ from embedft.adapters.probes import (
     compare,
     read_probes,
 )
-from embedft.base import BaseSpec, Task, base_folder, fingerprint, load_model
+from embedft.base import BaseSpec, base_folder, load_model
 from embedft.encode import Encoder, EncodeSettings, TextPreparer
 from embedft.errors import AdapterInvalid, BaseMismatch
 from embedft.methods import load_adapter
+from embedft.model_folder import Task, fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +67,7 @@ def _log_probabilities(model: Any, probes: Sequence[Probe], *, batch: int = 16) 
         chosen = probes[start : start + batch]
         ids, mask = (tensor.to(model.device) for tensor in pad([probe.ids + probe.continuation for probe in chosen]))
         with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask).logits.float()   # (batch, length, vocabulary)
+            logits = model(input_ids=ids, attention_mask=mask).logits.float()  # (batch, length, vocabulary)
         for row, probe in enumerate(chosen):
             first, last = len(probe.ids), len(probe.ids) + len(probe.continuation)
             scores = logits[row, first - 1 : last - 1].log_softmax(-1)

@@ -29,9 +29,7 @@ def admin_routes(gateway: Gateway) -> APIRouter:
 
     only_admin = [Depends(admin)]
 
-    @router.get(
-        "/v1/adapters", summary="All adapters: served, draining, and those of the store that are not served, with the reason"
-    )
+    @router.get("/v1/adapters", summary="All adapters: served, draining, and those of the store that are not served, with the reason")
     def adapters() -> Response:
         rows = [view(resident) for resident in [*lifecycle.live.values(), *lifecycle.draining()]]
         for row in rows:
@@ -46,9 +44,7 @@ def admin_routes(gateway: Gateway) -> APIRouter:
             return _json({"name": name, "state": "unserved", "reason": reason})
         return _json(view(lifecycle.get(name)))
 
-    put_body = described(
-        PutAdapter, "Load or replace: the new generation is proven beside the old, then the name moves in one step"
-    )
+    put_body = described(PutAdapter, "Load or replace: the new generation is proven beside the old, then the name moves in one step")
 
     @router.put("/v1/adapters/{name}", dependencies=only_admin, **put_body)
     async def put(name: str, request: Request) -> Response:
@@ -56,9 +52,7 @@ def admin_routes(gateway: Gateway) -> APIRouter:
         resident = await lifecycle.put(name, source=body.source, pin=body.pin, expected=body.expected_generation)
         return _json(view(resident))
 
-    @router.delete(
-        "/v1/adapters/{name}", dependencies=only_admin, summary="Stop serving; what runs is finished, the store keeps it"
-    )
+    @router.delete("/v1/adapters/{name}", dependencies=only_admin, summary="Stop serving; what runs is finished, the store keeps it")
     async def delete(name: str) -> Response:
         return _json(view(await lifecycle.delete(name)))
 

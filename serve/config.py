@@ -112,9 +112,7 @@ def with_cores(bases: tuple[BaseConfig, ...], cores: list[int]) -> tuple[BaseCon
     if len(left) < len(waiting):
         return bases
     parts = {name: left[place :: len(waiting)] for place, name in enumerate(waiting)}
-    return tuple(
-        base.model_copy(update={"cores": ",".join(map(str, parts[base.name]))}) if base.name in parts else base for base in bases
-    )
+    return tuple(base.model_copy(update={"cores": ",".join(map(str, parts[base.name]))}) if base.name in parts else base for base in bases)
 
 
 def default_engine() -> EngineKind:
@@ -141,9 +139,7 @@ def bases_of(store: AdapterStore) -> list[dict[str, Any]]:
             continue  # a damaged adapter is listed with its reason once the server runs
         found.setdefault(passport.base.fingerprint, []).append(passport)
     if not found:
-        raise UsageError(
-            f"the store {store.root} holds no adapter, so no base to serve: train one, or name bases in a CONFIG file"
-        )
+        raise UsageError(f"the store {store.root} holds no adapter, so no base to serve: train one, or name bases in a CONFIG file")
     bases: list[dict[str, Any]] = []
     for passports in found.values():
         base, rank = passports[0].base, max(passport.r for passport in passports)

@@ -106,9 +106,7 @@ async def embed(
     """The vectors of `inputs` (texts, or token ids taken as they are) by one way. InputInvalid where they do not fit it."""
     ids, truncated = await _ids(way, inputs, preparers, input_type=input_type, truncate=truncate)
     way.engine.supervisor.require_ready()
-    answer: dict[str, Any] = await way.engine.client.call(
-        "/v1/embeddings", {"model": way.model, "input": ids, "encoding_format": "base64"}
-    )
+    answer: dict[str, Any] = await way.engine.client.call("/v1/embeddings", {"model": way.model, "input": ids, "encoding_format": "base64"})
     rows = _decoded(answer["data"], len(ids))
     if way.dimensions:
         rows = _cut(rows, way.dimensions, normalize=way.settings.normalize)
@@ -131,9 +129,7 @@ async def _ids(
 
 def _own_ids(way: Way, rows: list[list[int]], input_type: InputType | None) -> list[list[int]]:
     if input_type and way.settings.prompts.get(input_type):
-        raise InputInvalid(
-            "input_type_needs_text", f"the {input_type} prompt goes before a text: send texts, not token ids", "input"
-        )
+        raise InputInvalid("input_type_needs_text", f"the {input_type} prompt goes before a text: send texts, not token ids", "input")
     if any(len(row) > way.settings.max_length for row in rows):
         raise InputInvalid("input_too_long", f"an input has more than {way.settings.max_length} tokens", "input")
     return rows

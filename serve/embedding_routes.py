@@ -27,9 +27,7 @@ Inputs = list[str] | list[list[int]]
 def embedding_routes(gateway: Gateway) -> APIRouter:
     router, preparers = APIRouter(tags=["embeddings"]), Preparers()
 
-    @router.post(
-        "/v1/embeddings", **described(EmbeddingRequest, "Vectors of texts, by the base or an adapter, or one adapter an input")
-    )
+    @router.post("/v1/embeddings", **described(EmbeddingRequest, "Vectors of texts, by the base or an adapter, or one adapter an input"))
     async def embeddings(request: Request) -> Response:
         body = await read_body(request, EmbeddingRequest, limit=gateway.config.limits.body_bytes)
         return await unless_gone(request, _embeddings(gateway, request, body, preparers))

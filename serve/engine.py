@@ -5,8 +5,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embedft.base import BaseInfo, base_folder, describe
+from embedft.base import base_folder
 from embedft.encode import EncodeSettings, TextPreparer
+from embedft.model_folder import BaseInfo, describe
 from serve.config import BaseConfig, ServerConfig
 from serve.engines.command import KEY, EngineSettings, engine_command, engine_key
 from serve.proxy import EngineClient
@@ -42,9 +43,7 @@ class Engine:
         return TextPreparer(self.folder, settings)
 
 
-def create_engine(
-    base: BaseConfig, server: ServerConfig, folder: Path, *, prepare: Callable[["Engine"], Awaitable[None]]
-) -> Engine:
+def create_engine(base: BaseConfig, server: ServerConfig, folder: Path, *, prepare: Callable[["Engine"], Awaitable[None]]) -> Engine:
     """Describe the base, quantizing it first if need be, and lay out (not start) its process under `folder` (0700)."""
     kind = base.engine or "peft"
     weights = base_folder(base.spec)

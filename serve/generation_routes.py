@@ -115,9 +115,7 @@ def check_caps(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
     if isinstance(body, CompletionRequest) and isinstance(body.prompt, list) and not isinstance(body.prompt[0], int):
         prompts = len(body.prompt)
     if (body.n or 1) * prompts > max(limits.n, prompts if (body.n or 1) == 1 and prompts <= limits.inputs else 0):
-        raise InputInvalid(
-            "n_too_large", f"n × prompts is {(body.n or 1) * prompts}: at most {limits.n} answers in one request", "n"
-        )
+        raise InputInvalid("n_too_large", f"n × prompts is {(body.n or 1) * prompts}: at most {limits.n} answers in one request", "n")
     asked_for = [body.max_tokens, getattr(body, "max_completion_tokens", None), body.min_tokens]
     if any(value is not None and value > limits.max_tokens for value in asked_for):
         raise InputInvalid("max_tokens_too_large", f"at most {limits.max_tokens} tokens in one answer", "max_tokens")

@@ -28,12 +28,8 @@ class Meters:
         self._registry = CollectorRegistry()
         target = ("base", "adapter")
         self.requests = Counter("embedft_requests", "Requests answered", (*target, "route", "status"), registry=self._registry)
-        self.tokens = Counter(
-            "embedft_tokens", "Tokens by kind: prompt or completion", (*target, "kind"), registry=self._registry
-        )
-        self.seconds = Histogram(
-            "embedft_request_seconds", "Whole requests", (*target, "route"), buckets=_SECONDS, registry=self._registry
-        )
+        self.tokens = Counter("embedft_tokens", "Tokens by kind: prompt or completion", (*target, "kind"), registry=self._registry)
+        self.seconds = Histogram("embedft_request_seconds", "Whole requests", (*target, "route"), buckets=_SECONDS, registry=self._registry)
         self.first = Histogram(
             "embedft_first_token_seconds", "Until a stream's first event", target, buckets=_SECONDS, registry=self._registry
         )
@@ -41,16 +37,12 @@ class Meters:
         self._resident = Gauge(
             "embedft_adapter_resident", "1: serving, 0: draining", ("base", "adapter", "generation"), registry=self._registry
         )
-        self._error = Gauge(
-            "embedft_probe_error", "Relative error of the effect at the last probing", target, registry=self._registry
-        )
+        self._error = Gauge("embedft_probe_error", "Relative error of the effect at the last probing", target, registry=self._registry)
         self._loads = Gauge("embedft_adapter_loads", "Loads by outcome", ("adapter", "outcome"), registry=self._registry)
         self._ready = Gauge("embedft_engine_ready", "1 where the engine answers", ("base",), registry=self._registry)
         self._restarts = Gauge("embedft_engine_restarts", "Restarts since the server began", ("base",), registry=self._registry)
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
-        self._lora = Gauge(
-            "vllm:lora_requests_info", "Adapters in use, as vLLM tells it to routers", labels, registry=self._registry
-        )
+        self._lora = Gauge("vllm:lora_requests_info", "Adapters in use, as vLLM tells it to routers", labels, registry=self._registry)
 
     @contextmanager
     def measured(self, base: str, adapter: str | None, route: str) -> Generator[Outcome]:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from embedft.base import Task
 from embedft.errors import InputInvalid
+from embedft.model_folder import Task
 from serve.engine import Engine
 from serve.errors import ModelNotFound
 from serve.lifecycle import Lifecycle
@@ -44,9 +44,7 @@ def choose(lifecycle: Lifecycle, *, task: Task, model: str | None, adapter: str 
     else:
         engine = lifecycle.get(name).engine
         if base is not None and base is not engine:
-            raise InputInvalid(
-                "adapter_conflict", f"adapter {name!r} is on base {engine.name!r}, not on {base.name!r}", "adapter"
-            )
+            raise InputInvalid("adapter_conflict", f"adapter {name!r} is on base {engine.name!r}, not on {base.name!r}", "adapter")
     if engine.config.task != task:
         can = "embeds" if engine.config.task == "embedding" else "generates"
         raise InputInvalid("wrong_task", f"base {engine.name!r} only {can}: ask another base for this", "model")

@@ -33,9 +33,7 @@ async def _run(config: ServerConfig) -> int:
     listening = _listen(config)
     port = listening.getsockname()[1]
     gateway = Gateway(config)
-    server = _Server(
-        uvicorn.Config(create_app(gateway), log_level="warning", access_log=False, server_header=False, lifespan="off")
-    )
+    server = _Server(uvicorn.Config(create_app(gateway), log_level="warning", access_log=False, server_header=False, lifespan="off"))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.handle_exit, number, None)

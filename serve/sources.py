@@ -44,9 +44,7 @@ def find(store: AdapterStore, name: str, source: str | None) -> Found:
 
 def contained(root: Path, source: str) -> Path:
     """`source` as a folder under `root`, reached through no link and no `..`; else InputInvalid."""
-    refused = InputInvalid(
-        "source_refused", "a source is a name or generation in the store, or a folder under its root", "source"
-    )
+    refused = InputInvalid("source_refused", "a source is a name or generation in the store, or a folder under its root", "source")
     if "\0" in source or "://" in source or len(source) > 1024:
         raise refused
     given = Path(source)

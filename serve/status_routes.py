@@ -20,11 +20,7 @@ def status_routes(gateway: Gateway) -> APIRouter:
     async def ready() -> JSONResponse:
         states = {base.name: _state(base.name) for base in gateway.config.bases}
         content = {"ready": gateway.ready, "bases": states, "adapters": sorted(lifecycle.live)}
-        return (
-            JSONResponse(content)
-            if gateway.ready
-            else JSONResponse(content, status_code=503, headers={"retry-after": RETRY_AFTER})
-        )
+        return JSONResponse(content) if gateway.ready else JSONResponse(content, status_code=503, headers={"retry-after": RETRY_AFTER})
 
     def _state(name: str) -> str:
         engine = lifecycle.engines.get(name)

@@ -7,6 +7,7 @@ continuations for a language model's. A cosine of whole vectors would not do: a 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,16 +173,21 @@ def read_probes(folder: Path) -> RecordedProbes:
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise AdapterInvalid(folder.name, f"its {PROBES} is malformed: {error}") from None
     probes = tuple(Probe(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(ids, continuations, strict=True))
-    if not probes or not len(probes) == len(effect) <= 64 or any(len(probe.ids) > 4096 for probe in probes) or not 0 < tolerance <= TOLERANCE:
+    if (
+        not probes
+        or not len(probes) == len(effect) <= 64
+        or any(len(probe.ids) > 4096 for probe in probes)
+        or not 0 < tolerance <= TOLERANCE
+    ):
         raise AdapterInvalid(folder.name, f"its {PROBES} is malformed: {len(probes)} probes, tolerance {tolerance}")
     return RecordedProbes(probes, tuple(effect), {}, tolerance)
 
 
-def _split(flat: NDArray[np.generic], lengths: NDArray[np.generic]) -> list[NDArray[np.float32]]:
+def _split(flat: NDArray[Any], lengths: NDArray[Any]) -> list[NDArray[Any]]:
     bounds = np.cumsum(lengths.astype(np.int64))
     if len(bounds) and bounds[-1] != len(flat):
         raise ValueError("lengths that do not add up")
-    return [np.asarray(part) for part in np.split(flat, bounds[:-1])]
+    return np.split(flat, bounds[:-1])
 
 
 def _norm(arrays: Sequence[NDArray[np.float32]]) -> float:

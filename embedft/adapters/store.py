@@ -1,7 +1,7 @@
 """AdapterStore: content-addressed adapters under names. An object's path never changes its content; names are pointers.
 
-    ROOT/objects/<generation>/     an adapter folder, immutable
-    ROOT/names/<name>.json         {"generation", "history": [generation, …]}, newest last
+ROOT/objects/<generation>/     an adapter folder, immutable
+ROOT/names/<name>.json         {"generation", "history": [generation, …]}, newest last
 """
 
 import json

@@ -163,9 +163,10 @@ def evaluate_adapter(
     """
     from transformers import AutoTokenizer
 
-    from embedft.base import fingerprint, load_model
+    from embedft.base import load_model
     from embedft.errors import AdapterInvalid, BaseMismatch
     from embedft.methods import load_adapter
+    from embedft.model_folder import fingerprint
 
     rows = read_rows(data)
     folder = Path(name) if Path(name).is_dir() else store.folder(str(name))

@@ -32,7 +32,8 @@ def _markdown(report: dict[str, Any]) -> Iterable[str]:
         ],
     )
     answers = report["answers"]
-    yield f"\n![base, BM25 and adapter](report.png)\n\n## The same input, answered by the base, by A and by B\n\nQuery: {answers['query']!r}\n"
+    yield "\n![base, BM25 and adapter](report.png)\n\n## The same input, answered by the base, by A and by B\n"
+    yield f"Query: {answers['query']!r}\n"
     yield from _table(("adapter", "cosine of its vector to the base's"), [(k, f"{v:.4f}") for k, v in answers["cosine_to_base"].items()])
     yield f"\nPrompt:\n\n```\n{answers['prompt']}\n```\n"
     yield from _table(("answered by", "answer"), [(name, "`" + text.replace("\n", " ") + "`") for name, text in answers["answers"].items()])
@@ -46,15 +47,18 @@ def _markdown(report: dict[str, Any]) -> Iterable[str]:
         ("base", "way", "adapters", "model", "process"),
         [(r["base"], r["way"], str(r["adapters"]), _mb(r["model_bytes"]), _mb(r["process_bytes"])) for r in report["memory_bytes"]],
     )
-    yield f"\nThe server itself, gateway and both engines with their runtimes: {_mb(report['server_memory_bytes'])}.\n\n## Probes through the engine\n"
+    yield f"\nThe server itself, gateway and both engines with their runtimes: {_mb(report['server_memory_bytes'])}.\n"
+    yield "## Probes through the engine\n"
     yield from _table(
-        ("adapter", "error of its effect", "allowed"), [(row["adapter"], f"{row['error']:.5f}", f"{row['tolerance']:.3f}") for row in report["parity"]]
+        ("adapter", "error of its effect", "allowed"),
+        [(row["adapter"], f"{row['error']:.5f}", f"{row['tolerance']:.3f}") for row in report["parity"]],
     )
     first = report["quality"][0]["adapter"]
     yield (
         f"\nReady {report['ready_seconds']:.0f} s after its start; {report['seconds']:.0f} s in all.\n\n## Next\n\n```\n"
         "embedft serve --adapters runs/demo/adapters\n"
-        f'curl localhost:8000/v1/embeddings -H "content-type: application/json" -d \'{{"adapter": "{first}", "input": "a query", "input_type": "query"}}\'\n'
+        'curl localhost:8000/v1/embeddings -H "content-type: application/json" \\\n'
+        f'  -d \'{{"adapter": "{first}", "input": "a query", "input_type": "query"}}\'\n'
         "embedft recipes list\nembedft adapters list --adapters runs/demo/adapters\n```"
     )
 

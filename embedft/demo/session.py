@@ -133,5 +133,7 @@ def _vector(server: Server, text: str, adapter: str | None) -> list[float]:
 
 def _answer(server: Server, prompt: str, adapter: str | None) -> str:
     messages = [{"role": "user", "content": prompt}]
-    body = server.post("/v1/chat/completions", model=server.base("causal_lm"), adapter=adapter, messages=messages, max_tokens=16, temperature=0)
+    body = server.post(
+        "/v1/chat/completions", model=server.base("causal_lm"), adapter=adapter, messages=messages, max_tokens=16, temperature=0
+    )
     return body["choices"][0]["message"]["content"].strip()

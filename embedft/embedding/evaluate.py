@@ -142,10 +142,11 @@ def evaluate_adapter(
     Raises DataError, AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
     """
     from embedft.adapters.passport import read_passport
-    from embedft.base import BaseSpec, base_folder, fingerprint, load_model
+    from embedft.base import BaseSpec, base_folder, load_model
     from embedft.embedding.data import load_retrieval, reduce_to
     from embedft.errors import AdapterInvalid, BaseMismatch
     from embedft.methods import load_adapter
+    from embedft.model_folder import fingerprint
 
     retrieval = reduce_to(load_retrieval(data), queries=queries, documents=documents)
     folder = Path(name) if Path(name).is_dir() else store.folder(str(name))

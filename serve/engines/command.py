@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from embedft.base import Pooling, Task
+    from embedft.model_folder import Pooling, Task
 
 EngineKind = Literal["vllm", "peft", "fake"]
 KEY = "EMBEDFT_ENGINE_KEY"  # the bearer key, in the engine's environment only: never in its arguments

@@ -10,21 +10,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embedft.base import BaseInfo, compute_dtype, describe, read_json
+from embedft.base import compute_dtype
 from embedft.errors import EngineFailed
+from embedft.model_folder import BaseInfo, describe, read_json
 from serve.engines.command import KEY, EngineSettings, parse_cores
 
 if TYPE_CHECKING:
-    from embedft.base import Task
+    from embedft.model_folder import Task
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all slots are padded to the one chosen at the start
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 POOLING_TYPES = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
 
 
-def vllm_command(
-    *, folder: Path, task: "Task", socket: Path, settings: EngineSettings, key: str
-) -> tuple[list[str], dict[str, str]]:
+def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSettings, key: str) -> tuple[list[str], dict[str, str]]:
     """(argv, env) of a vLLM server over the base in `folder`. Raises EngineFailed."""
     import torch
 

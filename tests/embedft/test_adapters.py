@@ -112,9 +112,10 @@ def test_a_generation_ignores_metrics_and_the_card_but_not_what_changes_answers(
 
 def test_compare_and_swap_refuses_a_stale_expectation(adapter: Path, store: AdapterStore) -> None:
     current = import_folder(store, adapter, name="legal")
-    with store.stage() as stage, pytest.raises(GenerationConflict):
+    with store.stage() as stage:
         shutil.copytree(adapter, stage, dirs_exist_ok=True)
-        store.put(stage, "legal", expected="0" * 12)
+        with pytest.raises(GenerationConflict):
+            store.put(stage, "legal", expected="0" * 12)
     assert store.current("legal") == current
 
 
@@ -155,7 +156,9 @@ def test_links_and_pickles_are_refused(adapter: Path, store: AdapterStore, tmp_p
         import_folder(store, adapter)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all!", (10**10).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 8, b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all!", (10**10).to_bytes(8, "little") + b"{}"]
+)
 def test_a_weights_file_with_a_false_header_is_refused(adapter: Path, store: AdapterStore, content: bytes) -> None:
     (adapter / WEIGHTS).write_bytes(content)
     with pytest.raises(AdapterInvalid, match="header"):

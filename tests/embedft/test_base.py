@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from embedft.base import BaseSpec, base_folder, compute_dtype, describe, fingerprint, load_base, source_folder
+from embedft.base import BaseSpec, base_folder, compute_dtype, load_base, source_folder
 from embedft.errors import BaseNotFound, MethodUnsupported, QuantizationUnsupported
 from embedft.files import hash_tensors
 from embedft.methods import attach, targeted_modules
+from embedft.model_folder import describe, fingerprint
 from embedft.quantize import quantize
 from embedft.recipe import AdapterSection
 

@@ -100,9 +100,7 @@ def test_a_list_of_adapters_is_merged_in_input_order(shared: Server, shared_worl
 
 def test_base64_holds_the_same_floats(shared: Server) -> None:
     plain = rows(shared.post("/v1/embeddings", {"input": "hello", "adapter": "a"}))[0]
-    packed = shared.post("/v1/embeddings", {"input": "hello", "adapter": "a", "encoding_format": "base64"}).json()["data"][0][
-        "embedding"
-    ]
+    packed = shared.post("/v1/embeddings", {"input": "hello", "adapter": "a", "encoding_format": "base64"}).json()["data"][0]["embedding"]
     np.testing.assert_array_equal(np.frombuffer(base64.b64decode(packed), dtype="<f4"), plain)
 
 
@@ -165,9 +163,7 @@ def test_rerank_orders_by_closeness_and_sets_both_input_types(shared: Server, sh
 
 def test_a_base_is_not_asked_for_what_it_cannot_do(shared: Server) -> None:
     refused(shared.post("/v1/embeddings", {"input": "x", "model": "words"}), 400, "wrong_task")
-    refused(
-        shared.post("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "x"}]}), 400, "wrong_task"
-    )
+    refused(shared.post("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "x"}]}), 400, "wrong_task")
 
 
 def test_models_lists_bases_and_adapters_with_their_parent(shared: Server) -> None:

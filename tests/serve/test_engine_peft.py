@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedft.base import describe
 from embedft.encode import Encoder, EncodeSettings
+from embedft.model_folder import describe
 from embedft.quantize import quantize
 from tests.fixtures_embedding import text, tiny_encoder
 from tests.fixtures_lm import tiny_llama
@@ -63,9 +63,7 @@ def events(server: EngineProcess, path: str, **body: Any) -> Iterator[dict[str, 
                 yield json.loads(line.removeprefix("data: "))
 
 
-def test_a_mixed_batch_generates_what_each_adapter_generates_alone(
-    server: EngineProcess, llama: Path, adapters: dict[str, Path]
-) -> None:
+def test_a_mixed_batch_generates_what_each_adapter_generates_alone(server: EngineProcess, llama: Path, adapters: dict[str, Path]) -> None:
     models = {name: solo(llama, "causal_lm", adapters.get(name)) for name in ("base", "a", "b")}
     alone = {name: [greedy(model, prompt, 12) for prompt in PROMPTS] for name, model in models.items()}
     assert len({str([tokens for tokens, _ in rows]) for rows in alone.values()}) == 3
@@ -185,9 +183,7 @@ def test_embeddings_of_many_adapters_in_one_batch_equal_their_solo_vectors(tmp_p
     info = describe(base)
     settings = EncodeSettings(info.pooling, info.normalize, info.max_length)
     texts = [text("query", topic, topic) + " find" * topic for topic in range(6)]
-    alone = {
-        name: Encoder(solo(base, "embedding", adapters.get(name)), base, settings).encode(texts) for name in ("base", "a", "b")
-    }
+    alone = {name: Encoder(solo(base, "embedding", adapters.get(name)), base, settings).encode(texts) for name in ("base", "a", "b")}
     ids = Encoder(None, base, settings).preparer.prepare(texts).ids
     with engine("peft", base, "embedding") as server:
         assert np.allclose(server.embed("base", ids), alone["base"], atol=1e-5)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedft.base import BaseSpec, base_folder, describe
+from embedft.base import BaseSpec, base_folder
 from embedft.encode import Encoder, EncodeSettings
+from embedft.model_folder import describe
 from embedft.quantize import quantize
 from tests.fixtures_embedding import text, tiny_decoder, tiny_encoder
 from tests.fixtures_lm import tiny_llama
@@ -97,13 +98,8 @@ def server(llama: Path, adapters: dict[str, Path]) -> Iterator[EngineProcess]:
         yield process
 
 
-def test_a_mixed_batch_generates_what_each_adapter_generates_alone(
-    server: EngineProcess, llama: Path, adapters: dict[str, Path]
-) -> None:
-    alone = {
-        name: [greedy(solo(llama, "causal_lm", adapters.get(name)), prompt, 12) for prompt in PROMPTS]
-        for name in ("base", "a", "b")
-    }
+def test_a_mixed_batch_generates_what_each_adapter_generates_alone(server: EngineProcess, llama: Path, adapters: dict[str, Path]) -> None:
+    alone = {name: [greedy(solo(llama, "causal_lm", adapters.get(name)), prompt, 12) for prompt in PROMPTS] for name in ("base", "a", "b")}
     assert len({str([tokens for tokens, _ in rows]) for rows in alone.values()}) == 3
     jobs = [(name, k) for _ in range(2) for k in range(len(PROMPTS)) for name in alone]
     with ThreadPoolExecutor(8) as pool:
@@ -122,9 +118,7 @@ def test_prompt_log_probabilities_are_the_adapters_own(server: EngineProcess, ll
 def test_an_adapter_that_matches_nothing_is_refused(server: EngineProcess, adapters: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    tensors = {
-        key.replace("layers", "blocks"): value for key, value in load_file(adapters["a"] / "adapter_model.safetensors").items()
-    }
+    tensors = {key.replace("layers", "blocks"): value for key, value in load_file(adapters["a"] / "adapter_model.safetensors").items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text((adapters["a"] / "adapter_config.json").read_text())
     answer = server.post("/v1/load_lora_adapter", lora_name="c", lora_path=str(tmp_path))

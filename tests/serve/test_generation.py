@@ -99,11 +99,7 @@ def test_the_openai_client_works_unchanged(shared: Server, shared_world: World) 
     parts = list(stream)
     assert parts[0].choices[0].delta.content == text(own, [{"role": "user", "content": "hi"}])
     assert parts[-1].usage is not None
-    assert (
-        client.completions.create(model="words:t", prompt="hi")
-        .choices[0]
-        .text.startswith(text(engine_id(shared_world, "t"), "hi"))
-    )
+    assert client.completions.create(model="words:t", prompt="hi").choices[0].text.startswith(text(engine_id(shared_world, "t"), "hi"))
     embedding = client.embeddings.create(model="a", input=["hello"])  # the client asks for base64 by itself
     np.testing.assert_allclose(embedding.data[0].embedding, expected(shared_world, "a", "hello"), atol=1e-6)
     assert {model.id for model in client.models.list()} >= {"texts", "a"}

@@ -29,9 +29,7 @@ def server(changing: Server) -> Server:
 
 def served(server: Server, world: World, name: str, *, seed: int, scale: float = 1.0, task: str = "embedding") -> str:
     """Put an adapter into the store and, expecting success, into the server; its generation."""
-    generation = put_adapter(
-        world.store, name, world.texts if task == "embedding" else world.words, seed=seed, scale=scale, task=task
-    )
+    generation = put_adapter(world.store, name, world.texts if task == "embedding" else world.words, seed=seed, scale=scale, task=task)
     assert server.put(name).status_code == 200
     return generation
 
@@ -73,9 +71,7 @@ def test_hot_replace_under_load_answers_every_request_by_one_of_the_two_generati
     until = time.monotonic() + 4
     for seed in range(100, 120):
         generations.append(served(server, world, "hot", seed=seed, task="causal_lm"))
-        assert server.post("/v1/completions", {"model": "hot", "prompt": "x"}).headers["x-embedft-adapter"] == own(
-            "hot", generations[-1]
-        )
+        assert server.post("/v1/completions", {"model": "hot", "prompt": "x"}).headers["x-embedft-adapter"] == own("hot", generations[-1])
         if time.monotonic() > until:
             break
     stop.set()
@@ -103,9 +99,7 @@ def test_a_generation_in_use_is_unloaded_only_after_its_last_answer(world: World
 
 @pytest.mark.parametrize("scale", [0.8, 0.0])
 @pytest.mark.parametrize("task", ["embedding", "causal_lm"])
-def test_an_adapter_that_fails_its_probes_leaves_the_old_one_serving(
-    world: World, server: Server, scale: float, task: str
-) -> None:
+def test_an_adapter_that_fails_its_probes_leaves_the_old_one_serving(world: World, server: Server, scale: float, task: str) -> None:
     name = f"p{int(scale * 10)}-{task}"
     before = served(server, world, name, seed=60, task=task)
     base = world.texts if task == "embedding" else world.words

@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from embedft.adapters.passport import BaseIdentity, Passport, ProbeRecord
 from embedft.adapters.probes import Probe, RecordedProbes, write_probes
 from embedft.adapters.store import AdapterStore
-from embedft.base import fingerprint
+from embedft.model_folder import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 DIMENSION, LENGTH, TOKEN = 32, 64, "test-admin"

@@ -110,10 +110,7 @@ class Answers:
     def _prompt_entry(self, entry: TokenLogprobs) -> dict[str, Any]:
         listed = {entry.token: (entry.rank, entry.logprob)}
         listed |= {token: (rank, value) for rank, (token, value) in enumerate(entry.top, start=1)}
-        return {
-            str(token): {"logprob": value, "rank": rank, "decoded_token": self._word(token)}
-            for token, (rank, value) in listed.items()
-        }
+        return {str(token): {"logprob": value, "rank": rank, "decoded_token": self._word(token)} for token, (rank, value) in listed.items()}
 
     def _word(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))

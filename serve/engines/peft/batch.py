@@ -121,9 +121,7 @@ class Batch:
             return False
         return True
 
-    def _forward(
-        self, rows: list[Row], tokens: "Tensor", mask: "Tensor", positions: "Tensor", cache: Any, *, keep: int
-    ) -> "Tensor":
+    def _forward(self, rows: list[Row], tokens: "Tensor", mask: "Tensor", positions: "Tensor", cache: Any, *, keep: int) -> "Tensor":
         """(rows, n) tokens → (rows, n or 1, vocabulary) logits; `cache` grows by n."""
         import torch
 

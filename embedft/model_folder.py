@@ -1,0 +1,107 @@
+"""What a model folder says of itself: its fingerprint, its quantization, how it pools. Reads files only; loads no weights."""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from embedft.errors import BaseNotFound
+from embedft.files import hash_tensors
+
+Task = Literal["embedding", "causal_lm"]
+Pooling = Literal["mean", "cls", "lasttoken"]
+RECORD = "embedft.json"  # in a quantized folder: its scheme and its parent's fingerprint
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What a base folder says of itself. `max_length` in tokens; `pooling` as sentence-transformers would pool it."""
+
+    fingerprint: str
+    parent: str | None
+    quantization: str
+    architecture: str
+    kind: Literal["encoder", "decoder"]
+    pooling: Pooling
+    normalize: bool
+    max_length: int
+    hidden_size: int
+
+
+def quantization_of(folder: Path) -> str:
+    """'none', 'nf4', 'int8' or the config's own quant_method."""
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    if not quantization:
+        return "none"
+    if quantization.get("quant_method") == "bitsandbytes":
+        return "nf4" if quantization.get("load_in_4bit") else "int8"
+    return str(quantization.get("quant_method", "unknown"))
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 (64 hex) over sorted (tensor name, dtype, shape, bytes) of the safetensors files, then the tokenizer's bytes."""
+    files = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _identity_files(folder))
+    if not any(name.endswith(".safetensors") for name, _, _ in files):
+        raise BaseNotFound(f"{folder} holds no safetensors weights (a pickle is never read): convert it with save_pretrained")
+    return _fingerprint(files)
+
+
+def _identity_files(folder: Path) -> list[Path]:
+    tokenizer = [folder / "tokenizer.json"] if (folder / "tokenizer.json").is_file() else sorted(folder.glob("*.model"))
+    return sorted(folder.glob("*.safetensors")) + tokenizer
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
+    weights = [Path(name) for name, _, _ in files if name.endswith(".safetensors")]
+    return hash_tensors(weights, then=[Path(name).read_bytes() for name, _, _ in files if not name.endswith(".safetensors")])
+
+
+def describe(folder: Path) -> BaseInfo:
+    """Read what `folder` says of itself; loads no weights."""
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    decoder = "CausalLM" in architecture
+    pooling, normalize = _pooling(folder, decoder=decoder)
+    return BaseInfo(
+        fingerprint=fingerprint(folder),
+        parent=read_json(folder / RECORD).get("parent") if (folder / RECORD).is_file() else None,
+        quantization=quantization_of(folder),
+        architecture=architecture,
+        kind="decoder" if decoder else "encoder",
+        pooling=pooling,
+        normalize=normalize,
+        max_length=_max_length(folder, config),
+        hidden_size=int(config["hidden_size"]),
+    )
+
+
+def _pooling(folder: Path, *, decoder: bool) -> tuple[Pooling, bool]:
+    if not (folder / "modules.json").is_file():
+        return ("lasttoken" if decoder else "mean"), True
+    modules: list[dict[str, Any]] = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    normalize = any(module["type"].endswith("Normalize") for module in modules)
+    for module in modules:
+        if module["type"].endswith("Pooling"):
+            config = read_json(folder / module["path"] / "config.json")
+            if config.get("pooling_mode_cls_token") or config.get("pooling_mode") == "cls":
+                return "cls", normalize
+            if config.get("pooling_mode_lasttoken") or config.get("pooling_mode") == "lasttoken":
+                return "lasttoken", normalize
+    return "mean", normalize
+
+
+def _max_length(folder: Path, config: dict[str, Any]) -> int:
+    limit = int(config.get("max_position_embeddings", 512))
+    if config.get("model_type") in {"roberta", "xlm-roberta"}:
+        limit -= 2  # positions start after the padding index
+    path = folder / "sentence_bert_config.json"
+    given = read_json(path).get("max_seq_length") if path.is_file() else None
+    return min(limit, int(given)) if given else limit
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BaseNotFound(f"{path.parent} holds no {path.name}: it is not a model folder")
+    return json.loads(path.read_text(encoding="utf-8"))
