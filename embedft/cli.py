@@ -316,6 +316,7 @@ def _run_server(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded; weights load in an instant
     from embedft.demo import demo
 
     report = demo(arguments.out, engine=arguments.engine)

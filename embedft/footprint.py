@@ -3,11 +3,13 @@
 Each way is measured in a process of its own, so that neither pays for the other's leftovers. Model bytes and process bytes apart.
 """
 
+import ctypes
 import gc
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +45,7 @@ def _measure(base: Path, adapters: Sequence[Path], *, task: Task, way: Way) -> F
     import psutil
 
     load_model(base, task=task)  # what the libraries themselves take is not counted
-    gc.collect()
+    _settle()
     process = psutil.Process()
     before = process.memory_full_info().uss
     models = (
@@ -51,8 +53,15 @@ def _measure(base: Path, adapters: Sequence[Path], *, task: Task, way: Way) -> F
         if way == "shared"
         else [load_adapter(load_model(base, task=task), a).merge_and_unload() for a in adapters]
     )
-    gc.collect()
+    _settle()
     return Footprint(way, len(adapters), sum(_bytes(model) for model in models), process.memory_full_info().uss - before)
+
+
+def _settle() -> None:
+    """Give back what is freed but still held, which would hide what comes next."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc's own; elsewhere there is nothing to do
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _shared(base: Path, adapters: Sequence[Path], task: Task) -> list[Any]:

@@ -44,7 +44,14 @@ def status_routes(gateway: Gateway) -> APIRouter:
     def _models() -> list[dict[str, Any]]:
         common = {"object": "model", "created": 0, "owned_by": "embedft"}
         bases = [
-            {"id": engine.name, **common, "parent": None, "task": engine.config.task, "max_model_len": engine.max_length}
+            {
+                "id": engine.name,
+                **common,
+                "parent": None,
+                "task": engine.config.task,
+                "engine": engine.config.engine,
+                "max_model_len": engine.max_length,
+            }
             for engine in lifecycle.engines.values()
         ]
         adapters = [

@@ -14,7 +14,8 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
 
 
 def _markdown(report: dict[str, Any]) -> Iterable[str]:
-    yield f"# embedft demo: four adapters, two quantized bases, one server ({report['engine']} engine)\n"
+    engines = ", ".join(f"{base} in {engine}" for base, engine in report["engines"].items())
+    yield f"# embedft demo: four adapters, two quantized bases, one server ({engines})\n"
     yield "## Quality on held-out data\n"
     yield from _table(
         ("adapter", "metric", "base", "BM25", "adapter", "gain, 95 % interval", "trained in"),

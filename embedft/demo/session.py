@@ -38,7 +38,7 @@ class Server:
         self._wait(started)
         self.ready_seconds = time.perf_counter() - started
         self.adapters: list[dict[str, Any]] = self.get("/v1/adapters")["data"]
-        self.engine = self._engine or str(self.get("/ready").get("engine", "vllm"))
+        self.engines = {row["id"]: row["engine"] for row in self.get("/v1/models")["data"] if "engine" in row}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,7 +69,7 @@ class Server:
 
     def parity(self) -> list[dict[str, Any]]:
         """Each adapter's probes as the engine answered them: the error of its effect against the trainer's."""
-        return [{"adapter": row["name"], **row["probes"]} for row in self.adapters]
+        return [{"adapter": row["name"], **row["probe"]} for row in self.adapters]
 
     def memory(self) -> int:
         """Proportional set size of the gateway and all its engines, in bytes."""

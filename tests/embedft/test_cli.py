@@ -27,7 +27,8 @@ def test_help_answers_in_under_half_a_second() -> None:
 
 
 def test_importing_embedft_imports_no_torch() -> None:
-    code = "import sys, embedft, embedft.cli, embedft.recipe, embedft.errors; print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
+    modules = "embedft, embedft.cli, embedft.recipe, embedft.errors"
+    code = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'vllm'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
