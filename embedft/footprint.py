@@ -24,7 +24,7 @@ Way = Literal["shared", "merged"]
 
 @dataclass(frozen=True)
 class Footprint:
-    """`model_bytes`: tensors of all models held; `process_bytes`: growth of the process's own memory while it loaded them."""
+    """`model_bytes`: tensors of all models held; `process_bytes`: growth of the process's memory (PSS), all of them read once."""
 
     way: Way
     adapters: int
@@ -47,14 +47,17 @@ def _measure(base: Path, adapters: Sequence[Path], *, task: Task, way: Way) -> F
     load_model(base, task=task)  # what the libraries themselves take is not counted
     _settle()
     process = psutil.Process()
-    before = process.memory_full_info().uss
+    before = process.memory_full_info().pss
     models = (
         _shared(base, adapters, task)
         if way == "shared"
         else [load_adapter(load_model(base, task=task), a).merge_and_unload() for a in adapters]
     )
+    for model in models:
+        for tensor in model.state_dict().values():
+            tensor.sum()  # a mapped file takes memory only once it is read
     _settle()
-    return Footprint(way, len(adapters), sum(_bytes(model) for model in models), process.memory_full_info().uss - before)
+    return Footprint(way, len(adapters), sum(_bytes(model) for model in models), process.memory_full_info().pss - before)
 
 
 def _settle() -> None:

@@ -101,5 +101,5 @@ def _a_prompt(rows: Path) -> str:
     return json.loads(rows.read_text(encoding="utf-8").splitlines()[0])["prompt"]
 
 
-def _say(line: str, *, started: float = time.perf_counter()) -> None:  # noqa: B008
+def _say(line: str, *, started: float = time.perf_counter()) -> None:
     print(f"[demo {time.perf_counter() - started:3.0f} s] {line}", file=sys.stderr, flush=True)  # noqa: T201
