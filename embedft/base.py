@@ -3,13 +3,13 @@
 A quantized base is always a folder (embedft.quantize writes it once); trainer and engine load that same folder.
 """
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.errors import BaseNotFound, QuantizationUnsupported
+from embedft.int8 import keep_activations
 from embedft.model_folder import RECORD, BaseInfo, Task, describe, fingerprint, quantization_of
 from embedft.quantize import quantize
 
@@ -121,20 +121,27 @@ def load_model(folder: Path, *, task: Task) -> "PreTrainedModel":
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # int8: one line a layer about its cast
     loader: Any = AutoModelForCausalLM if task == "causal_lm" else AutoModel
     device = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     model = loader.from_pretrained(folder, dtype=compute_dtype(), **device)
+    _cast(model, compute_dtype())
     model.requires_grad_(False)
     model.eval()
-    _settle_4bit(model)
+    if quantization_of_model(model) == "bitsandbytes":
+        _settle_4bit(model)
+        keep_activations(model)
     return model
+
+
+def _cast(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
+    """A quantized folder keeps its other tensors in the dtype that they were written in, whatever `dtype` was asked for."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _settle_4bit(model: "PreTrainedModel") -> None:
     """An evaluation must not pack 4-bit weights that the next training step needs unpacked, nor a foreign machine's dtype rule."""
-    if quantization_of_model(model) != "bitsandbytes":
-        return
     from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():

@@ -10,6 +10,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("EMBEDFT_CACHE", tempfile.mkdtemp(prefix="embedft-test-cache-"))
 os.environ["HF_HOME"] = os.environ["EMBEDFT_CACHE"] + "/hf"
 

@@ -1,7 +1,8 @@
 """Starts vLLM's own OpenAI server, mended first where it would be wrong or slow. Knows nothing of tenants or the gateway.
 
 `python -m serve.engines.vllm_server` takes vLLM's arguments. Everywhere, an adapter is refused whose modules the model
-lacks: vLLM would load it and apply nothing. (Names saved from a bare decoder, without `model.`, are matched first.) On a CPU:
+lacks: vLLM would load it and apply nothing. (Names saved from a bare decoder, without `model.`, are matched first.) Int8 bases
+compute as in training (embedft.int8). On a CPU:
 
 1. Children are forked and the worker lives in the engine process: vLLM would import itself three times, once a process.
    The cores are set on the whole process beforehand (EMBEDFT_ENGINE_CORES), which is why one worker needs no process of its own.
@@ -14,6 +15,7 @@ lacks: vLLM would load it and apply nothing. (Names saved from a bare decoder, w
 import os
 from typing import Any
 
+from embedft.int8 import dequantized
 from serve.engines import vllm_cpu_lora
 from serve.engines.command import parse_cores
 
@@ -26,9 +28,9 @@ def main() -> None:
     from vllm.platforms import current_platform
 
     _every_module_of_an_adapter_must_match()
+    _bitsandbytes_as_the_trainer_has_it(on_cpu=current_platform.is_cpu())
     if current_platform.is_cpu():
         _one_process_for_engine_and_worker(type(current_platform))
-        _bitsandbytes_in_the_activations_dtype()
         vllm_cpu_lora.install()
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
@@ -75,10 +77,15 @@ def _one_process_for_engine_and_worker(platform: Any) -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def _bitsandbytes_in_the_activations_dtype() -> None:
+def _bitsandbytes_as_the_trainer_has_it(*, on_cpu: bool) -> None:
     try:
         from vllm_bnb_plugin.quantization import linear
     except ImportError:  # without the plugin only unquantized and compressed-tensors bases are served
+        return
+
+    method: Any = linear.BitsAndBytesLinearMethod
+    method._apply_8bit_weight = _apply_8bit
+    if not on_cpu:
         return
 
     def halves_of_a_byte(dtype: Any) -> int:
@@ -86,8 +93,7 @@ def _bitsandbytes_in_the_activations_dtype() -> None:
         return 2
 
     linear.calculate_quant_ratio = halves_of_a_byte
-    method: Any = linear.BitsAndBytesLinearMethod
-    method._apply_4bit_weight, method._apply_8bit_weight = _apply_4bit, _apply_8bit
+    method._apply_4bit_weight = _apply_4bit
 
 
 def _apply_4bit(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
@@ -105,23 +111,14 @@ def _apply_4bit(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
 
 
 def _apply_8bit(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
-    """x (..., in) → (..., out), shard by shard as bitsandbytes' Linear8bitLt computes it in eval mode."""
+    """x (..., in) → (..., out), shard by shard as the trainer computes it."""
     import torch
-    from bitsandbytes.autograd._functions import MatmulLtState, matmul
 
+    del self
     weight = layer.weight
-    offsets, states = weight.bnb_shard_offsets, weight.matmul_state
-    flat = x.reshape(-1, x.shape[-1])
-    parts: list[Any] = []
-    for i in range(len(states)):
-        if states[i] is None:
-            state = MatmulLtState()
-            state.CB, state.SCB = weight[offsets[i] : offsets[i + 1]], weight.bnb_quant_state[i].to(x.device)
-            state.threshold = self.quant_config.llm_int8_threshold
-            state.has_fp16_weights, state.is_training = False, False
-            states[i] = state
-        parts.append(matmul(flat, states[i].CB, state=states[i]))
-    out = torch.cat(parts, dim=-1).view(*x.shape[:-1], -1).to(x.dtype)
+    offsets, scales = weight.bnb_shard_offsets, weight.bnb_quant_state
+    parts = [x @ dequantized(weight[offsets[i] : offsets[i + 1]], scales[i].to(x.device), dtype=x.dtype).T for i in range(len(scales))]
+    out = torch.cat(parts, dim=-1)
     return out if bias is None else out + bias
 
 

@@ -97,3 +97,26 @@ def test_the_compute_dtype_is_one_that_this_machine_is_fast_in() -> None:
         assert compute_dtype() == torch.float32
     else:
         assert compute_dtype() in {torch.bfloat16, torch.float16}
+
+
+def test_int8_weights_compute_as_their_floating_point_selves_whatever_the_batch() -> None:
+    import torch
+
+    base = load_base(BaseSpec("minilm", "int8"), task="embedding")
+    layer = base.model.encoder.layer[0].attention.self.query
+    weight = layer.weight.data.to(compute_dtype()) * (layer.weight.SCB / 127).to(compute_dtype())[:, None]
+    torch.manual_seed(0)
+    x = torch.randn(5, 384, dtype=compute_dtype())
+    x[0] *= 50  # an outlier must not change how its neighbours are computed
+    x.requires_grad_()
+    out = layer(x)
+    out.sum().backward()
+    assert torch.allclose(out, x @ weight.T + layer.bias, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(layer(x[3:4])[0], out[3], rtol=1e-5, atol=1e-5)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, weight.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_in_nf4_computes_in_the_machines_dtype_as_an_encoder_too() -> None:
+    base = load_base(BaseSpec("seed-lm", "nf4"), task="embedding")
+    assert {parameter.dtype for parameter in base.model.parameters() if parameter.is_floating_point()} == {compute_dtype()}

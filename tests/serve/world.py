@@ -102,7 +102,11 @@ class Server:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def wait_ready(self, seconds: float = 60) -> None:
-        wait_for(lambda: self.client.get("/ready").status_code == 200, seconds, self)
+        try:
+            wait_for(lambda: self.client.get("/ready").status_code == 200, seconds, self)
+        except BaseException:
+            self.process.kill()
+            raise
 
     def stop(self) -> int:
         if self.process.poll() is None:
@@ -140,24 +144,26 @@ class World:
             {"name": "texts", "model": str(self.texts), "task": "embedding", "engine": "fake"},
             {"name": "words", "model": str(self.words), "task": "causal_lm", "engine": "fake"},
         ]
-        path, log, events = self.folder / "server.yaml", self.folder / "server.log", self.folder / "events.jsonl"
-        path.write_text(yaml.safe_dump({"bases": bases, "stop_seconds": 3.0, **config}))
-        env = {**os.environ, "EMBEDFT_ADMIN_TOKEN": TOKEN, "EMBEDFT_FAKE_EVENTS": str(events), "PYTHONPATH": str(ROOT)}
-        env |= {"EMBEDFT_FAKE_LATENCY": str(latency), "EMBEDFT_FAKE_TOKEN_LATENCY": str(token_latency)}
-        command = [sys.executable, "-m", "embedft", "serve", str(path), "--port", "0", "--adapters", str(self.store.root)]
-        with log.open("w") as file:
-            process = subprocess.Popen(command, env=env, stderr=file, stdout=file, text=True, cwd=self.folder)
-        wait_for(lambda: "http://" in log.read_text() or process.poll() is not None, 60)
-        found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
-        assert found, log.read_text()
-        server = Server(process, found[0], log, events)
-        try:
-            if wait:
-                server.wait_ready()
-        except BaseException:
-            process.kill()
-            raise
+        events = self.folder / "events.jsonl"
+        env = {"EMBEDFT_FAKE_EVENTS": str(events), "EMBEDFT_FAKE_LATENCY": str(latency), "EMBEDFT_FAKE_TOKEN_LATENCY": str(token_latency)}
+        server = launch({"bases": bases, "stop_seconds": 3.0, **config}, folder=self.folder, store=self.store.root, env=env)
+        if wait:
+            server.wait_ready()
         return server
+
+
+def launch(config: dict[str, Any], *, folder: Path, store: Path, env: dict[str, str] | None = None) -> Server:
+    """`embedft serve` in a process of its own, as a user starts it; it has said where it listens, no more."""
+    path, log, events = folder / "server.yaml", folder / "server.log", folder / "events.jsonl"
+    path.write_text(yaml.safe_dump(config))
+    environment = {**os.environ, "EMBEDFT_ADMIN_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), **(env or {})}
+    command = [sys.executable, "-m", "embedft", "serve", str(path), "--port", "0", "--adapters", str(store)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stderr=file, stdout=file, text=True, cwd=folder)
+    wait_for(lambda: "http://" in log.read_text() or process.poll() is not None, 60)
+    found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
+    assert found, log.read_text()
+    return Server(process, found[0], log, events)
 
 
 def make_world(folder: Path) -> World:
