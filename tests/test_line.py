@@ -51,7 +51,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
         "a": [train_embedding(store, "a", folder / "data", seed=seed, **base[0]) for seed in (1, 2)],
         "b": [train_embedding(store, "b", folder / "data", seed=3, **base[0])],
         "s": [train_causal_lm(store, "s", folder / "data", seed=seed, **base[1]) for seed in (1, 2)],
-        "t": [train_causal_lm(store, "t", folder / "data", seed=3, **base[1])],
+        "t": [train_causal_lm(store, "t", folder / "data", seed=4, **base[1])],
     }
     vectors = {identity: solo_vectors(store, identity, spec=TEXT, like="a") for name in EMBEDDING for identity in generations[name]}
     answers = {identity: solo_answers(store, identity, spec=WORDS) for name in LANGUAGE for identity in generations[name]}
@@ -74,8 +74,7 @@ def test_the_solo_answers_are_far_enough_apart_that_a_swap_shows(line: Line) -> 
     for one, other in itertools.combinations(line.vectors.values(), 2):
         assert (one * other).sum(1).max() < 0.999
     for one, other in itertools.combinations(line.answers.values(), 2):
-        assert all(left.text != right.text for left, right in zip(one, other, strict=True)) or one is line.answers["base"]
-        assert sum(left.equals(right.text) for left, right in zip(one, other, strict=True)) == 0
+        assert not any(left.equals(right.text) for left, right in zip(one, other, strict=True)), (one, other)
 
 
 def test_each_adapter_shows_the_trainers_effect_in_vllm(line: Line) -> None:

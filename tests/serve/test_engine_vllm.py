@@ -11,7 +11,6 @@ from embedft.base import BaseSpec, base_folder
 from embedft.encode import Encoder, EncodeSettings
 from embedft.model_folder import describe
 from embedft.quantize import quantize
-from tests.fixtures_embedding import text, tiny_decoder, tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import (
     EngineProcess,
@@ -66,16 +65,6 @@ def check_names(server: EngineProcess) -> None:
 
 def test_minilm_in_nf4_answers_as_base_a_and_b(tmp_path: Path) -> None:
     check_embeddings(base_folder(BaseSpec("minilm", "nf4")), tmp_path, TEXTS)
-
-
-def test_a_cls_pooled_encoder_answers_as_base_a_and_b(tmp_path: Path) -> None:
-    base = tiny_encoder(tmp_path / "base", pooling="cls")
-    check_embeddings(base, tmp_path, [text("query", topic, 0) for topic in range(6)])
-
-
-def test_a_decoder_with_last_token_pooling_applies_adapters_saved_without_the_model_prefix(tmp_path: Path) -> None:
-    base = tiny_decoder(tmp_path / "base")
-    check_embeddings(base, tmp_path, [text("query", topic, 0) for topic in range(6)])
 
 
 @pytest.fixture(scope="module")
