@@ -41,7 +41,7 @@ test: check
 	$(BIN)/python -m pytest
 
 demo: install
-	$(BIN)/embedft demo
+	$(BIN)/embedft demo $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist
