@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "demo", _demo, "train four adapters, serve them over two quantized bases, compare")
     command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     command.add_argument("--engine", choices=("vllm", "peft"), help="default: vllm where it is installed")
+    command.add_argument("--quick", action="store_true", help="every step, on a fraction of the data")
     _command(commands, "doctor", _doctor, "what is installed, what works, and how to mend what does not")
     return parser
 
@@ -201,8 +202,11 @@ def _adapters_list(arguments: argparse.Namespace) -> None:
         rows.append(
             {"name": name, "generation": identity[:12], "task": passport.task, "method": passport.method, "base": base, "proof": proof}
         )
+    damaged = store.damaged()
+    for reason in damaged.values():
+        print(f"embedft: {reason}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"adapters": rows}))
+        print(json.dumps({"adapters": rows, "damaged": damaged}))
     elif rows:
         _table(rows)
     else:
@@ -319,7 +323,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded; weights load in an instant
     from embedft.demo import demo
 
-    report = demo(arguments.out, engine=arguments.engine)
+    report = demo(arguments.out, engine=arguments.engine, quick=arguments.quick)
     if arguments.json:
         print(json.dumps(report))
 

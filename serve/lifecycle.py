@@ -154,7 +154,7 @@ class Lifecycle:
 
     def unserved(self) -> dict[str, str]:
         """Names in the store that are not served, each with the reason."""
-        reasons: dict[str, str] = {}
+        reasons = self.store.damaged()
         for name in self.store.names():
             if name not in self.live:
                 reasons[name] = self.refused.get(name) or self._why_not(name)

@@ -13,6 +13,7 @@ from embedft.files import HeaderInvalid, hash_json, hash_tensors
 PASSPORT = "passport.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+TEXTS = "texts.jsonl"  # in eval/: the only file that carries training or evaluation texts
 Side = Literal["both", "query"]
 
 

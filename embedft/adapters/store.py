@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from embedft.adapters.passport import Passport, generation, read_passport
@@ -71,8 +71,25 @@ class AdapterStore:
         return identity
 
     def names(self) -> dict[str, str]:
-        """Name → current generation, sorted by name."""
-        return {path.stem: self._read(path)[-1] for path in sorted(self._names.glob("*.json")) if NAME.fullmatch(path.stem)}
+        """Name → current generation, sorted by name. A damaged pointer is left out: see `damaged`."""
+        found: dict[str, str] = {}
+        for path in self._pointers():
+            with suppress(AdapterInvalid):
+                found[path.stem] = self._read(path)[-1]
+        return found
+
+    def damaged(self) -> dict[str, str]:
+        """Name → what is wrong with its pointer and how to mend it."""
+        reasons: dict[str, str] = {}
+        for path in self._pointers():
+            try:
+                self._read(path)
+            except AdapterInvalid as error:
+                reasons[path.stem] = str(error)
+        return reasons
+
+    def _pointers(self) -> list[Path]:
+        return [path for path in sorted(self._names.glob("*.json")) if NAME.fullmatch(path.stem)]
 
     def history(self, name: str) -> list[str]:
         """Generations that `name` has pointed at, oldest first. AdapterNotFound."""
@@ -100,14 +117,19 @@ class AdapterStore:
         return read_passport(self.folder(name_or_generation), name=name_or_generation)
 
     def remove(self, name: str) -> None:
-        """Forget `name`. Its objects stay until `collect`."""
-        self.history(name)
+        """Forget `name`, damaged or not. Its objects stay until `collect`. AdapterNotFound."""
+        if name not in self.damaged():
+            self.history(name)
         with locked(self.root / ".lock"):
             (self._names / f"{name}.json").unlink(missing_ok=True)
 
     def collect(self, *, leased: Collection[str] = ()) -> list[str]:
         """Delete objects that no name points at, now or in its history, and nobody leases; returns their generations."""
         with locked(self.root / ".lock"):
+            if broken := self.damaged():
+                raise AdapterInvalid(
+                    next(iter(broken)), "nothing is deleted while a pointer of the store is damaged: mend or remove it first"
+                )
             named = {identity for name in self.names() for identity in self.history(name)}
             unused = [path for path in self._objects.glob("[0-9a-f]*") if path.name not in named and path.name not in leased]
             for path in unused:
@@ -117,7 +139,10 @@ class AdapterStore:
     def _point(self, name: str, identity: str, *, expected: str | None, replace: bool) -> None:
         self._names.mkdir(parents=True, exist_ok=True)
         path = self._names / f"{name}.json"
-        history = self._read(path) if path.is_file() else []
+        try:
+            history = self._read(path) if path.is_file() else []
+        except AdapterInvalid:  # pointing it again is what mends it
+            history = []
         if history and not replace:
             raise AdapterExists(f"there is an adapter named {name!r} already: choose another name or remove it first")
         if expected is not None and (not history or not history[-1].startswith(expected)):
@@ -133,7 +158,10 @@ class AdapterStore:
                 return history
         except (ValueError, KeyError, TypeError):
             pass
-        raise AdapterInvalid(path.stem, f"the store's pointer {path.name} is damaged: point it again with `embedft adapters import`")
+        raise AdapterInvalid(
+            path.stem,
+            f"the store's pointer {path.name} is damaged: point it again with `embedft adapters import --name`, or `embedft adapters remove` it",
+        )
 
 
 def check_name(name: str) -> None:

@@ -4,12 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from embedft.adapters.passport import CONFIG, WEIGHTS, read_passport
+from embedft.adapters.passport import CONFIG, TEXTS, WEIGHTS, read_passport
 from embedft.adapters.store import AdapterStore, check_folder
 from embedft.errors import AdapterExists, AdapterInvalid, EmbedftError, UsageError
 from embedft.files import HeaderInvalid, publish_folder, staged_folder, tensor_table
-
-TEXTS = "texts.jsonl"  # in eval/: the only file that carries training or evaluation texts
 
 
 class TransferFailed(EmbedftError):

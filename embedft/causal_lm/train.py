@@ -163,6 +163,6 @@ def eval_rows(rows: Sequence[Row], base: Generation | None, adapter: Generation 
         for name, made in (("base", base), ("adapter", adapter)):
             record[name] = {metric: round(float(values[i]), 6) for metric, values in made.scores.items()}
         if keep_texts:
-            record |= {"expected": row.answer, "base_answer": base.answers[i], "adapter_answer": adapter.answers[i]}
+            record["texts"] = {"expected": row.answer, "base": base.answers[i], "adapter": adapter.answers[i]}
         records.append(record)
     return records

@@ -16,6 +16,8 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
 def _markdown(report: dict[str, Any]) -> Iterable[str]:
     engines = ", ".join(f"{base} in {engine}" for base, engine in report["engines"].items())
     yield f"# embedft demo: four adapters, two quantized bases, one server ({engines})\n"
+    if report["quick"]:
+        yield "Made with --quick, on a fraction of the data: it shows that all works here, not how much the adapters gain.\n"
     yield "## Quality on held-out data\n"
     yield from _table(
         ("adapter", "metric", "base", "BM25", "adapter", "gain, 95 % interval", "trained in"),

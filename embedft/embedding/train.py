@@ -130,7 +130,7 @@ def per_query(results: dict[str, RetrievalResult], texts: Any = None) -> list[di
         for name, result in results.items():
             row[name] = {metric: round(float(values[index]), 6) for metric, values in result.per_query.items()}
         row["ranked"] = list(results["adapter"].ranked[index])
-        rows.append(row if texts is None else row | {"query": texts[identifier]})
+        rows.append(row if texts is None else row | {"texts": {"query": texts[identifier]}})
     return rows
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.adapters.passport import BaseIdentity, Passport
+from embedft.adapters.passport import TEXTS, BaseIdentity, Passport
 from embedft.adapters.probes import RecordedProbes, write_probes
 from embedft.base import Base
 from embedft.methods import save_weights
@@ -28,7 +28,7 @@ HUB_IDS = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # a built-in who
 
 @dataclass(frozen=True)
 class Published:
-    """What a trainer knows of its run beyond the weights. `rows`: eval/rows.jsonl, one object a query or row.
+    """What a trainer knows of its run beyond the weights. `rows`: eval/, one object a query or row; texts apart, under `texts`.
 
     `settings` for embedding adapters, `template_hash` for language models'. `data_hash` 64 hex; `seconds` of training.
     """
@@ -124,8 +124,13 @@ def _note_unnoticed(name: str, recorded: RecordedProbes) -> None:
 
 
 def _write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Scores into rows.jsonl; what a row has under `texts` into texts.jsonl, the one file that an export leaves out."""
     if not rows:
         return
     folder.mkdir()
-    lines = (json.dumps(row, ensure_ascii=False, sort_keys=False) for row in rows)
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    scores = [{key: value for key, value in row.items() if key != "texts"} for row in rows]
+    texts = [{"id": row["id"], **row["texts"]} for row in rows if "texts" in row]
+    for name, records in (("rows.jsonl", scores), (TEXTS, texts)):
+        if records:
+            lines = (json.dumps(record, ensure_ascii=False) for record in records)
+            (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -127,6 +127,18 @@ def test_a_failed_put_leaves_nothing_behind(adapter: Path, store: AdapterStore) 
     assert not list((store.root / "objects").iterdir())
 
 
+def test_a_damaged_pointer_hides_no_other_adapter_and_can_be_mended(adapter: Path, store: AdapterStore) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    import_folder(store, adapter, name="medical")
+    (store.root / "names" / "medical.json").write_text('{"generation": ')
+    assert store.names() == {"legal": identity}
+    assert "point it again" in store.damaged()["medical"]
+    with pytest.raises(AdapterInvalid, match="nothing is deleted while"):
+        store.collect()
+    import_folder(store, adapter, name="medical")
+    assert (store.names(), store.damaged()) == ({"legal": identity, "medical": identity}, {})
+
+
 def test_collect_deletes_only_what_nothing_names_or_leases(adapter: Path, store: AdapterStore) -> None:
     identity = import_folder(store, adapter, name="legal")
     assert store.collect() == []
