@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "eval", _eval, "score an adapter against its base on a data set")
     command.add_argument("adapter", metavar="ADAPTER", help="a name in the store, or an adapter folder")
     command.add_argument("--data", metavar="DATA", required=True, help="a BEIR folder, or a file of rows")
+    command.add_argument("--base", metavar="FOLDER", help="the base, where it was trained on a folder of yours")
     _store_option(command)
     _adapters(commands)
     _recipes(commands)
@@ -105,6 +106,8 @@ def _adapters(commands: Any) -> None:
         _store_option(action)
         if name in {"show", "verify", "export", "remove", "push"}:
             action.add_argument("adapter", metavar="NAME")
+        if name == "verify":
+            action.add_argument("--base", metavar="FOLDER", help="the base, where it was trained on a folder of yours")
         if name in {"import", "pull"}:
             action.add_argument("source", metavar="FOLDER" if name == "import" else "PLACE")
             action.add_argument("--name", help="the name to store it under (default: its own)")
@@ -185,7 +188,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         from embedft.embedding.evaluate import evaluate_adapter
     else:
         from embedft.causal_lm.evaluate import evaluate_adapter
-    metrics = evaluate_adapter(folder, arguments.data, store)
+    metrics = evaluate_adapter(folder, arguments.data, store, base=arguments.base)
     if arguments.json:
         print(json.dumps(metrics))
     else:
@@ -226,7 +229,7 @@ def _adapters_show(arguments: argparse.Namespace) -> None:
 def _adapters_verify(arguments: argparse.Namespace) -> int:
     from embedft.verify import verify
 
-    report = verify(_store(arguments).folder(arguments.adapter))
+    report = verify(_store(arguments).folder(arguments.adapter), base=arguments.base)
     _print(arguments, dataclasses.asdict(report), title=arguments.adapter)
     return 0 if report.passed else 1
 

@@ -94,16 +94,25 @@ def record(folder: Path, *, base: Path, tokenizer: Any, task: Task, settings: En
     return choose(probes, effects, without)
 
 
-def verify(folder: Path, *, base: Path | None = None) -> ProbeReport:
-    """Load base (by default the one that the passport names) and adapter afresh; hold the effect against the recorded one.
+def trained_base(passport: Passport, given: str | Path | None = None) -> Path:
+    """The folder of the base that an adapter was trained on: as its passport names it, or `given`, quantized if it is not yet.
 
-    Raises BaseMismatch where the base is not the one trained on, AdapterInvalid where the folder is damaged.
+    Raises BaseMismatch where that holds other bytes.
+    """
+    named = passport.base
+    folder = base_folder(BaseSpec(str(given or named.model), named.quantization, named.revision))
+    if fingerprint(folder) != named.fingerprint:
+        raise BaseMismatch(passport.name, trained_on=named.fingerprint, serving=fingerprint(folder))
+    return folder
+
+
+def verify(folder: Path, *, base: str | Path | None = None) -> ProbeReport:
+    """Load `trained_base` and adapter afresh; hold the effect against the recorded one.
+
+    Raises BaseMismatch, and AdapterInvalid where the folder is damaged.
     """
     passport, recorded = read_passport(folder), read_probes(folder)
-    base_dir = base or base_folder(BaseSpec(passport.base.model, passport.base.quantization, passport.base.revision))
-    found = fingerprint(base_dir)
-    if found != passport.base.fingerprint:
-        raise BaseMismatch(passport.name, trained_on=passport.base.fingerprint, serving=found)
+    base_dir = trained_base(passport, base)
     settings = settings_of(passport) if passport.task == "embedding" else None
     model = load_model(base_dir, task=passport.task)
     plain, again = (outputs(model, recorded.probes, folder=base_dir, settings=settings) for _ in range(2))

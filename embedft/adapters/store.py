@@ -127,9 +127,7 @@ class AdapterStore:
         """Delete objects that no name points at, now or in its history, and nobody leases; returns their generations."""
         with locked(self.root / ".lock"):
             if broken := self.damaged():
-                raise AdapterInvalid(
-                    next(iter(broken)), "nothing is deleted while a pointer of the store is damaged: mend or remove it first"
-                )
+                raise AdapterInvalid(next(iter(broken)), "nothing is deleted while its pointer is damaged: mend or remove it first")
             named = {identity for name in self.names() for identity in self.history(name)}
             unused = [path for path in self._objects.glob("[0-9a-f]*") if path.name not in named and path.name not in leased]
             for path in unused:
@@ -158,10 +156,8 @@ class AdapterStore:
                 return history
         except (ValueError, KeyError, TypeError):
             pass
-        raise AdapterInvalid(
-            path.stem,
-            f"the store's pointer {path.name} is damaged: point it again with `embedft adapters import --name`, or `embedft adapters remove` it",
-        )
+        mend = "point it again with `embedft adapters import --name`, or `embedft adapters remove` it"
+        raise AdapterInvalid(path.stem, f"the store's pointer {path.name} is damaged: {mend}")
 
 
 def check_name(name: str) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.adapters.passport import read_passport
-from embedft.base import BaseSpec, base_folder
 from embedft.causal_lm.data import Row, read_rows
 from embedft.causal_lm.template import IGNORED, Example, Template, stop_tokens, template_with_hash
 from embedft.training.statistics import paired_bootstrap
@@ -154,28 +153,26 @@ def compare(base: Generation | None, adapter: Generation | None, metric: str) ->
 
 
 def evaluate_adapter(
-    name: "str | Path", data: str, store: "AdapterStore", *, base: "Path | None" = None, max_new_tokens: int = 32, batch: int = 32
+    name: "str | Path", data: str, store: "AdapterStore", *, base: "str | Path | None" = None, max_new_tokens: int = 32, batch: int = 32
 ) -> dict[str, Any]:
     """A stored adapter (or an adapter folder) and its base on other rows: what `embedft eval` prints.
 
-    `base`: the folder of a base that the passport cannot name (one trained from a local path). Raises DataError,
+    `base`: the folder of a base that the passport cannot name (a local folder's). Raises DataError,
     AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
     """
     from transformers import AutoTokenizer
 
     from embedft.base import load_model
-    from embedft.errors import AdapterInvalid, BaseMismatch
+    from embedft.errors import AdapterInvalid
     from embedft.methods import load_adapter
-    from embedft.model_folder import fingerprint
+    from embedft.verify import trained_base
 
     rows = read_rows(data)
     folder = Path(name) if Path(name).is_dir() else store.folder(str(name))
     passport = read_passport(folder, name=str(name))
     if passport.task != "causal_lm":
         raise AdapterInvalid(passport.name, "it is no language model's adapter, so it writes nothing")
-    source = base or base_folder(BaseSpec(passport.base.model, passport.base.quantization, passport.base.revision))
-    if fingerprint(source) != passport.base.fingerprint:
-        raise BaseMismatch(passport.name, trained_on=passport.base.fingerprint, serving=fingerprint(source))
+    source = trained_base(passport, base)
     template = template_with_hash(AutoTokenizer.from_pretrained(source), passport.template_hash)
     model: Any = load_adapter(load_model(source, task="causal_lm"), folder)
     adapted = evaluate_generation(model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=passport.max_length)

@@ -130,7 +130,7 @@ def evaluate_adapter(
     data: str,
     store: "AdapterStore",
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     metric: str = "ndcg@10",
     queries: int | None = None,
     documents: int | None = None,
@@ -142,21 +142,18 @@ def evaluate_adapter(
     Raises DataError, AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
     """
     from embedft.adapters.passport import read_passport
-    from embedft.base import BaseSpec, base_folder, load_model
+    from embedft.base import load_model
     from embedft.embedding.data import load_retrieval, reduce_to
-    from embedft.errors import AdapterInvalid, BaseMismatch
+    from embedft.errors import AdapterInvalid
     from embedft.methods import load_adapter
-    from embedft.model_folder import fingerprint
+    from embedft.verify import trained_base
 
     retrieval = reduce_to(load_retrieval(data), queries=queries, documents=documents)
     folder = Path(name) if Path(name).is_dir() else store.folder(str(name))
     passport = read_passport(folder)
     if passport.task != "embedding" or passport.pooling is None or passport.normalize is None:
         raise AdapterInvalid(passport.name, "it is no embedding adapter, so it ranks nothing")
-    trained_on = passport.base
-    source = base_folder(BaseSpec(base or trained_on.model, trained_on.quantization, trained_on.revision))
-    if fingerprint(source) != trained_on.fingerprint:
-        raise BaseMismatch(passport.name, trained_on=trained_on.fingerprint, serving=fingerprint(source))
+    source = trained_base(passport, base)
     model = load_adapter(load_model(source, task="embedding"), folder)
     settings = EncodeSettings(passport.pooling, passport.normalize, passport.max_length, passport.prompts)
     results = compare_towers(model, source, settings, retrieval, side=passport.side, batch_size=batch_size)

@@ -230,11 +230,8 @@ def test_a_published_adapter_scores_the_same_when_evaluated_again(make: Make, ba
 
 
 def test_scores_of_every_query_are_kept_and_texts_only_when_asked(make: Make, store: AdapterStore) -> None:
-    folders = [
-        Path(trained(make(name=f"t{int(texts)}", train={"max_steps": 2, "seed": 7 + texts}, eval={"keep_texts": texts}), store).path)
-        / "eval"
-        for texts in (False, True)
-    ]
+    made = [make(name=f"t{int(texts)}", train={"max_steps": 2, "seed": 7 + texts}, eval={"keep_texts": texts}) for texts in (False, True)]
+    folders = [Path(trained(recipe, store).path) / "eval" for recipe in made]
     for folder in folders:
         rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
         assert len(rows) == 48
