@@ -46,7 +46,7 @@ def dequantized(codes: "torch.Tensor", scale: "torch.Tensor", *, dtype: "torch.d
 
 def keep_activations(model: Any) -> None:
     """Let every int8 layer of a loaded model compute by `int8_linear`."""
-    from bitsandbytes.nn import Linear8bitLt
+    from bitsandbytes.nn.modules import Linear8bitLt
 
     for module in model.modules():
         if isinstance(module, Linear8bitLt):

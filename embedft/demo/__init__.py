@@ -17,7 +17,7 @@ from embedft.training.measure import AdapterResult
 # recipe, the folder of its data under pydocs, and whether that is a retrieval set
 PLAN = (("pydocs-code", "code"), ("pydocs-readme", "readme"), ("pydocs-package", "lm_package"), ("pydocs-argument", "lm_argument"))
 LM_ROWS = ("data.limit=1600",)  # of 2,400: the demo is to end within minutes on two cores
-QUICK = {"embedding": ("data.limit=192", "eval.queries=60", "eval.documents=150"), "causal_lm": ("data.limit=480", "eval.rows=60")}
+QUICK = {"embedding": ("data.limit=192", "eval.queries=60", "eval.documents=150"), "causal_lm": ("data.limit=400", "eval.rows=60")}
 QUERY = "Return the number of items in the container."
 
 
@@ -43,7 +43,7 @@ def demo(out: Path, *, engine: str | None = None, quick: bool = False) -> dict[s
             "engines": server.engines,
             "quality": [_quality(recipe, result) for recipe, result in trained],
             "answers": ask(server, query=QUERY, prompt=_a_prompt(out / "data" / "lm_package" / "test.jsonl")),
-            "switch_ms": switch_ms(server),
+            "switch_ms": switch_ms(server, rounds=8 if quick else 40),
             "parity": server.parity(),
             "ready_seconds": round(server.ready_seconds, 1),
             "server_memory_bytes": server.memory(),

@@ -1,0 +1,69 @@
+"""Writes the README's figures from benchmarks/results/, between its `<!-- name -->` and `<!-- /name -->` marks.
+
+python benchmarks/readme.py            write            python benchmarks/readme.py --check    exit 1 where they differ
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def demo_table(demo: dict[str, Any]) -> str:
+    head = "| adapter | base model | metric | base | BM25 | adapter | gain, 95 % interval |\n|---|---|---|---|---|---|---|\n"
+    rows: list[str] = []
+    for row in demo["quality"]:
+        model = "MiniLM, NF4" if row["task"] == "embedding" else "seed-lm, NF4"
+        bm25 = "–" if row["bm25"] is None else f"{row['bm25']:.3f}"
+        low, high = row["gain_ci95"]
+        cells = (row["adapter"], model, row["metric"], f"{row['base']:.3f}", bm25, f"{row['score']:.3f}", f"{low:+.3f} … {high:+.3f}")
+        rows.append("| " + " | ".join(cells) + " |")
+    return head + "\n".join(rows)
+
+
+def demo_text(demo: dict[str, Any]) -> str:
+    machine, switch = demo["machine"], demo["switch_ms"]
+    costs = " and ".join(
+        f"{max(switch[task]['cost'], 0):.1f} ms ({label})" for task, label in (("embedding", "MiniLM"), ("causal_lm", "seed-lm"))
+    )
+    error = max(row["error"] for row in demo["parity"])
+    return (
+        f"Measured on {machine['cores']} CPU cores ({machine['cpu_capability']}, no GPU), all of it in {demo['seconds'] / 60:.1f} minutes. "
+        f"Changing the adapter from one request to the\nnext cost {costs} at the median. The adapters' effects in the serving engine differed from\n"
+        f"the trainer's by at most {error:.1e} of their norm. From [demo.json](benchmarks/results/demo.json), made by `benchmarks/demo.py`."
+    )
+
+
+BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "demo-table": ("demo.json", demo_table),
+    "demo-text": ("demo.json", demo_text),
+}
+
+
+def rendered(text: str) -> str:
+    """The README with every block made anew."""
+    for name, (source, render) in BLOCKS.items():
+        content = render(json.loads((RESULTS / source).read_text(encoding="utf-8")))
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no block {name}")
+        text = pattern.sub(lambda found, content=content: found[1] + content + found[2], text)
+    return text
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    made = rendered(text)
+    if "--check" in sys.argv:
+        raise SystemExit("README.md differs from benchmarks/results: run python benchmarks/readme.py" if made != text else 0)
+    path.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
