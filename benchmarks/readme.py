@@ -33,7 +33,8 @@ def demo_text(demo: dict[str, Any]) -> str:
     )
     error = max(row["error"] for row in demo["parity"])
     return (
-        f"Measured on {machine['cores']} CPU cores ({machine['cpu_capability']}, no GPU), all of it in {demo['seconds'] / 60:.1f} minutes. "
+        f"Measured on {machine['cores']} CPU cores ({machine['cpu_capability']}, no GPU), all of it in "
+        f"{demo['seconds'] / 60:.1f} minutes. "
         f"Changing the adapter from one request to the\nnext cost {costs} at the median. The adapters' effects in the serving engine differed from\n"
         f"the trainer's by at most {error:.1e} of their norm. From [demo.json](benchmarks/results/demo.json), made by `benchmarks/demo.py`."
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("TOKENIZERS_PARALLELISM", "false"), ("TRANSFORMERS_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
     try:
@@ -38,7 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, or exit 2. argparse takes no positional after an option; key=value may stand anywhere."""
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest:
+        settings = [part for part in rest if "=" in part and not part.startswith("-")]
+        if settings != rest or "overrides" not in arguments:
+            _parser().error(f"unrecognized arguments: {' '.join(part for part in rest if part not in settings) or ' '.join(rest)}")
+        arguments.overrides += settings
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
     from embedft import __version__
 
     parser = argparse.ArgumentParser(

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from embedft.cli import parser
+from embedft.cli import parse
 from tests.serve.world import TOKEN, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +102,7 @@ def test_every_embedft_command_parses(heading: str) -> None:
     lines = [line for line in commands(heading) if line.startswith("embedft")]
     assert lines
     for line in lines:
-        assert parser().parse_args(shlex.split(line)[1:]).run
+        assert parse(shlex.split(line)[1:]).run
 
 
 def test_the_gpu_page_says_that_it_was_not_run() -> None:

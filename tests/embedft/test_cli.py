@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embedft.cli import main
+from embedft.cli import main, parse
 from tests.embedft.adapter_fixtures import make_adapter
 
 
@@ -39,6 +39,16 @@ def test_wrong_usage_exits_2_without_a_traceback(in_folder: Path, capsys: pytest
     with pytest.raises(SystemExit) as stopped:
         main(["train-embed"])
     assert stopped.value.code == 2
+
+
+def test_settings_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = parse(["train-embed", "pydocs-code", "train.lr=1", "--dry-run", "train.seed=2", "--json", "data.limit=3"])
+    assert (arguments.dry_run, arguments.json, arguments.overrides) == (True, True, ["train.lr=1", "train.seed=2", "data.limit=3"])
+    for wrong in (["train-embed", "pydocs-code", "--dry-rum", "a=1"], ["doctor", "a=1"]):
+        with pytest.raises(SystemExit) as stopped:
+            parse(wrong)
+        assert stopped.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_a_recipe_of_the_other_task_names_the_right_command(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
