@@ -32,10 +32,10 @@ def demo_text(demo: dict[str, Any]) -> str:
         f"{max(switch[task]['cost'], 0):.1f} ms ({label})" for task, label in (("embedding", "MiniLM"), ("causal_lm", "seed-lm"))
     )
     error = max(row["error"] for row in demo["parity"])
+    cores, seconds = f"{machine['cores']} CPU cores ({machine['cpu_capability']}, no GPU)", f"{demo['seconds'] / 60:.1f} minutes"
     return (
-        f"Measured on {machine['cores']} CPU cores ({machine['cpu_capability']}, no GPU), all of it in "
-        f"{demo['seconds'] / 60:.1f} minutes. "
-        f"Changing the adapter from one request to the\nnext cost {costs} at the median. The adapters' effects in the serving engine differed from\n"
+        f"Measured on {cores}, all of it in {seconds}. Changing the adapter from one request to the\n"
+        f"next cost {costs} at the median. The adapters' effects in the serving engine differed from\n"
         f"the trainer's by at most {error:.1e} of their norm. From [demo.json](benchmarks/results/demo.json), made by `benchmarks/demo.py`."
     )
 

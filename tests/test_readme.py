@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from embedft.cli import parse
+from embedft.cli import main, parse
 from tests.serve.world import TOKEN, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,8 @@ def test_the_quickstart_is_two_commands_and_the_first_does_what_it_says(tmp_path
     assert (tmp_path / "report.png").stat().st_size > 1000
 
 
-def test_the_commands_by_hand_run_one_after_the_other(tmp_path: Path) -> None:
+def test_the_commands_by_hand_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     lines = commands("By hand")
     server = None
     try:
@@ -67,7 +68,7 @@ def test_the_commands_by_hand_run_one_after_the_other(tmp_path: Path) -> None:
                 answer = json.loads(run(line.replace("localhost:8000", f"localhost:{port}").replace("curl -s", "curl -sf"), tmp_path))
                 assert answer.get("data") or answer.get("choices")
             else:
-                run(smaller(line), tmp_path)
+                assert main(shlex.split(smaller(line))[1:]) == 0, line
     finally:
         if server:
             server.terminate()
