@@ -6,7 +6,7 @@ it is read along the output. vLLM writes through views of its own shape; rows pa
 
 import ctypes
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,7 +27,6 @@ class Slots:
         self.ranks = np.zeros(count, dtype=np.int32)
         self.outs = np.array([part.shape[2] for part in b], dtype=np.int64)
         self.offsets = np.concatenate(([0], np.cumsum(self.outs)[:-1]))
-        self.punica: Any = None  # a weak reference to the wrapper whose plans these slots are used with
         self._b_pointers = (ctypes.c_void_p * len(b))(*(part.data_ptr() for part in b))
         self.projection = self._projection()
 

@@ -5,13 +5,11 @@ adapter, which then gets the adapter in the last slot, and its logits operation 
 """
 
 import functools
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.lora import layers
-from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -21,7 +19,7 @@ from serve.vllm_cpu_lora.slots import Slots, remember, slots_at
 
 
 class SegmentedPunicaWrapper(PunicaWrapperCPU):
-    """One plan a batch. A row of slot -1 is never touched."""
+    """One plan a batch. A row of slot -1 is never touched. (With LoRA, vLLM's CPU platform never compiles: nothing here is traced.)"""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,10 +88,6 @@ def _rows(plan: Plan) -> list[tuple[Tensor, int]]:
 
 
 def _dispatch(y: Tensor, x: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...], wrapper: SegmentedPunicaWrapper) -> None:
-    """Eagerly at once; under torch.compile as one opaque operation, because a plan is not a constant of the graph."""
-    if torch.compiler.is_compiling():
-        torch.ops.vllm_cpu_lora.add(y, x, (a or b)[0])
-        return
     slots = slots_at((a or b)[0])
     if slots is not None:
         add(y, x, slots, wrapper.plan)
@@ -103,18 +97,6 @@ def _dispatch(y: Tensor, x: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]
         foreign = Slots.foreign(a_part, b_part)
         add(y[:, start : start + int(foreign.outs[0])], x, foreign, wrapper.plan)
         start += int(foreign.outs[0])
-
-
-def _compiled_add(y: Tensor, x: Tensor, key: Tensor) -> None:
-    slots = slots_at(key)
-    assert slots is not None, "a LoRA layer was made before the plugin was registered"
-    add(y, x, slots, slots.punica().plan)
-
-
-_library = torch.library.Library("vllm_cpu_lora", "DEF")
-_library.define("add(Tensor(a!) y, Tensor x, Tensor key) -> ()")
-_library.impl("add", _compiled_add, "CPU")
-_library.impl("add", lambda *_: None, "Meta")
 
 
 @functools.cache
@@ -134,7 +116,6 @@ def _adopt_layers() -> None:
         _after(layer, "set_lora", _note_rank)
         if "reset_lora" in vars(layer):
             _forget_ranks(layer)
-    _after(BaseLayerWithLoRA, "set_mapping", _note_wrapper)
 
 
 def _after(layer: Any, name: str, then: Any) -> None:
@@ -195,8 +176,3 @@ def _note_rank(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
     rank = max((part.shape[0] for part in parts if part is not None), default=0)
     if (slots := vars(self).get("_slots")) is not None:
         slots.ranks[index] = min(rank, slots.max_rank)
-
-
-def _note_wrapper(self: Any, punica_wrapper: Any) -> None:
-    if (slots := vars(self).get("_slots")) is not None:
-        slots.punica = weakref.ref(punica_wrapper)

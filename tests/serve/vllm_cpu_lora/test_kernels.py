@@ -72,7 +72,7 @@ def error(answer: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, database=None)
 @given(
     popularity=st.sampled_from(POPULARITIES),
     ranks=st.lists(st.integers(1, 64), min_size=1, max_size=64),
