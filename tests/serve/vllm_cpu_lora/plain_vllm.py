@@ -33,4 +33,4 @@ else:
         prompt = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
         first = max(entry.logprob for entry in output.outputs[0].logprobs[0].values())
         answers.append([*(entry[token].logprob for entry, token in prompt), first])
-print(json.dumps(answers))
+sys.stdout.write("\n" + json.dumps(answers) + "\n")
