@@ -19,7 +19,7 @@ from benchmarks.sharing.workload import POPULARITIES, Request, adapters, arrival
 
 COUNTS = (1, 2, 8, 32, 128)
 FLIGHT = 32
-VLLM = [Side("vllm base", "vllm", "base"), Side("vllm stock", "vllm", "stock", fewer=2), Side("vllm plugin", "vllm", "plugin")]
+VLLM = [Side("vllm base", "vllm", "base"), Side("vllm plugin", "vllm", "plugin"), Side("vllm stock", "vllm", "stock", fewer=2)]
 PEFT = [
     Side("peft engine", "engine", "engine"),
     Side("PEFT mixed batch", "peft", "mixed"),
@@ -50,18 +50,19 @@ def over_counts(
 ) -> None:
     """Register up to each N, then measure; memory at each N; loading and switching with two adapters."""
     run.memory(part, 0, sides)
+    rounds = run.rounds if tokens == 1 else max(1, run.rounds - 1)
     registered = 0
     for count in counts:
         sides = [side for side in sides if side.fits(count, run.sizes[part]["base"], run.limit)]
         for side in sides:
             side.register(folders[registered:count])
         registered = count
-        for popularity in POPULARITIES if count == 8 else ("zipf",):
+        for popularity in POPULARITIES if count == 8 and len(counts) > 1 else ("zipf",):
             chosen = choose(popularity, len(ids), count, seed=count)
             requests = [Request(adapter, row) for adapter, row in zip(chosen, ids, strict=True)]
-            run.rows += measure(part, sides, requests, count=count, popularity=popularity, flight=FLIGHT, tokens=tokens, rounds=run.rounds)
+            run.rows += measure(part, sides, requests, count=count, popularity=popularity, flight=FLIGHT, tokens=tokens, rounds=rounds)
         run.memory(part, count, sides)
-        if count == 2:
+        if count == min(8, max(counts)):
             run.switches(part, sides, ids[0], tokens=tokens)
         if count == max(counts):
             run.cold_loads(part, sides, folders[-1], ids[0], tokens=tokens)
@@ -80,7 +81,7 @@ def open_loop(run: Measurement, part: str, sides: list[Side], count: int, ids: l
 def generation(run: Measurement, work: Path) -> None:
     """A random Llama of 135 M parameters: prefill alone, decode nearly alone, then all ways over N."""
     base = llama(work / "llama")
-    counts = tuple(count for count in run.counts if count <= 32)
+    counts = tuple(count for count in run.counts if count in (1, 8, 32))
     folders = adapters(work / "llama-adapters", base, "causal_lm", max(counts))
     run.sizes["generation"] = {"base": size_on_disk(base), "adapter": size_on_disk(folders[0])}
     with opened([*VLLM, *(s for s in PEFT if s.mode in ("engine", "mixed", "switch"))], base, "causal_lm") as sides:
@@ -92,14 +93,14 @@ def generation(run: Measurement, work: Path) -> None:
             run.rows += measure(part, vllm, requests, count=8, popularity="distinct", flight=FLIGHT, tokens=tokens, rounds=run.rounds)
 
 
-PARTS = {"embedding": embedding, "embedding-nf4": lambda run, work: embedding(run, work, nf4=True), "generation": generation}
+PARTS = {"embedding": embedding, "generation": generation, "embedding-nf4": lambda run, work: embedding(run, work, nf4=True)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Every way of serving many adapters over one base, in one run.")
     parser.add_argument("--parts", default=",".join(PARTS), help="of " + ", ".join(PARTS))
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="numbers of adapters")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of embedding; generation takes one less")
     parser.add_argument("--memory-limit", type=float, default=4.0, help="GiB that merged copies may take")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     chosen: Any = parser.parse_args()

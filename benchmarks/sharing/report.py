@@ -63,22 +63,15 @@ def markdown(run: dict[str, Any]) -> str:
 
 
 def _throughput(run: dict[str, Any], part: str) -> list[str]:
-    rows = [row for row in run["rows"] if row["part"] == part]
-    lines = [
-        f"## {part}",
-        "",
-        "| N | popularity | arrivals | way | requests/s | of vLLM's base | of vLLM stock | CPU time, of vLLM's base | p50 ms | p95 ms | first token ms |",
-    ]
-    lines += ["|---" * 11 + "|"]
-    for row in rows:
+    heads = ["N", "popularity", "arrivals", "way", "requests/s", "of vLLM's base", "of vLLM stock", "CPU time, of base", "p50 ms", "p95 ms"]
+    lines = [f"## {part}", "", f"| {' | '.join(heads)} | first token ms |", "|---" * (len(heads) + 1) + "|"]
+    for row in (row for row in run["rows"] if row["part"] == part):
         cell = {key: row[key] for key in ("part", "N", "popularity", "arrivals")}
-        shares = [_number(ratio(run, row["way"], other, **cell)) for other in ("vllm base", "vllm stock")]
-        shares.append(_number(ratio(run, row["way"], "vllm base", of="processor_seconds", **cell)))
+        shares = [ratio(run, row["way"], "vllm base", **cell), ratio(run, row["way"], "vllm stock", **cell)]
+        shares.append(ratio(run, row["way"], "vllm base", of="processor_seconds", **cell))
         first = "" if row["first_token_p50"] is None else f"{1000 * row['first_token_p50']:.0f}"
-        lines.append(
-            f"| {row['N']} | {row['popularity']} | {row['arrivals']} | {row['way']} | {row['throughput']:.2f} | {' | '.join(shares)} "
-            f"| {1000 * row['p50']:.0f} | {1000 * row['p95']:.0f} | {first} |"
-        )
+        told = [str(row["N"]), row["popularity"], row["arrivals"], row["way"], f"{row['throughput']:.2f}", *map(_number, shares)]
+        lines.append("| " + " | ".join([*told, f"{1000 * row['p50']:.0f}", f"{1000 * row['p95']:.0f}", first]) + " |")
     return [*lines, ""]
 
 

@@ -42,6 +42,7 @@ class Vllm:
 
         from embedft.base import compute_dtype
 
+        dtype: Any = str(compute_dtype()).removeprefix("torch.")
         options: dict[str, Any] = {"runner": "pooling"} if task == "embedding" else {"max_model_len": 512, "skip_tokenizer_init": True}
         if mode != "base":
             options |= {"enable_lora": True, "max_loras": SLOTS, "max_cpu_loras": 160, "max_lora_rank": 16}
@@ -49,13 +50,13 @@ class Vllm:
             from serve.engines import vllm_server  # fp32 and NF4 together need its mending, on every side alike
 
             if current_platform.is_cpu():
-                vllm_server._bitsandbytes_in_the_activations_dtype()
+                vllm_server._bitsandbytes_in_the_activations_dtype()  # pyright: ignore[reportPrivateUsage]
             options |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         self.task, self.loras = task, list[Any]()
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
                 str(base),
-                dtype=str(compute_dtype()).removeprefix("torch."),
+                dtype=dtype,
                 enforce_eager=True,  # with LoRA vLLM does not compile on a CPU; so no side does
                 max_num_seqs=SLOTS,
                 max_num_batched_tokens=2048,
