@@ -1,10 +1,14 @@
 """y += B A x, for each token with its own adapter's A and B: by the compiled kernel, else by torch. Knows no vLLM.
 
+In bf16 on a processor with matrix units (AMX) torch multiplies some ten times faster than the kernel, which computes in fp32:
+there the kernel is for short groups only.
+
 torch has three ways, chosen by what was measured (MiniLM's and a small Llama's projections, rank 16, one core, fp32):
 long runs as one pair of products each; few tokens over many adapters as one batched product, the groups padded to the longest
 (2 to 4 times faster than stacking all adapters under a mask, which multiplies tokens × adapters); else one pair an adapter.
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
 LONG_RUN = 64  # tokens: from here on gathering costs more than a product on a shorter run loses
 FEW_TOKENS = 256
+SHORT_GROUP = 16  # tokens an adapter, on average: fewer leave a matrix unit (tiles of 16 rows) mostly empty
 
 
 def add(y: "Tensor", x: "Tensor", slots: "Slots", plan: "Plan") -> None:
@@ -35,6 +40,8 @@ def _add_natively(y: "Tensor", x: "Tensor", slots: "Slots", plan: "Plan") -> boo
     import torch
 
     weights = slots.b[0]
+    if weights.dtype == torch.bfloat16 and len(plan.rows) >= SHORT_GROUP * len(plan.segments) and has_matrix_units():
+        return False
     usable = weights.is_contiguous() and x.dtype == y.dtype == weights.dtype and weights.dtype in (torch.float32, torch.bfloat16)
     if not usable or y.stride(1) != 1 or (library := native.library()) is None:
         return False
@@ -42,6 +49,14 @@ def _add_natively(y: "Tensor", x: "Tensor", slots: "Slots", plan: "Plan") -> boo
     if library.lora_add(slots.projection, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), *plan.addresses):
         raise MemoryError("no memory for a LoRA product")
     return True
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware."""
+    import torch
+
+    return bool(torch.cpu._is_amx_tile_supported())  # pyright: ignore[reportPrivateUsage]
 
 
 def by_torch(y: "Tensor", x: "Tensor", slots: "Slots", plan: "Plan") -> None:

@@ -128,6 +128,21 @@ def test_every_way_of_computing_gives_the_same(case: str) -> None:
     assert error(y, truth) < 1e-5
 
 
+def test_bf16_goes_to_the_matrix_units_where_groups_are_long(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+    monkeypatch.setattr(kernels, "has_matrix_units", lambda: True)
+    asked = list[int]()
+    monkeypatch.setattr(native, "library", lambda: asked.append(1))
+    for dtype, length, natively in ((torch.bfloat16, 40, 0), (torch.bfloat16, 4, 1), (torch.float32, 40, 1)):
+        slots, of = loaded(32, [32], [8, 8], dtype), np.repeat([0, 1, -1], length)
+        x, y = torch.randn(len(of), 32, dtype=dtype), torch.randn(len(of), 32, dtype=dtype)
+        truth = expected(y, x, slots, of)
+        asked.clear()
+        kernels.add(y, x, slots, make_plan(of))
+        assert len(asked) == natively
+        assert error(y, truth) < TOLERANCE[dtype]
+
+
 def test_an_answer_does_not_depend_on_its_neighbours_or_their_order() -> None:
     torch.manual_seed(2)
     slots = loaded(64, [64], [16, 3, 64], torch.float32)
