@@ -49,8 +49,7 @@ class Vllm:
         if nf4:
             from serve.engines import vllm_server  # fp32 and NF4 together need its mending, on every side alike
 
-            if current_platform.is_cpu():
-                vllm_server._bitsandbytes_in_the_activations_dtype()  # pyright: ignore[reportPrivateUsage]
+            vllm_server._bitsandbytes_as_the_trainer_has_it(on_cpu=current_platform.is_cpu())  # pyright: ignore[reportPrivateUsage]
             options |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         self.task, self.loras = task, list[Any]()
         self.engine = LLMEngine.from_engine_args(
