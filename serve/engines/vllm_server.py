@@ -9,14 +9,14 @@ compute as in training (embedft.int8). On a CPU:
 2. vllm-bnb-plugin sizes 4-bit weights by the activations' dtype (right for 16-bit ones only): with fp32 no NF4 folder loads.
 3. It multiplies in bf16 whatever the dtype: tens of times slower than fp32 on CPUs without AVX512-BF16, and other
    rounding than transformers has, so adapters would not meet the base that they were trained on.
-4. Its LoRA operations are replaced (serve.engines.vllm_cpu_lora): base rows could be given an adapter's answer.
+4. Its LoRA operations are replaced (serve.vllm_cpu_lora, registered here because VLLM_PLUGINS names bitsandbytes only).
 """
 
 import os
 from typing import Any
 
 from embedft.int8 import dequantized
-from serve.engines import vllm_cpu_lora
+from serve import vllm_cpu_lora
 from serve.engines.command import parse_cores
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     _bitsandbytes_as_the_trainer_has_it(on_cpu=current_platform.is_cpu())
     if current_platform.is_cpu():
         _one_process_for_engine_and_worker(type(current_platform))
-        vllm_cpu_lora.install()
+        vllm_cpu_lora.register()
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()

