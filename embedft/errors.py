@@ -166,7 +166,7 @@ class IndexInvalid(RagError):
 
 
 class LineageMismatch(RagError):
-    """Vectors of two lineages meet: their distances mean nothing. Lineages are 64 hex digits; a maker is a label like name@generation."""
+    """Vectors of two lineages meet: their distances mean nothing. Lineages are 64 hex digits; a maker is like name@generation."""
 
     code = "lineage_mismatch"
 
