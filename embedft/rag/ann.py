@@ -19,7 +19,8 @@ BLOCK = 65_536  # rows read or added at a time
 
 @dataclass(frozen=True)
 class AnnSettings:
-    """`kind` auto: flat up to 20,000 rows, HNSW above. HNSW: arXiv 1603.09320. IVF-PQ: Jégou et al. 2011, then `refine` × k re-scored exactly.
+    """`kind` auto: flat up to 20,000 rows, HNSW above. HNSW: arXiv 1603.09320. IVF-PQ: Jégou et al. 2011;
+    then `refine` × k finds are re-scored exactly.
 
     `lists` 0: about 4·√n. `bytes_per_vector` 0: a quarter of the dimension, so 1/16 of float32.
     """
@@ -46,7 +47,8 @@ class Ann:
     """A FAISS index, searched as its kind needs. `raw` (n, d): the exact vectors by which IVF-PQ's finds are re-scored."""
 
     def __init__(self, index: Any, kind: Kind, settings: AnnSettings, raw: Rows | None = None) -> None:
-        self.index, self.kind, self.settings, self.raw = index, kind, settings, raw
+        self.index, self.settings, self.raw = index, settings, raw
+        self.kind: Kind = kind
 
     @classmethod
     def build(cls, vectors: Rows, settings: AnnSettings, *, seed: int = 7) -> "Ann":

@@ -75,15 +75,15 @@ class AdapterLLM(LLM):
         names = ("url", "base", "adapters", "api_key", "max_tokens", "temperature", "context_window", "system_prompt", "callback_manager")
         return AdapterLLM(engine=self.engine, adapter=adapter, **{name: getattr(self, name) for name in names})
 
-    @llm_chat_callback()
+    @llm_chat_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     def chat(self, messages: Sequence[ChatMessage], **call: Any) -> ChatResponse:
         return _response(self.engine.chat(_turns(messages), **self._options(call)))
 
-    @llm_chat_callback()
+    @llm_chat_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     async def achat(self, messages: Sequence[ChatMessage], **call: Any) -> ChatResponse:
         return _response(await self.engine.achat(_turns(messages), **self._options(call)))
 
-    @llm_chat_callback()
+    @llm_chat_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     def stream_chat(self, messages: Sequence[ChatMessage], **call: Any) -> ChatResponseGen:
         def pieces() -> ChatResponseGen:
             said = ""
@@ -93,7 +93,7 @@ class AdapterLLM(LLM):
 
         return pieces()
 
-    @llm_chat_callback()
+    @llm_chat_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     async def astream_chat(self, messages: Sequence[ChatMessage], **call: Any) -> ChatResponseAsyncGen:
         async def pieces() -> ChatResponseAsyncGen:
             said = ""
@@ -103,15 +103,15 @@ class AdapterLLM(LLM):
 
         return pieces()
 
-    @llm_completion_callback()
+    @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     def complete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponse:  # noqa: ARG002
         return CompletionResponse(text=self.engine.chat(_user(prompt), **self._options(call)))
 
-    @llm_completion_callback()
+    @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     async def acomplete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponse:  # noqa: ARG002
         return CompletionResponse(text=await self.engine.achat(_user(prompt), **self._options(call)))
 
-    @llm_completion_callback()
+    @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     def stream_complete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponseGen:  # noqa: ARG002
         def pieces() -> CompletionResponseGen:
             said = ""
@@ -121,7 +121,7 @@ class AdapterLLM(LLM):
 
         return pieces()
 
-    @llm_completion_callback()
+    @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     async def astream_complete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponseAsyncGen:  # noqa: ARG002
         async def pieces() -> CompletionResponseAsyncGen:
             said = ""

@@ -40,7 +40,8 @@ class _OnBase:
     """The base, loaded when first asked for, with at most one adapter on it. Callers hold `lock`."""
 
     def __init__(self, spec: BaseSpec, store: "AdapterStore | None", task: Task) -> None:
-        self.spec, self.store, self.task = spec, store, task
+        self.spec, self.store = spec, store
+        self.task: Task = task
         self.folder = base_folder(spec)
         self.info = describe(self.folder)
         self.lock = threading.Lock()

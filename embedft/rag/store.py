@@ -36,7 +36,7 @@ class LineageVectorStore(BasePydanticVectorStore):
 
     def __init__(self, folder: str | Path, *, embedding: AdapterEmbedding | None = None, settings: AnnSettings | None = None) -> None:
         """Raises IndexNotFound where there is nothing to open and no `embedding` to begin with, LineageMismatch, IndexInvalid."""
-        super().__init__(folder=str(folder))
+        super().__init__(folder=str(folder), stores_text=True)  # pyright: ignore[reportCallIssue]
         self._embedding = embedding
         if current_version(Path(folder)) is not None or embedding is None:
             self._index = VectorIndex.open(Path(folder))

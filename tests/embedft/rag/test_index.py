@@ -96,9 +96,9 @@ def test_foreign_vectors_and_queries_are_refused_and_both_lineages_named(tmp_pat
         index.search(label(vectors(1)[0], "M"), 1)
     with pytest.raises(LineageMismatch):
         index.add(chunks(1), vectors(1), lineage="M", made_by="m")
-    with pytest.raises(IndexInvalid, match="32 dimensions.*16"):
+    with pytest.raises(IndexInvalid, match=r"32 dimensions.*16"):
         index.add(chunks(1), vectors(1)[:, :16], lineage="L", made_by="base")
-    with pytest.raises(IndexInvalid, match="32 dimensions, and the query has 16"):
+    with pytest.raises(IndexInvalid, match=r"32 dimensions, and the query has 16"):
         index.search(label(vectors(1)[0][:16]), 1)
 
 
