@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--scheme", choices=("nf4", "int8"), required=True)
     command.add_argument("--revision")
     _serve(commands)
+    _rag(commands)
     command = _command(commands, "demo", _demo, "train four adapters, serve them over two quantized bases, compare")
     command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     command.add_argument("--engine", choices=("vllm", "peft"), help="default: vllm where it is installed")
@@ -146,6 +147,13 @@ def _serve(commands: Any) -> None:
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
     _store_option(serve)
+
+
+def _rag(commands: Any) -> None:
+    from embedft.rag.command import add_commands
+
+    group = commands.add_parser("rag", help="question answering over documents: index, ask, eval")
+    add_commands(group.add_subparsers(metavar="ACTION", required=True), _command)
 
 
 def _train(arguments: argparse.Namespace) -> int:

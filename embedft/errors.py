@@ -173,8 +173,8 @@ class LineageMismatch(RagError):
     def __init__(self, index: str, *, holds: str, holds_by: str, given: str, given_by: str) -> None:
         self.holds, self.given = holds, given
         super().__init__(
-            f"index {index!r} holds vectors of lineage {holds[:12]} (by {holds_by}), but these are to be compared with "
-            f"lineage {given[:12]} (by {given_by}): ask with the adapter that it was built with, index again with this one, or fit a linear map"
+            f"index {index!r} holds vectors of lineage {holds[:12]} (by {holds_by}), and this question's belong to lineage {given[:12]} "
+            f"(by {given_by}): use the adapter that it was built with, index again with this one, or fit a linear map"
         )
 
 

@@ -89,9 +89,10 @@ class Ann:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         options: dict[str, Any] = {"sel": faiss.IDSelectorNot(faiss.IDSelectorBatch(dead))} if dead is not None and len(dead) else {}
         if self.kind == "hnsw":
-            return self.index.search(queries, k, params=faiss.SearchParametersHNSW(efSearch=max(self.settings.ef_search, 2 * k), **options))
+            wanted: Any = faiss.SearchParametersHNSW(efSearch=max(self.settings.ef_search, 2 * k), **options)  # pyright: ignore[reportAttributeAccessIssue]
+            return self.index.search(queries, k, params=wanted)
         if self.kind == "ivfpq":
-            wanted = faiss.SearchParametersIVF(nprobe=self.settings.probes, **options)
+            wanted = faiss.SearchParametersIVF(nprobe=self.settings.probes, **options)  # pyright: ignore[reportCallIssue]
             return self._exact(queries, self.index.search(queries, k * self.settings.refine, params=wanted)[1], k)
         return self.index.search(queries, k, params=faiss.SearchParameters(**options) if options else None)
 

@@ -24,7 +24,7 @@ BATCH = 256  # chunks between two points that an interrupted run can go on from
 
 @dataclass(frozen=True)
 class BuildReport:
-    """`reused`: chunks whose vectors were taken from the version before or from an interrupted run; `truncated`: too long for the adapter."""
+    """`reused`: chunks whose vectors came from the version before or from an interrupted run; `truncated`: too long for the adapter."""
 
     version: str
     chunks: int

@@ -1,4 +1,4 @@
-"""Documents → chunks, by llama-index's node parsers: Markdown by its sections, Python by its definitions, all of it by sentences and size."""
+"""Documents → chunks, by llama-index's node parsers: Markdown by sections, Python by definitions, all of it by sentences and size."""
 
 import ast
 import re

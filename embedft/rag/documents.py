@@ -1,4 +1,4 @@
-"""Files → texts: Markdown, plain text, HTML, PDF and Python sources. What cannot be read is named with its reason, never dropped in silence."""
+"""Files → texts: Markdown, plain text, HTML, PDF and Python sources. What cannot be read is named with its reason."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,7 +129,9 @@ class _Text(HTMLParser):
     """Visible text; headings as Markdown's, so that chunks know their section."""
 
     hidden = frozenset({"script", "style", "noscript", "template", "svg", "head"})
-    blocks = frozenset("p div section article li ul ol table tr pre blockquote br hr dt dd header footer nav main aside figure".split())
+    blocks = frozenset(
+        ("p", "div", "section", "article", "li", "ul", "ol", "table", "tr", "pre", "blockquote", "hr", "br", "dt", "dd", "main", "figure")
+    )
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)

@@ -25,6 +25,7 @@ class RemoteEngine:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._options: dict[str, Any] = {"base_url": self.url, "headers": headers, "timeout": httpx.Timeout(timeout, connect=5.0)}
         self._http = httpx.Client(**self._options)
+        weakref.finalize(self, self._http.close)
         # a pool belongs to the event loop it was made in, and llama-index runs its coroutines in loops of their own
         self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = weakref.WeakKeyDictionary()
         self._documents: dict[str, str] = {}  # lineage of an adapter's queries → lineage of its documents
@@ -84,9 +85,6 @@ class RemoteEngine:
         for row in self._post("/v1/rerank", body).json()["results"]:
             scores[row["index"]] = float(row["relevance_score"])
         return scores
-
-    def close(self) -> None:
-        self._http.close()
 
     def _compared(self, vectors: Vectors, input_type: InputType, probe: Any) -> Vectors:
         """With the lineage of the documents to compare with: the vectors' own, or asked once for a query lineage."""

@@ -93,7 +93,8 @@ def test_an_adapter_replaced_in_the_middle_never_mixes_vectors(tmp_path: Path, s
 
 def test_markdown_html_python_and_text_become_chunks_with_their_sections(docs: Path) -> None:
     (docs / "page.html").write_text(
-        "<html><head><title>no</title><style>x{}</style></head><body><h1>Rice</h1><p>Wash it &amp; rest.</p><script>bad()</script></body></html>"
+        "<html><head><title>no</title><style>x{}</style></head><body>"
+        "<h1>Rice</h1><p>Wash it &amp; rest.</p><script>bad()</script></body></html>"
     )
     (docs / "code.py").write_text("import os\n\n\ndef boil(water):\n    '''Heat it.'''\n    return water\n\n\nclass Pot:\n    size = 3\n")
     reading = read_documents(docs)
