@@ -146,6 +146,9 @@ def _serve(commands: Any) -> None:
     serve.add_argument("--engine", choices=("vllm", "peft", "fake"), help="default: vllm where it is installed, else peft")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument(
+        "--indexes", type=Path, metavar="DIR", help="a folder of RAG indexes to answer from (embedft rag index --out DIR/NAME)"
+    )
     _store_option(serve)
 
 
@@ -326,7 +329,8 @@ def _run_server(arguments: argparse.Namespace) -> int:
     from serve.config import load_config
     from serve.run import run
 
-    config = load_config(arguments.config, store=_store(arguments), engine=arguments.engine, host=arguments.host, port=arguments.port)
+    options = {"engine": arguments.engine, "host": arguments.host, "port": arguments.port, "indexes": arguments.indexes}
+    config = load_config(arguments.config, store=_store(arguments), **options)
     return run(config)
 
 
