@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--scheme", choices=("nf4", "int8"), required=True)
     command.add_argument("--revision")
     _serve(commands)
+    _rag(commands)
     command = _command(commands, "demo", _demo, "train four adapters, serve them over two quantized bases, compare")
     command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     command.add_argument("--engine", choices=("vllm", "peft"), help="default: vllm where it is installed")
@@ -156,7 +157,17 @@ def _serve(commands: Any) -> None:
     serve.add_argument("--engine", choices=("vllm", "peft", "fake"), help="default: vllm where it is installed, else peft")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument(
+        "--indexes", type=Path, metavar="DIR", help="a folder of RAG indexes to answer from (embedft rag index --out DIR/NAME)"
+    )
     _store_option(serve)
+
+
+def _rag(commands: Any) -> None:
+    from embedft.rag.command import add_commands
+
+    group = commands.add_parser("rag", help="question answering over documents: index, ask, eval")
+    add_commands(group.add_subparsers(metavar="ACTION", required=True), _command)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -329,7 +340,8 @@ def _run_server(arguments: argparse.Namespace) -> int:
     from serve.config import load_config
     from serve.run import run
 
-    config = load_config(arguments.config, store=_store(arguments), engine=arguments.engine, host=arguments.host, port=arguments.port)
+    options = {"engine": arguments.engine, "host": arguments.host, "port": arguments.port, "indexes": arguments.indexes}
+    config = load_config(arguments.config, store=_store(arguments), **options)
     return run(config)
 
 

@@ -8,6 +8,7 @@
     ├── AdapterError: AdapterNotFound, AdapterInvalid, AdapterExists, GenerationConflict, ProbesFailed
     ├── MethodUnsupported
     ├── TrainingInterrupted, ResumeRefused
+    ├── RagError: IndexNotFound, IndexInvalid, LineageMismatch, DocumentsUnusable
     └── ServingError: InputInvalid, NotAuthorized, EngineFailed, EngineBusy
 
 A message states the fact and then what to do. `code` is stable: clients may rely on it.
@@ -141,6 +142,52 @@ class TrainingInterrupted(EmbedftError):
 
 class ResumeRefused(EmbedftError):
     code = "resume_refused"
+
+
+class RagError(EmbedftError):
+    code = "rag_error"
+
+
+class IndexNotFound(RagError):
+    code = "index_not_found"
+
+    def __init__(self, name: str, known: Sequence[str] = ()) -> None:
+        listed = f": there are {', '.join(sorted(known))}" if known else ": make one with `embedft rag index`"
+        super().__init__(f"no index {name!r}{listed}")
+
+
+class IndexInvalid(RagError):
+    """An index whose files are damaged, incomplete or not ours."""
+
+    code = "index_invalid"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"index {name!r} cannot be used: {reason}")
+
+
+class LineageMismatch(RagError):
+    """Vectors of two lineages meet: their distances mean nothing. Lineages are 64 hex digits; a maker is like name@generation."""
+
+    code = "lineage_mismatch"
+
+    def __init__(self, index: str, *, holds: str, holds_by: str, given: str, given_by: str) -> None:
+        self.holds, self.given = holds, given
+        super().__init__(
+            f"index {index!r} holds vectors of lineage {holds[:12]} (by {holds_by}), and this question's belong to lineage {given[:12]} "
+            f"(by {given_by}): use the adapter that it was built with, index again with this one, or fit a linear map"
+        )
+
+
+class DocumentsUnusable(RagError):
+    """Files that cannot be indexed; `problems` are 'file: what is wrong'."""
+
+    code = "documents_unusable"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        rest = len(self.problems) - 20
+        lines = self.problems[:20] + ([f"… and {rest} more"] if rest > 0 else [])
+        super().__init__("nothing can be indexed:\n" + "\n".join(f"  - {line}" for line in lines))
 
 
 class ServingError(EmbedftError):

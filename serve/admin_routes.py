@@ -19,15 +19,20 @@ from serve.schemas import LoadLora, PutAdapter, UnloadLora
 ADMIN_BODY = 64 << 10
 
 
-def admin_routes(gateway: Gateway) -> APIRouter:
-    router, lifecycle = APIRouter(tags=["adapters"]), gateway.lifecycle
+def admin_only(gateway: Gateway) -> list[Any]:
+    """Dependencies of a route that changes what is served. NotAuthorized without the admin token."""
 
     def admin(request: Request) -> None:
         given = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(given, f"Bearer {gateway.admin_token}".encode()):
             raise NotAuthorized("this changes what is served: send the admin token as `Authorization: Bearer …`")
 
-    only_admin = [Depends(admin)]
+    return [Depends(admin)]
+
+
+def admin_routes(gateway: Gateway) -> APIRouter:
+    router, lifecycle = APIRouter(tags=["adapters"]), gateway.lifecycle
+    only_admin = admin_only(gateway)
 
     @router.get("/v1/adapters", summary="All adapters: served, draining, and those of the store that are not served, with the reason")
     def adapters() -> Response:

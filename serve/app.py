@@ -31,6 +31,10 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.include_router(status_routes(gateway), responses=responses)
     for routes in (generation_routes, embedding_routes, admin_routes):
         app.include_router(routes(gateway), dependencies=[Depends(started)], responses=responses)
+    if gateway.config.indexes is not None:
+        from serve.rag_routes import rag_routes  # FAISS and BM25 are loaded only where there is something to search
+
+        app.include_router(rag_routes(gateway), dependencies=[Depends(started)], responses=responses)
     _errors(app)
     complete(app)
     app.add_middleware(Door, hosts=gateway.config.allowed_hosts)

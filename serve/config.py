@@ -53,10 +53,14 @@ class Limits(_Section):
 
 
 class ServerConfig(_Section):
-    """`start_seconds`: how long an engine may take to answer first; `stop_seconds`: how long it may take to end."""
+    """`indexes`: the folder of RAG indexes, or none.
+
+    `start_seconds`: how long an engine may take to answer first; `stop_seconds`: how long it may take to end.
+    """
 
     bases: tuple[BaseConfig, ...] = Field(min_length=1)
     adapters: Path
+    indexes: Path | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     allowed_hosts: tuple[str, ...] = ()
@@ -75,7 +79,13 @@ class ServerConfig(_Section):
 
 
 def load_config(
-    path: Path | None, *, store: AdapterStore, engine: EngineKind | None = None, host: str = "127.0.0.1", port: int = 8000
+    path: Path | None,
+    *,
+    store: AdapterStore,
+    engine: EngineKind | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    indexes: Path | None = None,
 ) -> ServerConfig:
     """The YAML file's settings, or the bases that the store's adapters need. `engine` is for the bases that name none.
 
@@ -83,8 +93,11 @@ def load_config(
     """
     content: dict[str, Any] = _read(path) if path else {"bases": bases_of(store)}
     content = {"adapters": str(store.root), "host": host, "port": port, **content}
-    if path and not Path(content["adapters"]).is_absolute():
-        content["adapters"] = str((path.parent / content["adapters"]).resolve())
+    if indexes is not None:
+        content["indexes"] = str(indexes.resolve())
+    for key in ("adapters", "indexes"):
+        if path and content.get(key) and not Path(str(content[key])).is_absolute():
+            content[key] = str((path.parent / str(content[key])).resolve())
     try:
         config = ServerConfig.model_validate(content)
     except ValidationError as error:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from embedft.adapters.passport import lineage
 from embedft.encode import EncodeSettings, TextPreparer
 from embedft.errors import EngineFailed, InputInvalid
+from embedft.vectors import vector_kind
 from serve.engine import BASE, Engine
 from serve.lifecycle import Resident
 
@@ -48,38 +48,17 @@ class Vectors:
 
 def way_of(engine: Engine, resident: Resident | None, *, input_type: InputType | None, dimensions: int | None) -> Way:
     """Apply the passport's rules. InputInvalid: input_type_required, dimensions_unsupported."""
-    full = engine.info.hidden_size
-    passport = resident.passport if resident else None
-    trained = passport.dimensions if passport else ()
-    if dimensions is not None and dimensions != full and dimensions not in trained:
-        allowed = ", ".join(map(str, sorted({*trained, full})))
-        raise InputInvalid("dimensions_unsupported", f"dimensions {dimensions}: trained for {allowed}", "dimensions")
-    settings, side, generation = engine.plain_settings(), "both", None
-    if resident and passport:
-        settings = EncodeSettings(
-            passport.pooling or engine.info.pooling,
-            bool(passport.normalize),
-            min(passport.max_length, engine.max_length),
-            passport.prompts,
-        )
-        side, generation = passport.side, resident.generation
-        if side == "query" and input_type is None:
-            message = f"adapter {resident.name!r} is for queries only: say input_type query or document"
-            raise InputInvalid("input_type_required", message, "input_type")
-        if side == "query" and input_type == "document":
-            generation = None  # documents stay the base's
-    identity = lineage(
-        engine.info.fingerprint,
-        generation,
-        side=side,
-        prompts=settings.prompts,
-        pooling=settings.pooling,
-        max_length=settings.max_length,
-        dimensions=[dimensions] if dimensions and dimensions != full else [],
-        normalize=settings.normalize,
+    kind = vector_kind(
+        engine.info,
+        resident.passport if resident else None,
+        resident.generation if resident else None,
+        input_type=input_type,
+        dimensions=dimensions,
+        max_length=engine.max_length,
+        name=resident.name if resident else "",
     )
-    cut = dimensions if dimensions and dimensions != full else None
-    return Way(engine, resident, resident.id if resident and generation else BASE, settings, identity, cut)
+    model = resident.id if resident and kind.by_adapter else BASE
+    return Way(engine, resident, model, kind.settings, kind.lineage, kind.dimensions)
 
 
 class Preparers:

@@ -50,7 +50,7 @@ async def _generate(gateway: Gateway, request: Request, body: ChatRequest | Comp
         choice.engine.supervisor.require_ready()
         fields = body.model_dump(exclude_unset=True, exclude_none=True, exclude=OURS)
         sent = {**fields, "model": resident.id if resident else BASE}
-        call = _Call(gateway, choice, resident)
+        call = Call(gateway, choice, resident)
         outcome = stack.enter_context(gateway.meters.measured(choice.engine.name, call.adapter, route))
         if body.stream:
             sent["stream_options"] = {**(body.stream_options or {}), "include_usage": True}
@@ -63,7 +63,7 @@ async def _generate(gateway: Gateway, request: Request, body: ChatRequest | Comp
         return Response(to_json({**answer, "model": call.public}), media_type="application/json", headers=call.headers)
 
 
-class _Call:
+class Call:
     """One request's names: what the client is told, and what is counted."""
 
     def __init__(self, gateway: Gateway, choice: Choice, resident: Resident | None) -> None:

@@ -92,6 +92,31 @@ class RerankRequest(_Body):
     return_documents: StrictBool = False
 
 
+class RagRequest(BaseModel):
+    """`adapter` searches (by default the index's own), `lm_adapter` writes. `rerank_adapter` reorders what was found by its own vectors.
+
+    `mapped`: an adapter of another lineage goes through the linear map that was fitted for this index.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    question: Annotated[StrictStr, Field(min_length=1)]
+    adapter: AdapterName | None = None
+    model: StrictStr | None = None
+    lm_adapter: AdapterName | None = None
+    lm_model: StrictStr | None = None
+    rerank_adapter: AdapterName | None = None
+    k: Annotated[StrictInt, Field(ge=1, le=100)] = 5
+    fusion: Literal["none", "sparse", "rrf", "weights"] = "none"
+    weight: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    mapped: StrictBool = False
+    answer: StrictBool = True
+    stream: StrictBool = False
+    max_tokens: Count = 256
+    temperature: Annotated[Number, Field(ge=0, le=2)] = 0.0
+    user: StrictStr | None = None
+
+
 class _Admin(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,6 +127,12 @@ class PutAdapter(_Admin):
     source: Annotated[StrictStr, Field(min_length=1, max_length=1024)] | None = None
     pin: StrictBool = False
     expected_generation: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{12,64}$")] | None = None
+
+
+class PutIndex(_Admin):
+    """Load or replace an index by its current version on disk."""
+
+    expected_version: StrictStr | None = None
 
 
 class LoadLora(_Admin):

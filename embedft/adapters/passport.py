@@ -109,6 +109,6 @@ def lineage(
 ) -> str:
     """sha256 (64 hex): the identity of a vector. Two vectors may be compared only where their lineage is the same.
 
-    `generation` None is the base. A query-only adapter's documents carry the base's lineage under its prompts.
+    `generation` None is the base. Callers get it through embedft.vectors, which knows whose vectors a query-only adapter's documents are.
     """
     return hash_json([base_fingerprint, generation, side, dict(prompts), pooling, max_length, list(dimensions), normalize])

@@ -1,0 +1,149 @@
+"""Documents → index: only what changed is embedded, an interrupted run goes on where it stopped, and the switch is one step.
+
+FOLDER/work/<lineage>.sqlite holds vectors by content hash while a build runs; it is deleted when the version is published.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedft.errors import DocumentsUnusable, EngineBusy, IndexNotFound
+from embedft.rag.ann import AnnSettings
+from embedft.rag.engines import Embedder, Rows
+from embedft.rag.index import VectorIndex
+from embedft.rag.rows import Chunk
+
+Progress = Callable[[int, int], None]  # (chunks embedded, chunks to embed)
+BATCH = 256  # chunks between two points that an interrupted run can go on from
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """`reused`: chunks whose vectors came from the version before or from an interrupted run; `truncated`: too long for the adapter."""
+
+    version: str
+    chunks: int
+    embedded: int
+    reused: int
+    truncated: int
+    kind: str
+    lineage: str
+    made_by: str
+    seconds: float
+    embedding_seconds: float
+
+
+def build_index(
+    folder: Path,
+    chunks: Iterable[Chunk],
+    embedder: Embedder,
+    *,
+    adapter: str | None,
+    settings: AnnSettings | None = None,
+    bm25: bool = True,
+    notes: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Index `chunks` as the next version of `folder`. Readers of the version before are not disturbed.
+
+    Raises DocumentsUnusable where there is no chunk, EngineBusy where the adapter is replaced meanwhile; both leave the old version.
+    """
+    began = time.perf_counter()
+    listed = list(chunks)
+    if not listed:
+        raise DocumentsUnusable(["the documents hold no text to index"])
+    lineage, made_by = embedder.document_lineage(adapter)
+    before = _opened(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    work = _Work(folder / "work" / f"{lineage[:32]}.sqlite")
+    known = before.known() if before is not None and before.lineage == lineage else {}
+    missing = {chunk.hash: chunk.embedded or chunk.text for chunk in listed if chunk.hash not in known}
+    for digest in work.known():
+        missing.pop(digest, None)
+    started = time.perf_counter()
+    truncated = _embed(missing, embedder, adapter, lineage, work, progress)
+    spent = time.perf_counter() - started
+    index = VectorIndex(folder, lineage=lineage, made_by=made_by, settings=settings, adapter=adapter)
+    index.version, index.notes = before.version if before else None, notes or {}
+    for start in range(0, len(listed), 65_536):
+        part = listed[start : start + 65_536]
+        index.add(part, _gathered(part, known, before, work), lineage=lineage, made_by=made_by)
+    version = index.save(bm25=bm25)
+    work.delete()
+    return BuildReport(
+        version=version,
+        chunks=len(index),
+        embedded=len(missing),
+        reused=len(listed) - len(missing),
+        truncated=truncated,
+        kind=index.kind,
+        lineage=lineage,
+        made_by=made_by,
+        seconds=time.perf_counter() - began,
+        embedding_seconds=spent,
+    )
+
+
+def _opened(folder: Path) -> VectorIndex | None:
+    try:
+        return VectorIndex.open(folder)
+    except IndexNotFound:
+        return None
+
+
+def _embed(missing: dict[str, str], embedder: Embedder, adapter: str | None, lineage: str, work: "_Work", progress: Progress | None) -> int:
+    order = sorted(missing, key=lambda digest: -len(missing[digest]))  # like lengths together: little padding, and memory fails early
+    truncated = 0
+    for start in range(0, len(order), BATCH):
+        part = order[start : start + BATCH]
+        made = embedder.embed([missing[digest] for digest in part], input_type="document", adapter=adapter)
+        if made.lineage != lineage:
+            raise EngineBusy(f"adapter {adapter!r} was replaced while documents were embedded with it: index again")
+        truncated += made.truncated
+        work.keep(part, made.rows)
+        if progress:
+            progress(min(start + BATCH, len(order)), len(order))
+    return truncated
+
+
+def _gathered(part: Sequence[Chunk], known: dict[str, int], before: VectorIndex | None, work: "_Work") -> Rows:
+    """(len(part), d): from the version before where its content is known there, else from this build's work."""
+    made: list[Rows | None] = [None] * len(part)
+    old = [place for place, chunk in enumerate(part) if chunk.hash in known]
+    if before is not None and old:
+        for place, row in zip(old, before.vectors(np.array([known[part[place].hash] for place in old])), strict=True):
+            made[place] = row
+    for place, chunk in enumerate(part):
+        if made[place] is None:
+            made[place] = work.vector(chunk.hash)
+    return np.stack([row for row in made if row is not None])
+
+
+class _Work:
+    """Vectors by content hash; what was kept before a crash is still there."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._db = path, sqlite3.connect(str(path))
+        self._db.execute("CREATE TABLE IF NOT EXISTS vector (hash TEXT PRIMARY KEY, row BLOB NOT NULL)")
+
+    def known(self) -> list[str]:
+        return [digest for (digest,) in self._db.execute("SELECT hash FROM vector")]
+
+    def keep(self, digests: Sequence[str], rows: Rows) -> None:
+        packed = [(digest, row.astype("<f4").tobytes()) for digest, row in zip(digests, rows, strict=True)]
+        self._db.executemany("INSERT OR REPLACE INTO vector VALUES (?, ?)", packed)
+        self._db.commit()
+
+    def vector(self, digest: str) -> Rows:
+        (packed,) = self._db.execute("SELECT row FROM vector WHERE hash = ?", (digest,)).fetchone()
+        return np.frombuffer(packed, dtype="<f4")
+
+    def delete(self) -> None:
+        self._db.close()
+        self._path.unlink(missing_ok=True)

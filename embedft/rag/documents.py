@@ -1,0 +1,161 @@
+"""Files → texts: Markdown, plain text, HTML, PDF and Python sources. What cannot be read is named with its reason."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Literal
+
+from embedft.errors import DocumentsUnusable
+
+Format = Literal["markdown", "text", "html", "pdf", "python"]
+FORMATS: dict[str, Format] = {
+    ".md": "markdown",
+    ".markdown": "markdown",
+    ".txt": "text",
+    ".rst": "text",
+    ".html": "html",
+    ".htm": "html",
+    ".pdf": "pdf",
+    ".py": "python",
+}
+MAX_BYTES = 32 << 20
+_PASSED_OVER = {"__pycache__", "node_modules", "site-packages"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """`id`: the path below the folder that was asked for, with slashes. HTML is Markdown by now."""
+
+    id: str
+    text: str
+    format: Format
+
+
+@dataclass(frozen=True)
+class Reading:
+    """`skipped`: 'path: reason' of files of a known kind that could not be read. `other`: files of kinds that are not read."""
+
+    documents: tuple[Document, ...]
+    skipped: tuple[str, ...]
+    other: int
+
+
+class _Unreadable(Exception):
+    pass
+
+
+def read_documents(source: Path, *, max_bytes: int = MAX_BYTES) -> Reading:
+    """All documents of a file or a folder, in the order of their paths. DocumentsUnusable where none can be read."""
+    if not source.exists():
+        raise DocumentsUnusable([f"{source}: there is no such file or folder"])
+    root = source if source.is_dir() else source.parent
+    documents, skipped, other = list[Document](), list[str](), 0
+    for path in _files(source):
+        name = path.relative_to(root).as_posix()
+        if path.suffix.lower() not in FORMATS:
+            other += 1
+            if path == source:
+                skipped.append(f"{name}: files of kind {path.suffix or 'none'!r} are not read; these are: {', '.join(FORMATS)}")
+            continue
+        try:
+            documents.append(Document(name, _read(path, root, max_bytes), FORMATS[path.suffix.lower()]))
+        except _Unreadable as error:
+            skipped.append(f"{name}: {error}")
+    if not documents:
+        raise DocumentsUnusable(
+            skipped or [f"{source}: no document in it ({other} other files); these kinds are read: {', '.join(FORMATS)}"]
+        )
+    return Reading(tuple(documents), tuple(skipped), other)
+
+
+def _files(source: Path) -> Iterator[Path]:
+    if source.is_file():
+        yield source
+        return
+    for path in sorted(source.rglob("*")):
+        parts = path.relative_to(source).parts
+        if path.is_file() and not any(part.startswith(".") or part in _PASSED_OVER for part in parts):
+            yield path
+
+
+def _read(path: Path, root: Path, max_bytes: int) -> str:
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise _Unreadable("a link that leads out of the folder")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise _Unreadable(f"{size / 2**20:.0f} MiB, more than {max_bytes / 2**20:.0f}: split it, or allow more with --max-mib")
+    if path.suffix.lower() == ".pdf":
+        text = _pdf(path)
+    else:
+        content = path.read_bytes()
+        if b"\0" in content:
+            raise _Unreadable("it is binary, not text")
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise _Unreadable(f"not UTF-8 (byte {error.start}): convert it") from None
+        if FORMATS[path.suffix.lower()] == "html":
+            text = _html(text)
+    if not text.strip():
+        raise _Unreadable("no text in it" + (": scanned pages need OCR first" if path.suffix.lower() == ".pdf" else ""))
+    return text
+
+
+def _pdf(path: Path) -> str:
+    try:
+        import pypdf  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise _Unreadable("PDF needs pypdf: pip install pypdf") from None
+    try:
+        reader = pypdf.PdfReader(str(path))
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise _Unreadable("the PDF is encrypted: save it without a password")
+        return "\n\n".join(page.extract_text() or "" for page in reader.pages)
+    except _Unreadable:
+        raise
+    except Exception as error:  # pypdf lets many types through
+        raise _Unreadable(f"the PDF is damaged ({str(error)[:100]})") from None
+
+
+def _html(text: str) -> str:
+    parser = _Text()
+    parser.feed(text)
+    parser.close()
+    return parser.result()
+
+
+class _Text(HTMLParser):
+    """Visible text; headings as Markdown's, so that chunks know their section."""
+
+    hidden = frozenset({"script", "style", "noscript", "template", "svg", "head"})
+    blocks = frozenset(
+        ("p", "div", "section", "article", "li", "ul", "ol", "table", "tr", "pre", "blockquote", "hr", "br", "dt", "dd", "main", "figure")
+    )
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self._parts: list[str] = []
+        self._hidden = self._pre = 0
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:  # noqa: ARG002
+        self._hidden += tag in self.hidden
+        self._pre += tag == "pre"
+        if tag[0] == "h" and tag[1:].isdigit():
+            self._parts.append(f"\n\n{'#' * int(tag[1:])} ")
+        elif tag in self.blocks:
+            self._parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden = max(0, self._hidden - (tag in self.hidden))
+        self._pre = max(0, self._pre - (tag == "pre"))
+        if tag in self.blocks or (tag[0] == "h" and tag[1:].isdigit()):
+            self._parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self._parts.append(data if self._pre else " ".join(data.split()) + " " * data[-1:].isspace())
+
+    def result(self) -> str:
+        lines = [line.rstrip() for line in "".join(self._parts).splitlines()]
+        return "\n".join(line for place, line in enumerate(lines) if line or (place and lines[place - 1])).strip() + "\n"

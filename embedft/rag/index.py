@@ -1,0 +1,356 @@
+"""An index on disk: vectors of one lineage, the chunks behind them, BM25. Refuses vectors of another lineage; knows no llama-index.
+
+FOLDER/current                the version in use: replaced in one step
+FOLDER/versions/<version>/    meta.json, vectors.faiss, rows.sqlite, bm25/: immutable once published
+FOLDER/maps/<lineage>.npz     fitted linear maps from other lineages
+"""
+
+import hashlib
+import json
+import shutil
+import sqlite3
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from embedft.errors import IndexInvalid, IndexNotFound, LineageMismatch
+from embedft.files import locked, publish_folder, staged_folder, write_text
+from embedft.rag.ann import BLOCK, Ann, AnnSettings, Kind
+from embedft.rag.engines import Labelled, Rows
+from embedft.rag.linear_map import LinearMap
+from embedft.rag.rows import Chunk, RowTable
+from embedft.rag.sparse import Bm25
+
+KEPT_VERSIONS = 2
+MOST_DEAD, MOST_NEW = 0.2, 0.5  # shares of the rows beyond which a graph is built anew rather than added to
+
+
+class Meta(BaseModel):
+    """What a version says of itself. `rows` counts the dead ones too; `files` name → (bytes, sha256)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    lineage: str
+    made_by: str
+    adapter: str | None = None
+    dimension: int
+    rows: int
+    chunks: int
+    kind: Kind
+    settings: dict[str, Any]
+    bm25: bool
+    notes: dict[str, Any] = {}
+    files: dict[str, tuple[int, str]] = {}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A chunk and its score: the inner product with the query, unless a later stage has put its own in its place."""
+
+    row: int
+    score: float
+    chunk: Chunk
+
+
+class VectorIndex:
+    """A version of an index, opened from disk or new, with what has been added and deleted since; `save` publishes the next version."""
+
+    def __init__(
+        self, folder: Path, *, lineage: str, made_by: str, settings: AnnSettings | None = None, adapter: str | None = None
+    ) -> None:
+        """A new, empty index; nothing is written before `save`."""
+        self.folder, self.lineage, self.made_by, self.adapter = folder, lineage, made_by, adapter
+        self.settings = settings or AnnSettings()
+        self.notes: dict[str, Any] = {}
+        self.version: str | None = None
+        self.bm25: Bm25 | None = None
+        self._ann: Ann | None = None
+        self._new: list[Rows] = []
+        self._table, self._own_table = RowTable(None, writable=True), True
+        self._dead = np.zeros(0, dtype=np.int64)
+        self._lock = threading.RLock()
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @classmethod
+    def open(cls, folder: Path, *, verify: bool = False) -> "VectorIndex":
+        """The current version, memory-mapped. `verify` also reads every byte. Raises IndexNotFound, IndexInvalid."""
+        version = current_version(folder)
+        if version is None:
+            raise (
+                IndexNotFound(str(folder))
+                if not _occupied(folder)
+                else IndexInvalid(folder.name, "it is no index of embedft: no `current`")
+            )
+        place = folder / "versions" / version
+        meta = _read_meta(place, folder.name, verify=verify)
+        index = cls(folder, lineage=meta.lineage, made_by=meta.made_by, settings=AnnSettings(**meta.settings), adapter=meta.adapter)
+        index.version, index.notes = version, dict(meta.notes)
+        try:
+            index._table, index._own_table = RowTable(place / "rows.sqlite"), False
+            index._dead = index._table.dead()
+            if index._table.count() != meta.chunks:
+                raise IndexInvalid(folder.name, f"rows.sqlite holds {index._table.count()} chunks, its record says {meta.chunks}")
+        except sqlite3.DatabaseError as error:
+            raise IndexInvalid(folder.name, f"rows.sqlite cannot be read ({error}): index again") from None
+        if meta.rows:
+            index._ann = Ann.load(place, meta.kind, index.settings, rows=meta.rows, dimension=meta.dimension, name=folder.name)
+        if meta.bm25:
+            index.bm25 = Bm25.load(place / "bm25")
+        return index
+
+    @property
+    def dimension(self) -> int | None:
+        """None while the index is empty."""
+        return self._ann.dimension if self._ann else self._new[0].shape[1] if self._new else None
+
+    @property
+    def kind(self) -> Kind:
+        return self._ann.kind if self._ann else "flat"
+
+    def __len__(self) -> int:
+        return self._table.count()
+
+    def check(self, *, lineage: str, made_by: str) -> None:
+        """LineageMismatch unless vectors that are to be compared with documents of `lineage` belong here."""
+        if lineage != self.lineage:
+            raise LineageMismatch(self.name, holds=self.lineage, holds_by=self.made_by, given=lineage, given_by=made_by)
+
+    def add(self, chunks: Sequence[Chunk], vectors: Rows, *, lineage: str, made_by: str) -> None:
+        """(n,) chunks with (n, d) vectors of `lineage`. An id that is there already is replaced. LineageMismatch, IndexInvalid."""
+        self.check(lineage=lineage, made_by=made_by)
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        if len(vectors) != len(chunks) or vectors.ndim != 2:
+            raise IndexInvalid(self.name, f"{vectors.shape} vectors for {len(chunks)} chunks")
+        if self.dimension not in (None, vectors.shape[1]):
+            raise IndexInvalid(self.name, f"it holds vectors of {self.dimension} dimensions, and these have {vectors.shape[1]}")
+        last = {chunk.id: place for place, chunk in enumerate(chunks)}  # an id twice in one call: the last one counts
+        kept = sorted(last.values())
+        with self._lock:
+            self._writable()
+            self._table.add(self._rows(), [chunks[place] for place in kept])
+            self._new.append(vectors[kept])
+            self._dead = self._table.dead()
+
+    def delete(self, *, ids: Sequence[str] = (), document: str | None = None) -> int:
+        """Forget chunks by id, or all of a document; returns how many there were."""
+        with self._lock:
+            self._writable()
+            rows = self._table.find(list(ids)) + (self._table.of_document(document) if document is not None else [])
+            self._table.drop(rows)
+            self._dead = self._table.dead()
+        return len(rows)
+
+    def search(self, query: Labelled, k: int, *, mapped: bool = False) -> list[Found]:
+        """The k chunks nearest to one query. `mapped`: a query of another lineage goes through its fitted linear map.
+
+        Raises LineageMismatch, or IndexInvalid on a dimension mismatch.
+        """
+        vector = np.asarray(query, dtype=np.float32)
+        if query.documents != self.lineage and mapped and (found := self.map_from(query.documents)) is not None:
+            vector = found.apply(vector)
+        else:
+            self.check(lineage=query.documents, made_by=query.made_by)
+        if self.dimension is None:
+            return []
+        if len(vector) != self.dimension:
+            raise IndexInvalid(self.name, f"it holds vectors of {self.dimension} dimensions, and the query has {len(vector)}")
+        return self.found(self._nearest(vector, k)[:k])
+
+    def found(self, scored: Sequence[tuple[int, float]]) -> list[Found]:
+        """(row, score) pairs with their chunks, in the same order; rows that are dead are left out."""
+        chunks = self._table.get([row for row, _ in scored])
+        return [Found(row, score, chunks[row]) for row, score in scored if row in chunks]
+
+    def chunk(self, row: int) -> Chunk | None:
+        return self._table.get([row]).get(row)
+
+    def chunks(self, ids: Sequence[str]) -> list[Chunk]:
+        return list(self._table.get(self._table.find(list(ids))).values())
+
+    def documents(self) -> list[str]:
+        return self._table.documents()
+
+    def rows(self) -> NDArray[np.int64]:
+        """The row numbers in use."""
+        return self._table.live()
+
+    def known(self) -> dict[str, int]:
+        """Content hash → row."""
+        return self._table.hashes()
+
+    def vectors(self, rows: NDArray[np.int64]) -> Rows:
+        """(n,) row numbers → (n, d) exact vectors."""
+        sealed = self._ann.rows if self._ann else 0
+        made = np.zeros((len(rows), self.dimension or 0), dtype=np.float32)
+        old = rows < sealed
+        if self._ann and old.any():
+            made[old] = self._ann.vectors(rows[old])
+        if not old.all():
+            made[~old] = self._buffer()[rows[~old] - sealed]
+        return made
+
+    def map_from(self, lineage: str) -> LinearMap | None:
+        """The fitted map from another lineage's documents to this one's, if there is one."""
+        path = self.folder / "maps" / f"{lineage[:32]}.npz"
+        found = LinearMap.load(path) if path.is_file() else None
+        return found if found and (found.source, found.target) == (lineage, self.lineage) else None
+
+    def save(self, *, bm25: bool = True) -> str:
+        """Publish what is in memory as the next version and switch to it in one step. Returns the version's name.
+
+        IndexInvalid where another process has published since this one was opened.
+        """
+        with self._lock, locked(self.folder / ".lock"):
+            if current_version(self.folder) != self.version:
+                raise IndexInvalid(self.name, "another process changed it meanwhile: open it again and repeat")
+            versions = self.folder / "versions"
+            with staged_folder(versions) as stage:
+                self._write(stage, bm25=bm25)
+                number = int(self.version.partition("-")[0]) + 1 if self.version else 1
+                version = f"{number:06d}-{self.lineage[:8]}"
+                shutil.rmtree(versions / version, ignore_errors=True)  # left by a crash between publishing and switching
+                publish_folder(stage, versions / version)
+            write_text(self.folder / "current", version + "\n")
+            for old in sorted(path for path in versions.iterdir() if path.name[0] != ".")[:-KEPT_VERSIONS]:
+                shutil.rmtree(old, ignore_errors=True)  # a reader that has it open keeps its files until it closes them
+        opened = VectorIndex.open(self.folder)
+        self._table.close()
+        self.__dict__.update({name: value for name, value in opened.__dict__.items() if name != "_lock"})
+        return version
+
+    def _write(self, stage: Path, *, bm25: bool) -> None:
+        live, rows = self._table.live(), self._rows()
+        ann = self._grown(rows, len(live))
+        renumbered = None if ann else live
+        if ann is None and len(live):
+            ann = Ann.build(self._gathered(live, stage), self.settings)
+        self._table.copy_to(stage / "rows.sqlite", renumbered=renumbered)
+        if ann:
+            ann.save(stage)
+        (stage / "gathered.f32").unlink(missing_ok=True)
+        table = RowTable(stage / "rows.sqlite")
+        sparse = Bm25.build(table.texts()) if bm25 and len(live) else None
+        table.close()
+        if sparse:
+            (stage / "bm25").mkdir()
+            sparse.save(stage / "bm25")
+        meta = Meta(
+            lineage=self.lineage,
+            made_by=self.made_by,
+            adapter=self.adapter,
+            dimension=self.dimension or 0,
+            rows=ann.rows if ann else 0,
+            chunks=len(live),
+            kind=ann.kind if ann else "flat",
+            settings=asdict(self.settings),
+            bm25=sparse is not None,
+            notes=self.notes,
+            files={str(path.relative_to(stage)): (path.stat().st_size, _sha256(path)) for path in stage.rglob("*") if path.is_file()},
+        )
+        (stage / "meta.json").write_text(meta.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+
+    def _grown(self, rows: int, live: int) -> Ann | None:
+        """The graph or lists as they are, with the new rows added, where few rows are new or dead; None: build anew."""
+        ann, new = self._ann, sum(map(len, self._new))
+        worthwhile = ann is not None and ann.kind != "flat" and ann.kind == self.settings.chosen(live)
+        if ann is None or not worthwhile or len(self._dead) > MOST_DEAD * rows or new > MOST_NEW * rows or self.version is None:
+            return None
+        import faiss
+
+        index: Any = faiss.read_index(str(self.folder / "versions" / self.version / "vectors.faiss"))
+        raw = np.concatenate([ann.raw, *self._new]) if ann.raw is not None else None
+        for vectors in self._new:
+            index.add(vectors)
+        return Ann(index, ann.kind, self.settings, raw)
+
+    def _gathered(self, live: NDArray[np.int64], stage: Path) -> Rows:
+        """The live vectors in a file of their own: a million of them need not be in memory twice."""
+        made = np.memmap(stage / "gathered.f32", dtype=np.float32, mode="w+", shape=(len(live), self.dimension or 0))
+        for start in range(0, len(live), BLOCK):
+            made[start : start + BLOCK] = self.vectors(live[start : start + BLOCK])
+        return made
+
+    def _nearest(self, vector: Rows, k: int) -> list[tuple[int, float]]:
+        found: list[tuple[int, float]] = []
+        if self._ann:
+            sealed = self._ann.rows
+            scores, rows = self._ann.search(vector[None], min(k, sealed), dead=self._dead[self._dead < sealed])
+            found = [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
+        if not self._new:
+            return found
+        with self._lock:
+            scores, first = self._buffer() @ vector, self._ann.rows if self._ann else 0
+            scores[self._dead[self._dead >= first] - first] = -np.inf
+        best = np.argsort(-scores, kind="stable")[:k]
+        found += [(first + int(row), float(scores[row])) for row in best if np.isfinite(scores[row])]
+        return sorted(found, key=lambda pair: -pair[1])
+
+    def _rows(self) -> int:
+        return (self._ann.rows if self._ann else 0) + sum(map(len, self._new))
+
+    def _buffer(self) -> Rows:
+        if len(self._new) > 1:
+            self._new = [np.concatenate(self._new)]
+        return self._new[0]
+
+    def _writable(self) -> None:
+        if self._own_table:
+            return
+        copy = Path(tempfile.mkdtemp(prefix="embedft-rows-")) / "rows.sqlite"
+        self._table.copy_to(copy)
+        self._table.close()
+        self._table, self._own_table = RowTable(copy, writable=True), True
+        weakref.finalize(self._table, shutil.rmtree, copy.parent, ignore_errors=True)  # SQLite does not write to an unlinked file
+
+
+def current_version(folder: Path) -> str | None:
+    path = folder / "current"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _occupied(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _read_meta(place: Path, name: str, *, verify: bool) -> Meta:
+    try:
+        meta = Meta.model_validate_json((place / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise IndexInvalid(name, f"meta.json of version {place.name} cannot be read ({str(error).splitlines()[0]}): index again") from None
+    for relative, (size, digest) in meta.files.items():
+        path = place / relative
+        if not path.is_file() or path.stat().st_size != size:
+            raise IndexInvalid(name, f"{relative} is missing or was cut: index again")
+        if verify and _sha256(path) != digest:
+            raise IndexInvalid(name, f"{relative} is not what was written: index again")
+    return meta
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_indexes(root: Path) -> dict[str, dict[str, Any]]:
+    """Name → record of each index folder directly under `root`; one that cannot be read has an `error`."""
+    found: dict[str, dict[str, Any]] = {}
+    for folder in sorted(path for path in root.iterdir() if (path / "current").is_file()) if root.is_dir() else []:
+        try:
+            version = current_version(folder) or ""
+            meta = _read_meta(folder / "versions" / version, folder.name, verify=False)
+            found[folder.name] = {"version": version, **json.loads(meta.model_dump_json(by_alias=True, exclude={"files"}))}
+        except IndexInvalid as error:
+            found[folder.name] = {"error": str(error)}
+    return found

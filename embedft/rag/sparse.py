@@ -1,0 +1,56 @@
+"""BM25 over the chunks' texts (Robertson's, bm25s' defaults), kept on disk beside the vectors. Words are split at underscores."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Bm25:
+    """`rows[i]` is the row number of the i-th text."""
+
+    def __init__(self, index: Any, rows: NDArray[np.int64]) -> None:
+        self._index, self._rows = index, rows
+
+    @classmethod
+    def build(cls, texts: Iterator[tuple[int, str]]) -> "Bm25 | None":
+        """Of (row, text) pairs; None where no text has a word."""
+        import bm25s
+
+        rows, contents = list[int](), list[str]()
+        for row, text in texts:
+            rows.append(row)
+            contents.append(text)
+        tokens = _words(contents)
+        if not any(tokens):
+            return None
+        index: Any = bm25s.BM25()
+        index.index(tokens, show_progress=False)
+        return cls(index, np.array(rows, dtype=np.int64))
+
+    def search(self, text: str, k: int) -> list[tuple[int, float]]:
+        """(row, score) of the k best with a score above 0, best first."""
+        (words,) = _words([text])
+        known = [word for word in words if word in self._index.vocab_dict]
+        if not known:
+            return []
+        found, scores = self._index.retrieve([known], k=min(k, len(self._rows)), show_progress=False)
+        return [(int(self._rows[place]), float(score)) for place, score in zip(found[0], scores[0], strict=True) if score > 0]
+
+    def save(self, folder: Path) -> None:
+        self._index.save(str(folder), show_progress=False)
+        np.save(folder / "rows.npy", self._rows)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Bm25":
+        import bm25s
+
+        return cls(bm25s.BM25.load(str(folder), mmap=True), np.load(folder / "rows.npy", mmap_mode="r"))
+
+
+def _words(texts: Sequence[str]) -> list[list[str]]:
+    import bm25s
+
+    return bm25s.tokenize(list(texts), token_pattern=r"(?u)[^\W_]+", stopwords="english", show_progress=False, return_ids=False)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,79 @@
+"""What a vector is: how it is made for a base or an adapter, and its lineage. The one place where passport rules become settings.
+
+The gateway and RAG both ask here, so that a vector from a server and one made in this process carry the same name.
+"""
+
+from dataclasses import dataclass
+
+from embedft.adapters.passport import Passport, lineage
+from embedft.encode import EncodeSettings, InputType
+from embedft.errors import AdapterInvalid, InputInvalid
+from embedft.model_folder import BaseInfo
+
+
+@dataclass(frozen=True)
+class VectorKind:
+    """`by_adapter` False: the base makes it. `dimensions` None keeps all components."""
+
+    settings: EncodeSettings
+    by_adapter: bool
+    lineage: str
+    dimensions: int | None
+
+
+def vector_kind(
+    info: BaseInfo,
+    passport: Passport | None,
+    generation: str | None,
+    *,
+    input_type: InputType | None,
+    dimensions: int | None = None,
+    max_length: int | None = None,
+    name: str = "",
+) -> VectorKind:
+    """How a base (`passport` None) or an adapter makes vectors of `input_type`. `max_length`: the engine's own limit in tokens.
+
+    Raises InputInvalid: input_type_required, dimensions_unsupported.
+    """
+    cut = _cut(info, passport, dimensions)
+    limit = min(max_length or info.max_length, info.max_length)
+    if passport is None:
+        return _kind(info, None, EncodeSettings(info.pooling, info.normalize, limit), input_type, cut, side="both")
+    if passport.pooling is None:
+        raise AdapterInvalid(name or passport.name, "it is no embedding adapter: its passport names no pooling")
+    settings = EncodeSettings(passport.pooling, bool(passport.normalize), min(passport.max_length, limit), passport.prompts)
+    if passport.side == "query" and input_type is None:
+        message = f"adapter {name or passport.name!r} is for queries only: say input_type query or document"
+        raise InputInvalid("input_type_required", message, "input_type")
+    made_by = None if passport.side == "query" and input_type == "document" else generation  # documents stay the base's
+    return _kind(info, made_by, settings, input_type, cut, side=passport.side)
+
+
+def _kind(
+    info: BaseInfo, generation: str | None, settings: EncodeSettings, input_type: InputType | None, cut: int | None, *, side: str
+) -> VectorKind:
+    prompts = dict(settings.prompts)
+    if generation is None:  # the base's vectors are the same whichever adapter they were asked through: only what shapes them counts
+        side, prompt = "both", prompts.get(input_type or "", "")
+        prompts = {str(input_type): prompt} if prompt else {}
+    identity = lineage(
+        info.fingerprint,
+        generation,
+        side="query" if side == "query" else "both",
+        prompts=prompts,
+        pooling=settings.pooling,
+        max_length=settings.max_length,
+        dimensions=[cut] if cut else [],
+        normalize=settings.normalize,
+    )
+    return VectorKind(settings, generation is not None, identity, cut)
+
+
+def _cut(info: BaseInfo, passport: Passport | None, dimensions: int | None) -> int | None:
+    if dimensions is None or dimensions == info.hidden_size:
+        return None
+    trained = passport.dimensions if passport else ()
+    if dimensions not in trained:
+        allowed = ", ".join(map(str, sorted({*trained, info.hidden_size})))
+        raise InputInvalid("dimensions_unsupported", f"dimensions {dimensions}: trained for {allowed}", "dimensions")
+    return dimensions

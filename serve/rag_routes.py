@@ -1,0 +1,245 @@
+"""/v1/rag: questions answered from indexes, the adapters of retriever and reader chosen per request. The only importer of embedft.rag.
+
+Embedding and generation go straight to the engines, through the same leases, prompts and meters as any other request.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic_core import to_json
+
+from embedft.errors import IndexInvalid, IndexNotFound, InputInvalid, RagError
+from embedft.rag.answer import Source, cited, messages_of, sources_of
+from embedft.rag.engines import Labelled
+from embedft.rag.index import Found, VectorIndex
+from embedft.rag.search import Stages, search
+from serve.admin_routes import ADMIN_BODY, admin_only
+from serve.body import read_body, unless_gone
+from serve.embedding import Preparers, Way, embed, unit, way_of
+from serve.engine import BASE
+from serve.gateway import Gateway
+from serve.generation_routes import Call, OwnedStream
+from serve.openapi import described
+from serve.routing import Choice, choose
+from serve.schemas import PutIndex, RagRequest
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RERANKED = 20
+
+
+class Indexes:
+    """The indexes served, by name. One that cannot be opened never replaces one that serves."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.live: dict[str, VectorIndex] = {}
+        self.refused: dict[str, str] = {}
+        for folder in sorted(root.iterdir()) if root.is_dir() else []:
+            if NAME.fullmatch(folder.name) and (folder / "current").is_file():
+                try:
+                    self.live[folder.name] = VectorIndex.open(folder)
+                except RagError as error:
+                    self.refused[folder.name] = str(error)
+
+    def get(self, name: str) -> VectorIndex:
+        """The version that serves. IndexNotFound."""
+        if name not in self.live:
+            raise IndexNotFound(name[:80], list(self.live))
+        return self.live[name]
+
+    def put(self, name: str, *, expected: str | None) -> VectorIndex:
+        """Open the version on disk, every byte checked, and let it serve from now on. What was serving stays where that fails."""
+        if not NAME.fullmatch(name):
+            raise IndexNotFound(name[:80], list(self.live))
+        folder = self.root / name
+        if folder.is_symlink():
+            raise IndexInvalid(name, "it is a link: put the index itself into the server's folder")
+        try:
+            opened = VectorIndex.open(folder, verify=True)
+            if expected is not None and opened.version != expected:
+                raise IndexInvalid(name, f"its version is {opened.version}, not {expected}: read it again and retry")
+        except IndexNotFound:
+            raise
+        except RagError as error:
+            self.refused[name] = str(error)
+            raise
+        self.refused.pop(name, None)
+        self.live[name] = opened  # requests that hold the old one finish on it
+        return opened
+
+    def delete(self, name: str) -> VectorIndex:
+        self.get(name)
+        return self.live.pop(name)
+
+
+def rag_routes(gateway: Gateway) -> APIRouter:
+    """Routes over the indexes under the server's `indexes` folder."""
+    assert gateway.config.indexes is not None
+    router, indexes, preparers = APIRouter(tags=["rag"]), Indexes(gateway.config.indexes), Preparers()
+    only_admin = admin_only(gateway)
+
+    @router.get("/v1/rag", summary="All indexes: served, and those that cannot be, with the reason")
+    def listed() -> Response:
+        rows = [{**view(index), **_reason(indexes, name)} for name, index in indexes.live.items()]
+        rows += [{"name": name, "state": "unserved", "refused": why} for name, why in indexes.refused.items() if name not in indexes.live]
+        return _json({"object": "list", "data": sorted(rows, key=lambda row: row["name"])})
+
+    @router.get("/v1/rag/{index}", summary="One index")
+    def one(index: str) -> Response:
+        return _json({**view(indexes.get(index)), **_reason(indexes, index)})
+
+    put_body = described(PutIndex, "Load an index, or replace it by its newest version: one step, and a damaged one leaves the old serving")
+
+    @router.put("/v1/rag/{index}", dependencies=only_admin, **put_body)
+    async def put(index: str, request: Request) -> Response:
+        body = await read_body(request, PutIndex, limit=ADMIN_BODY)
+        return _json(view(await asyncio.to_thread(indexes.put, index, expected=body.expected_version)))
+
+    @router.delete("/v1/rag/{index}", dependencies=only_admin, summary="Stop serving; the folder keeps it")
+    def delete(index: str) -> Response:
+        return _json({**view(indexes.delete(index)), "state": "unserved"})
+
+    @router.post(
+        "/v1/rag/{index}/query", **described(RagRequest, "Find passages by one adapter and answer from them by another; sources first")
+    )
+    async def query(index: str, request: Request) -> Response:
+        body = await read_body(request, RagRequest, limit=gateway.config.limits.body_bytes)
+        return await _query(gateway, request, indexes.get(index), body, preparers)
+
+    return router
+
+
+def view(index: VectorIndex) -> dict[str, Any]:
+    """What clients see of an index; no path of this machine."""
+    return {
+        "name": index.name,
+        "state": "serving",
+        "version": index.version,
+        "lineage": index.lineage,
+        "made_by": index.made_by,
+        "adapter": index.adapter,
+        "chunks": len(index),
+        "dimension": index.dimension,
+        "kind": index.kind,
+        "bm25": index.bm25 is not None,
+    }
+
+
+@dataclass(frozen=True)
+class _Retrieved:
+    sources: list[Source]
+    headers: dict[str, str]
+
+
+async def _query(gateway: Gateway, request: Request, index: VectorIndex, body: RagRequest, preparers: Preparers) -> Response:
+    _check(gateway, body)
+    reader = None
+    if body.answer:
+        reader = choose(
+            gateway.lifecycle, task="causal_lm", model=body.lm_model, adapter=body.lm_adapter, is_set=_is_set(body, "lm_adapter")
+        )
+    found = await unless_gone(request, _retrieve(gateway, index, body, preparers))
+    shown = {"index": index.name, "version": index.version, "question": body.question, "sources": [asdict(one) for one in found.sources]}
+    if reader is None:
+        return Response(to_json({"object": "rag.sources", **shown}), media_type="application/json", headers=found.headers)
+    return await _answer(gateway, request, body, reader, found, shown)
+
+
+def _check(gateway: Gateway, body: RagRequest) -> None:
+    limits = gateway.config.limits
+    if body.max_tokens > limits.max_tokens:
+        raise InputInvalid("max_tokens_too_large", f"at most {limits.max_tokens} tokens in one answer", "max_tokens")
+    if len(body.question) > limits.text_characters:
+        raise InputInvalid("input_too_large", f"more than {limits.text_characters} characters in one request", "question")
+    if body.stream and not body.answer:
+        raise InputInvalid("stream_without_answer", "sources come whole: stream is for an answer", "stream")
+
+
+async def _retrieve(gateway: Gateway, index: VectorIndex, body: RagRequest, preparers: Preparers) -> _Retrieved:
+    name = body.adapter if _is_set(body, "adapter") or body.model else index.adapter
+    async with AsyncExitStack() as stack:
+        query, document = await _ways(gateway, stack, body.model, name, is_set=name is not None or _is_set(body, "adapter"))
+        if body.fusion != "sparse" and not (body.mapped and index.map_from(document.lineage)):
+            index.check(lineage=document.lineage, made_by=query.label)  # before an engine works for nothing
+        adapter = query.resident.name if query.resident else None
+        with gateway.meters.measured(query.engine.name, adapter, "rag"):
+            made = await embed(query, [body.question], preparers, input_type="query", truncate=True)
+            gateway.meters.count_tokens(query.engine.name, adapter, {"prompt_tokens": made.tokens})
+            labels = {"lineage": query.lineage, "documents": document.lineage, "made_by": query.label}
+            vector = Labelled(made.rows[0].tolist(), **labels)
+            wanted = max(body.k, RERANKED) if body.rerank_adapter else body.k
+            stages = Stages(k=wanted, fusion=body.fusion, weight=float(body.weight), mapped=body.mapped)
+            found = await asyncio.to_thread(search, index, body.question, vector, stages)
+    if body.rerank_adapter and found:
+        found = await _reranked(gateway, body, found, preparers)
+    headers = {"x-embedft-adapter": query.label, "x-embedft-base": query.engine.name, "x-embedft-lineage": query.lineage}
+    return _Retrieved(sources_of(found[: body.k]), {**headers, "x-embedft-index": f"{index.name}@{index.version}"})
+
+
+async def _ways(gateway: Gateway, stack: AsyncExitStack, model: str | None, name: str | None, *, is_set: bool) -> tuple[Way, Way]:
+    """How `name` (None: the base) embeds queries and documents; it stays loaded as long as `stack` is open."""
+    choice = choose(gateway.lifecycle, task="embedding", model=model, adapter=name, is_set=is_set)
+    resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
+    query = way_of(choice.engine, resident, input_type="query", dimensions=None)
+    return query, way_of(choice.engine, resident, input_type="document", dimensions=None)
+
+
+async def _reranked(gateway: Gateway, body: RagRequest, found: list[Found], preparers: Preparers) -> list[Found]:
+    """What was found, in the order of another adapter's vectors; the scores are that adapter's."""
+    async with AsyncExitStack() as stack:
+        query, document = await _ways(gateway, stack, None, body.rerank_adapter, is_set=True)
+        with gateway.meters.measured(query.engine.name, body.rerank_adapter, "rerank"):
+            asked = await embed(query, [body.question], preparers, input_type="query", truncate=True)
+            texts = [hit.chunk.embedded or hit.chunk.text for hit in found]
+            made = await embed(document, texts, preparers, input_type="document", truncate=True)
+    scores = unit(made.rows) @ unit(asked.rows)[0]
+    order = sorted(range(len(found)), key=lambda place: -scores[place])
+    return [Found(found[place].row, float(scores[place]), found[place].chunk) for place in order]
+
+
+async def _answer(
+    gateway: Gateway, request: Request, body: RagRequest, reader: Choice, found: _Retrieved, shown: Mapping[str, Any]
+) -> Response:
+    async with AsyncExitStack() as stack:
+        resident = await stack.enter_async_context(gateway.lifecycle.lease(reader.adapter)) if reader.adapter else None
+        reader.engine.supervisor.require_ready()
+        call = Call(gateway, reader, resident)
+        headers = {**found.headers, "x-embedft-lm-adapter": call.headers["x-embedft-adapter"], "x-embedft-lm-base": reader.engine.name}
+        sent: dict[str, Any] = {"model": resident.id if resident else BASE, "messages": messages_of(body.question, found.sources)}
+        sent |= {"max_tokens": body.max_tokens, "temperature": body.temperature}
+        outcome = stack.enter_context(gateway.meters.measured(reader.engine.name, call.adapter, "rag"))
+        if body.stream:
+            sent |= {"stream": True, "stream_options": {"include_usage": True}}
+            events = await stack.enter_async_context(reader.engine.client.stream("/v1/chat/completions", sent))
+            lines = call.relabelled(events, outcome, usage_wanted=False)
+            return OwnedStream(_sources_first(shown, lines), stack.pop_all(), headers=headers)
+        answer = await unless_gone(request, reader.engine.client.call("/v1/chat/completions", sent))
+        gateway.meters.count_tokens(reader.engine.name, call.adapter, answer.get("usage"))
+    said = str(answer["choices"][0]["message"].get("content") or "")
+    content = {"object": "rag.answer", **shown, "answer": said, "cited": cited(said, found.sources), "usage": answer.get("usage")}
+    return Response(to_json(content), media_type="application/json", headers=headers)
+
+
+async def _sources_first(shown: Mapping[str, Any], lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield b"data: " + to_json({"object": "rag.sources", **shown}) + b"\n\n"
+    async for line in lines:
+        yield line
+
+
+def _is_set(body: RagRequest, field: str) -> bool:
+    return field in body.model_fields_set
+
+
+def _reason(indexes: Indexes, name: str) -> dict[str, str]:
+    """A newer version that was refused, beside the one that serves."""
+    return {"refused": indexes.refused[name]} if name in indexes.refused else {}
+
+
+def _json(content: Any) -> Response:
+    return Response(to_json(content), media_type="application/json")

@@ -1,0 +1,163 @@
+"""From files to an index: what is read, what is refused and why, what is embedded again, and how a build goes on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.errors import DocumentsUnusable, EngineBusy, EngineFailed
+from embedft.rag.build import build_index
+from embedft.rag.chunks import Chunking, chunks_of, sentences
+from embedft.rag.documents import Document, read_documents
+from embedft.rag.engines import Labelled, Vectors
+from embedft.rag.index import VectorIndex
+from embedft.rag.remote import RemoteEngine
+from embedft.rag.rows import Chunk
+from tests.serve.world import Server
+
+
+class Counting:
+    """A real engine whose texts are counted; it fails after `left` batches, as one that is killed does."""
+
+    def __init__(self, url: str, *, left: int | None = None, adapters: Sequence[str] = ()) -> None:
+        self.engine, self.left, self.texts = RemoteEngine(url), left, list[str]()
+        self.adapters = list(adapters)
+
+    def embed(self, texts: Sequence[str], **options: Any) -> Vectors:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise EngineFailed("gone")
+        if self.adapters:
+            options["adapter"] = self.adapters.pop(0)
+        self.texts += texts
+        return self.engine.embed(texts, **options)
+
+    async def aembed(self, texts: Sequence[str], **options: Any) -> Vectors:
+        return await self.engine.aembed(texts, **options)
+
+    def document_lineage(self, adapter: str | None) -> tuple[str, str]:
+        return self.engine.document_lineage(adapter)
+
+
+def chunks(count: int, *, changed: int = 0) -> list[Chunk]:
+    return [Chunk(f"d#{i}", "d", f"text {i}{' new' if i < changed else ''}") for i in range(count)]
+
+
+def test_only_changed_chunks_are_embedded_again(tmp_path: Path, server: Server) -> None:
+    engine = Counting(server.url)
+    first = build_index(tmp_path / "i", chunks(40), engine, adapter="a")
+    assert (first.embedded, first.reused) == (40, 0)
+    engine.texts.clear()
+    second = build_index(tmp_path / "i", chunks(38, changed=3), engine, adapter="a")
+    assert sorted(engine.texts) == ["text 0 new", "text 1 new", "text 2 new"]
+    assert (second.embedded, second.reused, second.chunks) == (3, 35, 38)
+    index = VectorIndex.open(tmp_path / "i", verify=True)
+    for text, identity in (("text 1 new", "d#1"), ("text 30", "d#30")):
+        query = Labelled.of(engine.embed([text], input_type="query", adapter="a"))[0]
+        assert index.search(query, 1)[0].chunk.id == identity
+        assert index.search(query, 1)[0].score == pytest.approx(1.0, abs=1e-5)
+
+
+def test_another_adapter_is_embedded_from_the_start_and_the_old_index_serves_until_then(tmp_path: Path, server: Server) -> None:
+    build_index(tmp_path / "i", chunks(10), RemoteEngine(server.url), adapter="a")
+    reader = VectorIndex.open(tmp_path / "i")
+    report = build_index(tmp_path / "i", chunks(10), RemoteEngine(server.url), adapter="b")
+    assert (report.embedded, report.reused) == (10, 0)
+    query = Labelled.of(RemoteEngine(server.url).embed(["text 4"], input_type="query", adapter="a"))[0]
+    assert reader.search(query, 1)[0].chunk.id == "d#4"
+    assert VectorIndex.open(tmp_path / "i").made_by.startswith("b@")
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedft.rag.build.BATCH", 8)
+    build_index(tmp_path / "i", chunks(5), RemoteEngine(server.url), adapter="a")
+    dying = Counting(server.url, left=3)
+    with pytest.raises(EngineFailed):
+        build_index(tmp_path / "i", chunks(45), dying, adapter="a")
+    assert len(VectorIndex.open(tmp_path / "i")) == 5
+    engine = Counting(server.url)
+    report = build_index(tmp_path / "i", chunks(45), engine, adapter="a")
+    assert len(engine.texts) == report.embedded == 45 - 5 - 24
+    assert len(VectorIndex.open(tmp_path / "i")) == 45
+    assert not list((tmp_path / "i" / "work").iterdir())
+
+
+def test_an_adapter_replaced_in_the_middle_never_mixes_vectors(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedft.rag.build.BATCH", 8)
+    with pytest.raises(EngineBusy, match="replaced"):
+        build_index(tmp_path / "i", chunks(20), Counting(server.url, adapters=["a", "b"]), adapter="a")
+    assert not (tmp_path / "i" / "current").exists()
+
+
+def test_markdown_html_python_and_text_become_chunks_with_their_sections(docs: Path) -> None:
+    (docs / "page.html").write_text(
+        "<html><head><title>no</title><style>x{}</style></head><body>"
+        "<h1>Rice</h1><p>Wash it &amp; rest.</p><script>bad()</script></body></html>"
+    )
+    (docs / "code.py").write_text("import os\n\n\ndef boil(water):\n    '''Heat it.'''\n    return water\n\n\nclass Pot:\n    size = 3\n")
+    reading = read_documents(docs)
+    made = {chunk.id: chunk for chunk in chunks_of(reading.documents, Chunking())}
+    assert [document.id for document in reading.documents] == ["bread.txt", "code.py", "page.html", "tea.md"]
+    black = next(chunk for chunk in made.values() if "boiling" in chunk.text)
+    assert (black.document, black.metadata["section"]) == ("tea.md", "Tea")
+    assert (black.embedded or "").startswith("Tea\n")
+    page = " ".join(chunk.text for chunk in made.values() if chunk.document == "page.html")
+    assert "Wash it & rest." in page
+    assert "bad" not in page
+    assert {chunk.metadata.get("section") for chunk in made.values() if chunk.document == "code.py"} == {None, "def boil", "class Pot"}
+
+
+def test_long_texts_are_cut_into_overlapping_chunks_that_lose_nothing() -> None:
+    text = " ".join(f"This is sentence number {i}." for i in range(300))
+    made = [chunk.text for chunk in chunks_of([Document("d", text, "text")], Chunking(size=64, overlap=16))]
+    assert len(made) > 20
+    assert all(f"sentence number {i}." in " ".join(made) for i in range(300))
+    assert "".join(sentences(text)) == text
+
+
+def test_unreadable_files_are_named_and_the_rest_is_read(docs: Path, tmp_path: Path) -> None:
+    (docs / "binary.txt").write_bytes(b"abc\0def")
+    (docs / "latin.txt").write_bytes("über".encode("latin-1"))
+    (docs / "empty.md").write_text(" \n")
+    (docs / "big.md").write_text("x" * 3000)
+    (docs / "paper.pdf").write_bytes(b"%PDF-1.4 broken")
+    (tmp_path / "secret.md").write_text("secret")
+    (docs / "link.md").symlink_to(tmp_path / "secret.md")
+    (docs / "image.png").write_bytes(b"\x89PNG")
+    reading = read_documents(docs, max_bytes=2000)
+    assert [document.id for document in reading.documents] == ["bread.txt", "tea.md"]
+    assert reading.other == 1
+    reasons = dict(line.split(": ", 1) for line in reading.skipped)
+    assert "binary" in reasons["binary.txt"]
+    assert "UTF-8" in reasons["latin.txt"]
+    assert "no text" in reasons["empty.md"]
+    assert "--max-mib" in reasons["big.md"]
+    assert "out of the folder" in reasons["link.md"]
+    assert "PDF" in reasons["paper.pdf"]
+
+
+def test_nothing_to_index_is_an_error(tmp_path: Path, server: Server) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DocumentsUnusable, match="no document in it"):
+        read_documents(tmp_path / "empty")
+    with pytest.raises(DocumentsUnusable, match="no such file"):
+        read_documents(tmp_path / "none")
+    (tmp_path / "x.docx").write_bytes(b"PK")
+    with pytest.raises(DocumentsUnusable, match=r"'.docx' are not read"):
+        read_documents(tmp_path / "x.docx")
+    with pytest.raises(DocumentsUnusable, match="no text"):
+        build_index(tmp_path / "i", [], RemoteEngine(server.url), adapter="a")
+
+
+def test_a_pdf_is_read_and_an_encrypted_one_named(tmp_path: Path) -> None:
+    pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
+    for name, password in (("open.pdf", None), ("closed.pdf", "secret")):
+        writer = pypdf.PdfWriter()
+        writer.add_blank_page(100, 100)
+        if password:
+            writer.encrypt(password)
+        writer.write(tmp_path / name)
+    with pytest.raises(DocumentsUnusable, match=r"(?s)closed.pdf: the PDF is encrypted.*open.pdf: no text in it: scanned"):
+        read_documents(tmp_path)

@@ -1,0 +1,56 @@
+"""Fusion, its fitted weights, and what each stage is handed."""
+
+import pytest
+
+from embedft.errors import EngineFailed, UsageError
+from embedft.rag.answer import Source, cited, faithfulness, messages_of
+from embedft.rag.search import Stages, fit_weight, rrf, search, weighted
+from tests.embedft.rag.test_index import filled, label, vectors
+
+DENSE, SPARSE = [(1, 0.9), (2, 0.8), (3, 0.1)], [(3, 12.0), (4, 6.0)]
+
+
+def test_reciprocal_ranks_add_up() -> None:
+    assert rrf([DENSE, SPARSE])[0] == (3, pytest.approx(1 / 63 + 1 / 61))
+    assert [row for row, _ in rrf([DENSE, []])] == [1, 2, 3]
+
+
+def test_weights_scale_each_list_before_they_are_added() -> None:
+    assert dict(weighted(DENSE, SPARSE, 0.25)) == pytest.approx({1: 0.25, 2: 0.25 * 0.875, 3: 0.75, 4: 0.0})
+    assert weighted(DENSE, SPARSE, 1.0)[0][0] == 1
+
+
+def test_a_weight_is_fitted_to_where_the_relevant_rows_are() -> None:
+    assert fit_weight([(DENSE, SPARSE, {4})] * 3)[0] < 0.5 < fit_weight([(DENSE, SPARSE, {2})] * 3)[0] + 0.5
+    weight, reached = fit_weight([(DENSE, SPARSE, {1}), (DENSE, SPARSE, {2})])
+    assert weight > 0.5
+    assert reached == pytest.approx(0.75)
+    with pytest.raises(UsageError):
+        fit_weight([])
+
+
+def test_each_stage_can_be_left_out(tmp_path: object) -> None:
+    rows = vectors(30)
+    index = filled(tmp_path / "i", rows)  # type: ignore[operator]
+    with pytest.raises(UsageError, match="without BM25"):
+        search(index, "number7", label(rows[3]), Stages(fusion="rrf"))
+    index.save()
+    assert search(index, "number7", label(rows[3]), Stages(k=1))[0].chunk.id == "c3"
+    assert search(index, "number7", None, Stages(k=1, fusion="sparse"))[0].chunk.id == "c7"
+    assert {hit.chunk.id for hit in search(index, "number7", label(rows[3]), Stages(k=2, fusion="rrf"))} == {"c3", "c7"}
+    only_dense = Stages(k=1, fusion="weights", weight=1.0)
+    assert search(index, "number7", label(rows[3]), only_dense)[0].chunk.id == "c3"
+    last = Stages(k=2, rerank=lambda _, texts: range(len(texts)), rerank_depth=5)
+    dense = search(index, "", label(rows[3]), Stages(k=5))
+    assert [hit.chunk.id for hit in search(index, "", label(rows[3]), last)] == [dense[4].chunk.id, dense[3].chunk.id]
+    with pytest.raises(EngineFailed, match="1 scores for 5"):
+        search(index, "", label(rows[3]), Stages(k=2, rerank=lambda *_: [1.0], rerank_depth=5))
+
+
+def test_citations_and_faithfulness() -> None:
+    sources = [Source(1, "a", "a#0", 1.0, "Green tea at eighty degrees"), Source(2, "b", "b#0", 0.5, "Bread needs flour")]
+    assert "[2] Bread needs flour" in messages_of("Why?", sources)[0]["content"]
+    assert cited("see [2] and [9]", sources) == [2]
+    assert cited("eighty degrees", sources) == [1]
+    assert cited("nothing alike", sources) == []
+    assert faithfulness("eighty flour moon", sources) == pytest.approx(2 / 3)
