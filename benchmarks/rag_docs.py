@@ -19,10 +19,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.rag import ROOT, record  # noqa: E402
-from embedft.adapters.store import AdapterStore  # noqa: E402
-from embedft.rag.chunks import Chunking, chunks_of  # noqa: E402
-from embedft.rag.documents import Document, read_documents  # noqa: E402
+from benchmarks.rag import ROOT, record
+from embedft.adapters.store import AdapterStore
+from embedft.rag.chunks import Chunking, chunks_of
+from embedft.rag.documents import Document, read_documents
 
 SETS = ("docs_typer", "docs_httpx", "docs_starlette")
 HEADING = re.compile(r"\A\s*#{1,6} +(?P<title>.+?) *#*\s*\n(?P<rest>.*)\Z", re.S)
