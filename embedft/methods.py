@@ -67,7 +67,7 @@ def attach(base: Base, adapter: AdapterSection, *, task: Task) -> "PeftModel":
         raise MethodUnsupported(
             method.name, where=f"on a base in {base.info.quantization}", why=f"it trains on {', '.join(method.quantizations)}"
         )
-    modules = targeted_modules(base.model, adapter.targets)
+    modules = last_layers(base.model, targeted_modules(base.model, adapter.targets), getattr(adapter, "layers", None))
     suffixes = sorted({name.rpartition(".")[2] for name in modules}) if adapter.targets == "all-linear" else list(adapter.targets)
     excluded = sorted(name for name in linear_modules(base.model) if name not in modules and any(name.endswith(s) for s in suffixes))
     config = getattr(peft, method.config)(
@@ -101,6 +101,15 @@ def targeted_modules(model: "PreTrainedModel", targets: "Literal['all-linear'] |
         known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
         raise MethodUnsupported("lora", where=f"on {', '.join(missing)}", why=f"this base has no such linear layer; it has {known}")
     return found
+
+
+def last_layers(model: "PreTrainedModel", names: list[str], layers: int | None) -> list[str]:
+    """Those of `names` that lie in the last so many layers; all of them for None. A module outside the numbered layers stays out."""
+    if layers is None:
+        return names
+    first = int(model.config.num_hidden_layers) - layers
+    numbers = {name: next((int(part) for part in name.split(".") if part.isdigit()), -1) for name in names}
+    return [name for name in names if numbers[name] >= max(first, 0)]
 
 
 def save_weights(model: "PeftModel", folder: Path, *, base_name: str) -> None:

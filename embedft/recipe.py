@@ -52,7 +52,10 @@ class AdapterSection(Section):
 
 
 class EmbeddingAdapterSection(AdapterSection):
+    """`layers`: adapt only the last so many layers (None: all); what lies below them is then computed once a text, not once an epoch."""
+
     side: Literal["both", "query"] = "both"
+    layers: PositiveInt | None = None
 
 
 class Prompts(Section):

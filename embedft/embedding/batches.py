@@ -16,8 +16,10 @@ class BatchPlan:
     losses that compare no row with another row's document. `set_epoch` is what Trainers call.
     """
 
-    def __init__(self, examples: Examples, *, batch: int, seed: int, exclusive: bool = True) -> None:
+    def __init__(self, examples: Examples, *, batch: int, seed: int, exclusive: bool = True, window: int = WINDOW) -> None:
+        """`window`: so many batches are sorted by length together; 1 where nothing is padded, so that batches mix freely."""
         self.batch_size = min(batch, len(examples))
+        self.rows, self.window = len(examples), window
         self.seed, self.epoch = seed, 0
         self.drop_last = False
         numbers: dict[str, int] = {}
@@ -38,18 +40,23 @@ class BatchPlan:
         return self._count
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from self._plan(self.epoch)[: self._count]
+        yield from self.of_epoch(self.epoch)
+
+    def of_epoch(self, epoch: int) -> list[list[int]]:
+        return self._plan(epoch)[: self._count]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """Full batches in random order, then those that the last rows fill only in part; a batch of one teaches nothing."""
         generator = random.Random(f"{self.seed}-{epoch}")
         order = list(range(len(self._documents)))
         generator.shuffle(order)
-        size = WINDOW * self.batch_size
+        size = self.window * self.batch_size
         full: list[list[int]] = []
         waiting: list[int] = []
         for start in range(0, len(order), size):
-            window = sorted(waiting + order[start : start + size], key=lambda row: self._lengths[row])
+            window = waiting + order[start : start + size]
+            if self.window > 1:
+                window.sort(key=lambda row: self._lengths[row])
             batches, waiting = self._fill(window)
             full += batches
         generator.shuffle(full)

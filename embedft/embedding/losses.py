@@ -25,6 +25,7 @@ class Loss:
     takes: Literal["pairs", "triplets", "scored"]
     source: str
     options: Callable[[float], dict[str, Any]]
+    same_as: str | None = None  # a cached loss: the loss whose number it gives
 
     def build(self, model: Any, *, scale: float) -> "nn.Module":
         """The loss over a SentenceTransformer. `scale` is the inverse temperature where the loss has one."""
@@ -58,7 +59,7 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
             # cross-entropy over the rows of s·cos(q, [p; n])   (b, b·(1 + k)), target i
             Loss("mnrl", "MultipleNegativesRankingLoss", "pairs", "Henderson et al. 2017, arXiv 1705.00652", _scaled),
             # the same number, in pieces of MINI_BATCH rows
-            Loss("cached_mnrl", "CachedMultipleNegativesRankingLoss", "pairs", "Gao et al. 2021, arXiv 2101.06983", _cached),
+            Loss("cached_mnrl", "CachedMultipleNegativesRankingLoss", "pairs", "Gao et al. 2021, arXiv 2101.06983", _cached, "mnrl"),
             # mnrl both ways: q → [p; n] and p → q
             Loss("symmetric", "MultipleNegativesRankingLoss", "pairs", "Radford et al. 2021, arXiv 2103.00020", _both_ways),
             # max(0, d(q, p) − d(q, n) + 0.2), d = 1 − cos, over (b,)

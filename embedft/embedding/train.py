@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.base import Base, BaseSpec, load_base
-from embedft.embedding.batches import BatchPlan
+from embedft.embedding.batches import WINDOW, BatchPlan
 from embedft.embedding.data import Examples, data_hash, load_data
 from embedft.embedding.evaluate import RetrievalResult, compare_towers, comparison
 from embedft.embedding.losses import Loss, loss_named
@@ -44,7 +44,7 @@ def train(
     _check_tokenizer(base, settings)
     set_seed(recipe.train.seed)
     model = attach(base, recipe.adapter, task="embedding")
-    plan = BatchPlan(examples, batch=recipe.train.batch, seed=recipe.train.seed, exclusive=loss.takes != "scored")
+    plan = plan_for(examples, recipe, loss=loss, model=model)
     steps = ceil(len(plan) / recipe.train.accumulate)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -74,6 +74,14 @@ def train(
     return result
 
 
+def plan_for(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, model: Any) -> BatchPlan:
+    """Batches sorted by length only where they will be padded."""
+    from embedft.embedding.packed import unpackable
+
+    window = WINDOW if unpackable(model) else 1
+    return BatchPlan(examples, batch=recipe.train.batch, seed=recipe.train.seed, exclusive=loss.takes != "scored", window=window)
+
+
 def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
     """The base's own pooling, normalisation and length, where the recipe does not say otherwise."""
     given = recipe.base
@@ -88,30 +96,64 @@ def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
 def make_trainer(
     model: Any, base: Base, settings: EncodeSettings, examples: Examples, recipe: EmbeddingRecipe, *, plan: BatchPlan, output: Path
 ) -> Any:
-    """A sentence-transformers trainer over the adapted model; it writes nothing but checkpoints into `output`."""
+    """A Trainer over the adapted model, packed where the model can run so; it writes nothing but checkpoints into `output`."""
+    from embedft.embedding.packed import unpackable
+    from embedft.training.arguments import hf_arguments
+
+    common = hf_arguments(recipe.train, output_dir=output, steps_per_epoch=ceil(len(plan) / recipe.train.accumulate))
+    make = _padded_trainer if unpackable(model) else _packed_trainer
+    return make(model, base, settings, examples, recipe, plan=plan, common=common)
+
+
+def _packed_trainer(
+    model: Any, base: Base, settings: EncodeSettings, examples: Examples, recipe: EmbeddingRecipe, *, plan: BatchPlan, common: Any
+) -> Any:
+    from transformers import TrainingArguments
+
+    from embedft.embedding.fast import Given, PackedModel, PackedTrainer, Texts
+    from embedft.embedding.losses import MINI_BATCH
+    from embedft.embedding.packed import PackedEncoder
+
+    loss = loss_named(recipe.loss.name)
+    preparer = TextPreparer(base.folder, settings)
+    columns = dict(training_columns(examples, loss))
+    labels = columns.pop("label", None)
+    ids = {name: preparer.prepare(texts, "query" if name == "query" else "document").ids for name, texts in columns.items()}
+    packed = PackedModel(
+        model,
+        PackedEncoder(model, settings),
+        Texts(ids),
+        side=recipe.adapter.side,
+        rematerialize=MINI_BATCH if loss.same_as else None,
+    )
+    plain = loss_named(loss.same_as) if loss.same_as else loss
+    objective = plain.build(Given(), scale=recipe.loss.scale)
+    return PackedTrainer(packed, TrainingArguments(**common, remove_unused_columns=False), loss=objective, plan=plan, labels=labels)
+
+
+def _padded_trainer(
+    model: Any, base: Base, settings: EncodeSettings, examples: Examples, recipe: EmbeddingRecipe, *, plan: BatchPlan, common: Any
+) -> Any:
+    from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainingArguments
 
     from embedft.embedding.tower import PairTrainer, sentence_transformer
-    from embedft.training.arguments import hf_arguments
 
     loss = loss_named(recipe.loss.name)
     tower = sentence_transformer(model, base.folder, settings, hidden_size=base.info.hidden_size, side=recipe.adapter.side)
     columns = training_columns(examples, loss)
-    common = hf_arguments(recipe.train, output_dir=output, steps_per_epoch=ceil(len(plan) / recipe.train.accumulate))
-    sides: Any = {name: "query" if name == "query" else "document" for name in columns.column_names if name != "label"}
+    sides: Any = {name: "query" if name == "query" else "document" for name in columns if name != "label"}
     return PairTrainer(
         model=tower,
         args=SentenceTransformerTrainingArguments(**common, router_mapping=sides),
-        train_dataset=columns,
+        train_dataset=Dataset.from_dict(columns),
         loss=loss.build(tower, scale=recipe.loss.scale),
         plan=plan,
     )
 
 
-def training_columns(examples: Examples, loss: Loss) -> Any:
-    """A datasets.Dataset in the order that the losses expect: query, document, negative_1 …, or query, document, label."""
-    from datasets import Dataset
-
+def training_columns(examples: Examples, loss: Loss) -> dict[str, list[Any]]:
+    """Columns in the order that the losses expect: query, document, negative_1 …, or query, document, label."""
     rows = examples.rows
     columns: dict[str, list[Any]] = {"query": [row.query for row in rows], "document": [row.document for row in rows]}
     if loss.takes == "scored":
@@ -119,7 +161,7 @@ def training_columns(examples: Examples, loss: Loss) -> Any:
     else:
         for index in range(examples.negatives):
             columns[f"negative_{index + 1}"] = [row.negatives[index] for row in rows]
-    return Dataset.from_dict(columns)
+    return columns
 
 
 def per_query(results: dict[str, RetrievalResult], texts: Any = None) -> list[dict[str, Any]]:

@@ -148,19 +148,23 @@ def test_a_tiny_nf4_base_evaluates_and_then_trains_on(make: Make, store: Adapter
     assert gain(trained(recipe, store)) > GAP
 
 
+PADDED, PACKED, PART = {"dropout": 0.1}, {}, {"layers": 1}  # dropout keeps a model from running packed
+
+
+@pytest.mark.parametrize(("adapter", "stop"), [(PADDED, 5), (PACKED, 5), (PART, 17), ({"side": "query"}, 14)])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    quantization: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantization: str, adapter: dict[str, Any], stop: int, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from embedft.training.interrupt import InterruptGuard
 
-    recipe = make("mean", quantization=quantization, adapter={"dropout": 0.1}, train={"epochs": 1})
+    recipe = make("mean", quantization=quantization, adapter=adapter, train={"epochs": 2})
     whole, broken = AdapterStore(tmp_path / "whole"), AdapterStore(tmp_path / "broken")
     trained(recipe, whole)
     on_step_end = InterruptGuard.on_step_end
 
     def stop_at_five(self: InterruptGuard, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if state.global_step == 5:
+        if state.global_step == stop:
             self.stop()
         on_step_end(self, args, state, control, **rest)
 
@@ -256,7 +260,7 @@ def test_training_ids_carry_the_prompts_of_inference(make: Make, bases: dict[str
     from embedft.embedding.train import make_trainer, settings_for
     from embedft.methods import attach
 
-    recipe = make(data={"prompts": {"query": "find : ", "document": ": "}})
+    recipe = make(data={"prompts": {"query": "find : ", "document": ": "}}, adapter=PADDED)
     examples, _ = load_data(recipe.data, recipe.eval, scored=False)
     base = load_base(BaseSpec(bases["mean"]), task="embedding")
     settings = settings_for(recipe, base)
@@ -268,6 +272,12 @@ def test_training_ids_carry_the_prompts_of_inference(make: Make, bases: dict[str
     assert batch["query_input_ids"].tolist() == preparer.prepare([row.query for row in rows], "query").ids
     assert batch["document_input_ids"].tolist() == preparer.prepare([row.document for row in rows], "document").ids
     assert batch["query_input_ids"][0].tolist() != preparer.prepare([rows[0].query]).ids[0]
+    recipe = make(data={"prompts": {"query": "find : ", "document": ": "}})
+    base = load_base(BaseSpec(bases["mean"]), task="embedding")
+    trainer = make_trainer(attach(base, recipe.adapter, task="embedding"), base, settings, examples, recipe, plan=plan, output=tmp_path)
+    texts, row = trainer.model.texts, next(iter(plan))[0]
+    assert texts.ids[texts.columns["query"][row]] == tuple(preparer.prepare([examples.rows[row].query], "query").ids[0])
+    assert texts.ids[texts.columns["document"][row]] == tuple(preparer.prepare([examples.rows[row].document], "document").ids[0])
 
 
 def test_frozen_layers_have_no_dropout_while_the_adapter_trains(make: Make, bases: dict[str, str]) -> None:

@@ -1,0 +1,310 @@
+"""Pairs a second and peak memory of training a retrieval adapter on the CPU: sentence-transformers' trainer with PEFT's LoRA, and ours.
+
+Each run is a process of its own; the sides alternate, so that other work on the machine falls on all of them. Data: pydocs, made here
+from the installed packages. Each side gets the same pairs, batch, epochs, learning rate, rank, threads and evaluation.
+
+    python benchmarks/train_embed.py            # writes benchmarks/results/train_embed.json
+
+Sides: `stock` is SentenceTransformerTrainer at its defaults with PEFT's own targets for BERT (query, value); `stock_last2` the
+same with the adapter on the last two layers only. `ours` adapts every linear of every layer, `ours_last2` every linear of the last
+two layers, `ours_query` is a query-only adapter. Pairs a second are pairs · epochs / (setup + steps · median step): the first
+step's page faults count for nobody, what is computed once a run counts.
+"""
+
+# ruff: noqa: T201
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RANK, ALPHA, SCALE, LR = 16, 32, 20.0, 1e-3
+SIDES = ("stock", "stock_last2", "ours", "ours_last2", "ours_query")
+WINS = ("ours", "ours_last2", "ours_query")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=384)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--documents", type=int, default=600)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--data", type=Path, help="a pydocs folder made before")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "train_embed.json")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(_run(json.loads(arguments.run))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        data = arguments.data or _pydocs(Path(folder))
+        _compare(arguments, data)
+
+
+def _pydocs(folder: Path) -> Path:
+    from embedft.pydocs import make_pydocs
+
+    make_pydocs(folder)
+    return folder
+
+
+def _compare(arguments: argparse.Namespace, data: Path) -> None:
+    report: dict[str, Any] = {
+        "command": "python " + " ".join(["benchmarks/train_embed.py", *sys.argv[1:]]),
+        "settings": _settings(arguments),
+        "machine": _machine(),
+        "lengths": {},
+    }
+    if "stock" in arguments.sides:
+        report["bf16_autocast"] = _bf16(arguments, data)
+    for length in arguments.lengths:
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in arguments.sides}
+        load = os.getloadavg()[0]
+        for repeat in range(arguments.repeats):
+            for side in (side for side in arguments.sides if repeat == 0 or side != "stock_last2"):
+                job = _job(arguments, data, side, length) | {"evaluate": repeat == 0}
+                runs[side].append(_child(job, arguments.threads))
+                print(length, side, {k: v for k, v in runs[side][-1].items() if not isinstance(v, list)}, flush=True)
+        report["lengths"][str(length)] = _summary(runs, arguments) | {"load_average": [round(load, 1), round(os.getloadavg()[0], 1)]}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written: {arguments.out}")
+
+
+def _job(arguments: argparse.Namespace, data: Path, side: str, length: int) -> dict[str, Any]:
+    keys = ("pairs", "batch", "epochs", "queries", "documents", "threads")
+    return {key: getattr(arguments, key) for key in keys} | {"data": str(data / "code"), "side": side, "length": length, "bf16": False}
+
+
+def _bf16(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """The stock trainer under bf16 autocast, on few pairs: where the processor has no bf16 instructions it is emulated."""
+    import torch
+
+    job = _job(arguments, data, "stock", min(arguments.lengths)) | {"pairs": 16, "batch": 8, "epochs": 1, "evaluate": False}
+    slow, fast = (_child(job | {"bf16": bf16}, arguments.threads) for bf16 in (True, False))
+    figures = {name: job["batch"] / statistics.median(run["steps"][1:] or run["steps"]) for name, run in (("bf16", slow), ("fp32", fast))}
+    native = bool(torch.cpu._is_avx512_bf16_supported())  # pyright: ignore[reportPrivateUsage]
+    note = "" if native else "this processor has no bf16 instructions: products in bf16 are emulated, so ours computes in fp32 as well"
+    return {"pairs_per_second": figures, "length": job["length"], "batch": job["batch"], "native_bf16": native, "note": note}
+
+
+def _child(job: dict[str, Any], threads: int) -> dict[str, Any]:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    argv = [sys.executable, __file__, "--run", json.dumps(job)]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{job['side']} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> dict[str, Any]:
+    import numpy as np
+
+    from embedft.training.statistics import paired_bootstrap
+
+    sides: dict[str, Any] = {}
+    for side, repeats in runs.items():
+        speeds = [
+            arguments.pairs * arguments.epochs / (run["setup"] + len(run["steps"]) * statistics.median(run["steps"])) for run in repeats
+        ]
+        sides[side] = {
+            "pairs_per_second": statistics.median(speeds),
+            "each": [round(speed, 2) for speed in speeds],
+            "median_step_s": statistics.median(statistics.median(run["steps"]) for run in repeats),
+            "setup_s": statistics.median(run["setup"] for run in repeats),
+            "peak_bytes": int(statistics.median(run["peak"] for run in repeats)),
+            "ndcg@10": float(np.mean(repeats[0]["scores"])),
+            "trainable": repeats[0]["trainable"],
+        }
+    base = np.array(next(iter(runs.values()))[0]["base"])
+    result: dict[str, Any] = {"sides": sides, "base_ndcg@10": float(base.mean()), "tokens": next(iter(runs.values()))[0]["tokens"]}
+    if "stock" not in runs:
+        return result
+    stock = np.array(runs["stock"][0]["scores"])
+    result["stock_gain_ci95"] = paired_bootstrap(base, stock)
+    for side in (name for name in WINS if name in runs):
+        interval = paired_bootstrap(stock, np.array(runs[side][0]["scores"]))
+        ratios = [a / b for a, b in zip(sides[side]["each"], sides["stock"]["each"], strict=True)]
+        sides[side] |= {
+            "times_stock": statistics.median(ratios),
+            "ndcg_minus_stock_ci95": interval,
+            "quality_kept": interval[1] >= 0,
+            "memory_of_stock": sides[side]["peak_bytes"] / sides["stock"]["peak_bytes"],
+        }
+    return result
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    """One training run in this process: seconds of each step, setup, peak bytes and the scores of every query."""
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    from embedft.embedding.data import load_data, make_examples
+    from embedft.embedding.evaluate import evaluate_retrieval
+    from embedft.training.measure import PeakMemory, trainable
+
+    recipe = _recipe(job)
+    examples, retrieval = load_data(recipe.data, recipe.eval, scored=False)
+    examples = make_examples(examples.rows[: job["pairs"]])
+    timer = _timer()
+    build = _stock if job["side"].startswith("stock") else _ours
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        trainer, encoder, off = build(job, recipe, examples, Path(folder))
+        trainer.add_callback(timer)
+        loaded = time.perf_counter()
+        with PeakMemory() as peak:
+            trainer.train()
+        setup = timer.first - loaded if timer.first else 0.0
+    lengths = [
+        len(ids) for text in ("query", "document") for ids in encoder.preparer.prepare([getattr(row, text) for row in examples.rows]).ids
+    ]
+    report = {
+        "steps": timer.seconds,
+        "setup": setup,
+        "peak": peak.bytes,
+        "trainable": trainable(trainer.model).count,
+        "built": loaded - began,
+    }
+    report["tokens"] = {"mean_query": statistics.mean(lengths[: len(examples)]), "mean_document": statistics.mean(lengths[len(examples) :])}
+    if job["evaluate"]:
+        model = encoder.model
+        model.eval()
+        without = None if job["side"] != "ours_query" else model.disable_adapter()
+        report["scores"] = evaluate_retrieval(encoder, retrieval, for_documents=without).per_query["ndcg@10"].tolist()
+        with off():
+            report["base"] = evaluate_retrieval(encoder, retrieval).per_query["ndcg@10"].tolist() if job["side"] == "stock" else []
+    return report
+
+
+def _recipe(job: dict[str, Any]) -> Any:
+    from embedft.recipe import parse_recipe
+
+    adapter: dict[str, Any] = {"r": RANK, "alpha": ALPHA, "side": "query" if job["side"] == "ours_query" else "both"}
+    if job["side"] == "ours_last2":
+        adapter["layers"] = 2
+    return parse_recipe(
+        {
+            "task": "embedding",
+            "name": "benchmark",
+            "base": {"model": "minilm"},
+            "adapter": adapter,
+            "data": {"train": job["data"], "eval": job["data"], "limit": job["pairs"] * 2},
+            "loss": {"scale": SCALE},
+            "train": {"epochs": job["epochs"], "batch": job["batch"], "lr": LR, "max_length": job["length"]},
+            "eval": {"queries": job["queries"], "documents": job["documents"]},
+        }
+    )
+
+
+def _ours(_: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tuple[Any, Any, Any]:
+    from transformers import PrinterCallback, set_seed
+
+    from embedft.base import BaseSpec, load_base
+    from embedft.embedding.losses import loss_named
+    from embedft.embedding.train import make_trainer, plan_for, settings_for
+    from embedft.encode import Encoder
+    from embedft.methods import attach
+
+    base = load_base(BaseSpec("minilm"), task="embedding")
+    settings = settings_for(recipe, base)
+    set_seed(recipe.train.seed)
+    model = attach(base, recipe.adapter, task="embedding")
+    plan = plan_for(examples, recipe, loss=loss_named("mnrl"), model=model)
+    trainer = make_trainer(model, base, settings, examples, recipe, plan=plan, output=folder)
+    trainer.remove_callback(PrinterCallback)
+    return trainer, Encoder(model, base.folder, settings), model.disable_adapter
+
+
+def _stock(job: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tuple[Any, Any, Any]:
+    """As sentence-transformers' own documentation has it: add_adapter, SentenceTransformerTrainer, MultipleNegativesRankingLoss."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers import PrinterCallback
+
+    from embedft.base import BaseSpec, base_folder
+    from embedft.encode import Encoder, EncodeSettings
+
+    source = base_folder(BaseSpec("minilm"))
+    model = SentenceTransformer(str(source), device="cpu")
+    model.max_seq_length = job["length"]
+    layers = [4, 5] if job["side"] == "stock_last2" else None
+    model.add_adapter(LoraConfig(task_type="FEATURE_EXTRACTION", r=RANK, lora_alpha=ALPHA, layers_to_transform=layers))
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder), num_train_epochs=job["epochs"], per_device_train_batch_size=job["batch"], learning_rate=LR,
+        warmup_steps=0.1,
+        seed=recipe.train.seed, bf16=job["bf16"], use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, log_level="error",
+    )  # fmt: skip
+    rows = {"query": [row.query for row in examples.rows], "document": [row.document for row in examples.rows]}
+    trainer = SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_dict(rows), loss=MultipleNegativesRankingLoss(model, scale=SCALE)
+    )
+    trainer.remove_callback(PrinterCallback)
+    inner = model[0].model
+    return trainer, Encoder(inner, source, EncodeSettings("mean", True, job["length"])), lambda: _Off(inner)
+
+
+class _Off:
+    """The adapters of a transformers model (not a PeftModel) switched off."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.disable_adapters()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.enable_adapters()
+
+
+def _timer() -> Any:
+    from transformers import TrainerCallback
+
+    class Timer(TrainerCallback):
+        """Seconds of every optimizer step, from batch to batch, so that collation counts."""
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.first = self.last = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.first = self.last = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            now = time.perf_counter()
+            self.seconds.append(now - self.last)
+            self.last = now
+
+    return Timer()
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    keys = ("pairs", "batch", "epochs", "repeats", "threads", "queries", "documents")
+    return {key: getattr(arguments, key) for key in keys} | {"base": "minilm", "r": RANK, "alpha": ALPHA, "lr": LR, "scale": SCALE}
+
+
+def _machine() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "peft", "sentence-transformers")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
+    return {"cpu": platform.machine(), "cores": os.cpu_count(), "flags": known, "versions": {name: version(name) for name in names}}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""A BERT-like encoder and its LoRA over packed token ids: the vectors of the ordinary forward, and cheaper gradients.
+
+Nothing is padded, frozen layers keep nothing for a backward pass, and what lies below the first adapted layer can be computed once.
+Knows no text, no data and no loss. `unpackable` says why a model cannot be run this way; then the ordinary forward serves.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedft.embedding.packed_ops import Groups, Layer, Norm, Projection
+from embedft.encode import EncodeSettings, finish
+
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
+_PARTS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+
+
+def unpackable(model: Any) -> str | None:
+    """Why this PEFT model cannot run packed; None where it can."""
+    config = model.get_base_model().config
+    if model.device.type != "cpu":
+        return "it is on a GPU"
+    if config.model_type not in FAMILIES or getattr(config, "is_decoder", False):
+        return f"its architecture is {config.model_type}"
+    if config.hidden_act != "gelu" or getattr(config, "position_embedding_type", "absolute") != "absolute":
+        return "its activation or its positions are of another kind"
+    for peft in model.peft_config.values():
+        if str(getattr(peft.peft_type, "value", peft.peft_type)) != "LORA" or peft.lora_dropout or peft.use_dora or peft.bias != "none":
+            return "its adapter is no plain LoRA without dropout"
+    try:
+        return None if [*_layers(model)] else "it has no layers"
+    except _Unknown as reason:
+        return str(reason)
+
+
+class _Unknown(Exception):
+    pass
+
+
+def _layers(model: Any) -> list[Layer]:
+    base = model.get_base_model()
+    heads = base.config.num_attention_heads
+    made: list[Layer] = []
+    for layer in base.encoder.layer:
+        parts = [_projection(layer.get_submodule(name)) for name in _PARTS]
+        norms = (_norm(layer.attention.output.LayerNorm), _norm(layer.output.LayerNorm))
+        made.append(Layer(parts, norms, heads=heads))
+    return made
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), module.bias.detach(), module.eps)
+
+
+def _projection(module: Any) -> Projection:
+    """A linear, plain or NF4 (unpacked once: it computes with exactly these numbers), with the LoRA on it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    frozen: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    bias = None if frozen.bias is None else frozen.bias.detach()
+    options: dict[str, Any] = {}
+    if isinstance(module, BaseTunerLayer):
+        name = module.active_adapters[0]
+        options = {"a": module.lora_A[name].weight, "b": module.lora_B[name].weight, "scale": float(module.scaling[name])}  # pyright: ignore
+    return Projection(_weight(frozen), bias, **options)
+
+
+def _weight(frozen: Any) -> Tensor:
+    weight = frozen.weight
+    if type(frozen) is torch.nn.Linear:
+        return weight.detach()
+    if type(frozen).__name__ in {"Linear4bit", "LinearNF4"} and getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).to(frozen.compute_dtype or torch.float32)
+    raise _Unknown(f"its linear layers are {type(frozen).__name__}")
+
+
+class PackedEncoder:
+    """Token ids → vectors (n, d) float32, with gradients for the adapter. Raises ValueError where `unpackable`."""
+
+    def __init__(self, model: Any, settings: EncodeSettings) -> None:
+        self.settings = settings
+        self.layers = _layers(model)
+        base = model.get_base_model()
+        self._embeddings, self._offset = base.embeddings, 0
+        if base.config.model_type != "bert":
+            self._offset = base.embeddings.padding_idx + 1  # RoBERTa counts positions from after its padding index
+        adapted = [index for index, layer in enumerate(self.layers) if any(p.a is not None for p in layer.projections)]
+        self.first_adapted = min(adapted, default=len(self.layers))
+        self.width, self.dtype = int(base.config.hidden_size), base.dtype
+
+    @contextmanager
+    def adapter_off(self) -> Generator[None]:
+        """Inside, the base's own vectors; only without gradients."""
+        projections = [projection for layer in self.layers for projection in layer.projections]
+        for projection in projections:
+            projection.enabled = False
+        try:
+            yield
+        finally:
+            for projection in projections:
+                projection.enabled = True
+
+    def encode(self, ids: Sequence[Sequence[int]], below: Sequence[Tensor] | None = None) -> Tensor:
+        """`below`: the states of `lower` for each text, which saves the layers under the first adapted one."""
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        groups = _groups([len(ids[index]) for index in order])
+        x = torch.cat([below[index] for index in order]) if below else self._lower([ids[index] for index in order], groups)
+        for layer in self.layers[self.first_adapted :]:
+            x = layer(x, groups)
+        vectors = finish(self._pool(x, groups), self.settings)
+        return vectors[torch.tensor(_inverse(order))]
+
+    def lower(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The states that enter the first adapted layer: (length, d) for each text."""
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        lengths = [len(ids[index]) for index in order]
+        states = self._lower([ids[index] for index in order], _groups(lengths)).split(lengths)
+        return [states[place] for place in _inverse(order)]
+
+    def _lower(self, ids: Sequence[Sequence[int]], groups: Groups) -> Tensor:
+        with torch.no_grad():
+            x = self._embed(ids)
+            for layer in self.layers[: self.first_adapted]:
+                x = layer(x, groups)
+        return x
+
+    def _embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        parts = self._embeddings
+        tokens = torch.tensor([token for row in ids for token in row])
+        positions = torch.cat([torch.arange(len(row)) for row in ids]) + self._offset
+        x = parts.word_embeddings(tokens) + parts.token_type_embeddings.weight[0]
+        return parts.LayerNorm(x + parts.position_embeddings(positions))
+
+    def _pool(self, x: Tensor, groups: Groups) -> Tensor:
+        """(T, d) → (n, d) float32."""
+        pieces = x.split([texts * length for texts, length in groups])
+        shaped = [piece.view(texts, length, -1) for (texts, length), piece in zip(groups, pieces, strict=True)]
+        if self.settings.pooling == "mean":
+            return torch.cat([piece.float().mean(1) for piece in shaped])
+        place = 0 if self.settings.pooling == "cls" else -1
+        return torch.cat([piece[:, place].float() for piece in shaped])
+
+
+def _groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Sorted lengths → (texts, length) of each run."""
+    counts: dict[int, int] = {}
+    for length in lengths:
+        counts[length] = counts.get(length, 0) + 1
+    return [(texts, length) for length, texts in counts.items()]
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    places = [0] * len(order)
+    for place, index in enumerate(order):
+        places[index] = place
+    return places

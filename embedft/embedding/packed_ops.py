@@ -1,0 +1,186 @@
+"""One encoder layer over packed tokens, forward and backward by hand. Knows no model class, no text and no loss.
+
+Packed: the tokens of all texts in one (T, d) matrix without padding, texts of equal length beside each other. `groups` lists
+(texts, length) in that order, so attention runs on views, with neither mask nor copy.
+
+LoRA without dropout is a change of the weight: the forward and the gradient of the input are one product each with
+W + s·B·A, and A and B get their gradients from products that are r wide; the whole dW never exists (Hu et al. 2021, arXiv 2106.09685).
+"""
+
+# ruff: noqa: ARG004 (the adapters' tensors are arguments so that autograd sees them)
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Groups = Sequence[tuple[int, int]]
+_flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateUsage]
+_flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # pyright: ignore[reportPrivateUsage]
+
+
+class Projection:
+    """A frozen linear layer, with a LoRA on it or none: y = x (W + s·B·A)ᵀ + b. W (out, in), A (r, in), B (out, r)."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, a: Tensor | None = None, b: Tensor | None = None, scale: float = 0.0
+    ) -> None:
+        self.frozen, self.bias = weight, bias
+        self.a, self.b, self.scale = a, b, scale
+        self.enabled = True
+
+    @property
+    def lora(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.a, self.b
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes when an optimizer has changed the LoRA in place, or it was switched."""
+        return (self.a._version, self.b._version) if self.enabled and self.a is not None and self.b is not None else (-1, -1)
+
+    def merged_into(self, out: Tensor) -> None:
+        """`out` (out, in) becomes W + s·B·A; with the adapter off, or without one, W."""
+        out.copy_(self.frozen)
+        if self.enabled and self.a is not None and self.b is not None:
+            out.addmm_(self.b.detach().to(out.dtype), self.a.detach().to(out.dtype), alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Layer:
+    """What one post-norm encoder layer computes with; `weights` are remade only after an optimizer step."""
+
+    def __init__(self, projections: Sequence[Projection], norms: tuple[Norm, Norm], *, heads: int) -> None:
+        """`projections`: query, key, value, attention output, intermediate, output."""
+        self.projections, self.norms, self.heads = tuple(projections), norms, heads
+        query, key, value, *rest = projections
+        size, width = query.frozen.shape
+        self._qkv = torch.empty(3 * size, width, dtype=query.frozen.dtype)
+        self._rest = [torch.empty_like(projection.frozen) for projection in rest]
+        biases = [projection.bias for projection in (query, key, value)]
+        self.qkv_bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
+        self._version: Any = None
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """qkv (3d, d), attention output (d, d), intermediate (m, d) and output (d, m), adapters merged in."""
+        version = [projection.version for projection in self.projections]
+        if version != self._version:
+            with torch.no_grad():
+                for out, projection in zip([*self._qkv.chunk(3), *self._rest], self.projections, strict=True):
+                    projection.merged_into(out)
+            self._version = version
+        return self._qkv, self._rest[0], self._rest[1], self._rest[2]
+
+    def __call__(self, x: Tensor, groups: Groups) -> Tensor:
+        """(T, d) → (T, d)."""
+        query, key, value, output, intermediate, last = self.projections
+        hidden: Any = _Attention.apply(x, self, groups, *query.lora, *key.lora, *value.lora, *output.lora)
+        result: Any = _FeedForward.apply(hidden, self, *intermediate.lora, *last.lora)
+        return result
+
+
+def _gradients(projection: Projection, x: Tensor, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """dA (r, in) and dB (out, r) from x (T, in) and dy (T, out): never a product wider than r."""
+    if projection.a is None or projection.b is None:
+        return None, None
+    a, b = projection.a.to(x.dtype), projection.b.to(x.dtype)
+    da = (dy @ b).t() @ x
+    db = dy.t() @ (x @ a.t())
+    return da.mul_(projection.scale).to(projection.a.dtype), db.mul_(projection.scale).to(projection.b.dtype)
+
+
+def _norm(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.native_layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+
+
+def _norm_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm) -> Tensor:
+    backward: Any = torch.ops.aten.native_layer_norm_backward
+    return backward(dy, x, (x.shape[-1],), mean, rstd, norm.weight, norm.bias, [True, False, False])[0]
+
+
+def _heads(qkv: Tensor, groups: Groups, heads: int, parts: int) -> list[tuple[Tensor, ...]]:
+    """Views of (T, parts·d) for each group: `parts` tensors (texts, heads, length, d / heads)."""
+    views: list[tuple[Tensor, ...]] = []
+    pieces = qkv.split([texts * length for texts, length in groups])
+    for (texts, length), piece in zip(groups, pieces, strict=True):
+        shaped = piece.view(texts, length, parts, heads, -1)
+        views.append(tuple(part.transpose(1, 2) for part in shaped.unbind(2)))
+    return views
+
+
+class _Attention(torch.autograd.Function):
+    """LayerNorm(x + W_o·attention(W_qkv·x)): x (T, d) → (T, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, groups: Groups, *lora: Tensor | None) -> Tensor:
+        qkv_weight, out_weight, _, _ = layer.weights()
+        qkv = _affine(x, qkv_weight, layer.qkv_bias)
+        mixed = torch.empty_like(x)
+        sums: list[Tensor] = []
+        for (q, k, v), (out,) in zip(_heads(qkv, groups, layer.heads, 3), _heads(mixed, groups, layer.heads, 1), strict=True):
+            attended, total = _flash(q, k, v)
+            out.copy_(attended)
+            sums.append(total)
+        summed = _affine(mixed, out_weight, layer.projections[3].bias).add_(x)
+        hidden, mean, rstd = _norm(summed, layer.norms[0])
+        if any(ctx.needs_input_grad):
+            ctx.layer, ctx.groups = layer, groups
+            ctx.save_for_backward(x, qkv, mixed, summed, mean, rstd, *sums)
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
+        layer, groups = ctx.layer, ctx.groups
+        x, qkv, mixed, summed, mean, rstd, *sums = ctx.saved_tensors
+        qkv_weight, out_weight, _, _ = layer.weights()
+        query, key, value, output = layer.projections[:4]
+        dsum = _norm_backward(outputs[0].contiguous(), summed, mean, rstd, layer.norms[0])
+        dout = _gradients(output, mixed, dsum)
+        dmixed = dsum @ out_weight
+        dqkv = torch.empty_like(qkv)
+        views = zip(*(_heads(t, groups, layer.heads, n) for t, n in ((qkv, 3), (mixed, 1), (dmixed, 1), (dqkv, 3))), strict=True)
+        for ((q, k, v), (attended,), (grad,), targets), total in zip(views, sums, strict=True):
+            for target, part in zip(targets, _flash_backward(grad, q, k, v, attended, total, 0.0, False), strict=True):
+                target.copy_(part)
+        inner = [_gradients(p, x, d) for p, d in zip((query, key, value), dqkv.chunk(3, dim=1), strict=True)]
+        dx = dsum.addmm_(dqkv, qkv_weight) if ctx.needs_input_grad[0] else None
+        return (dx, None, None, *(tensor for pair in (*inner, dout) for tensor in pair))
+
+
+class _FeedForward(torch.autograd.Function):
+    """LayerNorm(h + W_2·gelu(W_1·h)): h (T, d) → (T, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: Layer, *lora: Tensor | None) -> Tensor:
+        _, _, first_weight, last_weight = layer.weights()
+        wide = _affine(hidden, first_weight, layer.projections[4].bias)
+        active = torch.nn.functional.gelu(wide)
+        summed = _affine(active, last_weight, layer.projections[5].bias).add_(hidden)
+        result, mean, rstd = _norm(summed, layer.norms[1])
+        if any(ctx.needs_input_grad):
+            ctx.layer = layer
+            ctx.save_for_backward(hidden, wide, active, summed, mean, rstd)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
+        layer = ctx.layer
+        hidden, wide, active, summed, mean, rstd = ctx.saved_tensors
+        _, _, first_weight, last_weight = layer.weights()
+        gelu_backward: Any = torch.ops.aten.gelu_backward
+        dsum = _norm_backward(outputs[0].contiguous(), summed, mean, rstd, layer.norms[1])
+        last = _gradients(layer.projections[5], active, dsum)
+        dwide = gelu_backward(dsum @ last_weight, wide)
+        first = _gradients(layer.projections[4], hidden, dwide)
+        dhidden = dsum.addmm_(dwide, first_weight) if ctx.needs_input_grad[0] else None
+        return (dhidden, None, *first, *last)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
