@@ -1,0 +1,325 @@
+"""What is wrong with retrieval data before anyone trains on it, with examples, and a cleaned copy of it. Loads no model.
+
+Each check is a function from the rows to a Finding; `remedy` says what --fix does about it.
+"""
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from embedft.embedding.beir import is_beir, read_beir, splits
+from embedft.embedding.near import NearIndex, words
+from embedft.embedding.pairs import DOCUMENT, LABEL, NEGATIVE, QUERY
+from embedft.embedding.rows import Row, read_rows
+from embedft.errors import DataError
+from embedft.files import staged_folder, write_text
+
+EXAMPLES = 3
+PHRASE = 4  # words; shorter phrases are language, not a template
+SHARE, LEAST = 0.1, 8  # of the distinct queries, and so many, that must hold a phrase
+ASKING = frozenset(
+    [
+        "what",
+        "how",
+        "which",
+        "who",
+        "whom",
+        "whose",
+        "when",
+        "where",
+        "why",
+        "is",
+        "are",
+        "was",
+        "were",
+        "can",
+        "could",
+        "does",
+        "do",
+        "did",
+        "should",
+        "would",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row as it stands; `label` None where the file has no such column. `ids`: query and document id in a BEIR folder."""
+
+    where: str
+    query: str
+    document: str
+    negatives: tuple[str, ...] = ()
+    label: float | None = None
+    ids: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`count` rows (or texts) of `of`; `examples`: 'where: what'. `remedy`: what --fix does; '' where only a person can judge."""
+
+    kind: str
+    count: int
+    of: int
+    says: str
+    remedy: str
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    rows: int
+    findings: tuple[Finding, ...]
+    kept: int | None = None
+    written: str | None = None
+
+    @property
+    def clean(self) -> bool:
+        return not self.findings
+
+
+@dataclass
+class _State:
+    """Rows still kept; each check may drop or change some when fixing."""
+
+    pairs: list[Pair]
+    findings: list[Finding] = field(default_factory=list[Finding])
+
+    def note(self, kind: str, hits: Sequence[tuple[Pair, str]], says: str, remedy: str) -> None:
+        if hits:
+            examples = tuple(f"{pair.where}: {text}" for pair, text in hits[:EXAMPLES])
+            self.findings.append(Finding(kind, len(hits), len(self.pairs), says, remedy, examples))
+
+
+def check(train: str, *, eval: str | None = None, max_length: int = 256, base: str = "minilm", fix: Path | None = None) -> CheckReport:
+    """Examine training rows, and their likeness to the evaluation's. Raises DataError where nothing can be read.
+
+    `max_length` in tokens of `base`'s tokenizer. `fix`: a new file (.jsonl) or, for a BEIR folder, a new folder.
+    """
+    if fix is not None and fix.exists():
+        raise DataError([f"{fix} exists already: name a new place for the cleaned copy"])
+    state = _State([])
+    state.pairs = _read(train, state)
+    rows = len(state.pairs)
+    if not rows and not state.findings:
+        raise DataError([f"{Path(train).name}: no rows; expected pairs of a query and a document, or a BEIR folder with a train split"])
+    for step in (_labels, _swapped, _empty, _repeated, _false_negatives, _templates):
+        step(state)
+    _too_long(state, max_length=max_length, base=base)
+    source = eval or (train if is_beir(train) else None)
+    if source:
+        _leaks(state, _evaluation_queries(source))
+    if fix is None:
+        return CheckReport(rows, tuple(state.findings))
+    _write(train, fix, state.pairs)
+    return CheckReport(rows, tuple(state.findings), len(state.pairs), str(fix))
+
+
+def _read(source: str, state: _State) -> list[Pair]:
+    problems: list[str] = []
+    if is_beir(source):
+        beir = read_beir(Path(source), "train", problems)
+        pairs = [
+            Pair(f"{query}/{document}", beir.queries[query], beir.documents[document], ids=(query, document))
+            for query, grades in beir.relevant.items()
+            for document in grades
+        ]
+    else:
+        pairs = [pair for row in read_rows(source, problems) if (pair := _pair(row, problems))]
+    if problems:
+        finding = Finding(
+            "unreadable", len(problems), len(pairs) + len(problems), "cannot be read as rows", "left out", tuple(problems[:EXAMPLES])
+        )
+        state.findings.append(finding)
+    return pairs
+
+
+def _pair(row: Row, problems: list[str]) -> Pair | None:
+    named = {name.strip().lower(): value for name, value in row.values.items()}
+    found = {part: next((name for name in known if name in named), None) for part, known in (("query", QUERY), ("document", DOCUMENT))}
+    if missing := [part for part, name in found.items() if name is None]:
+        problems.append(f"{row.where}: no {' and no '.join(missing)} column among {', '.join(row.values)}")
+        return None
+    negatives: list[Any] = []
+    for name, value in named.items():
+        if name.rstrip("0123456789").rstrip("_") in NEGATIVE and value is not None:
+            negatives += value if isinstance(value, list) else [value]
+    label = next((named[name] for name in LABEL if name in named), None)
+    texts = [named[str(found[part])] for part in ("query", "document")]
+    query, document = (value if isinstance(value, str) else "" for value in texts)
+    return Pair(row.where, query.strip(), document.strip(), tuple(str(text).strip() for text in negatives), _number(label))
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _labels(state: _State) -> None:
+    hits = [(pair, f"label {pair.label:g}") for pair in state.pairs if pair.label is not None]
+    state.note("label_column", hits, "carry a label, and every row of pairs counts as relevant", "rows with a label of 0 or less dropped")
+    state.pairs = [replace(pair, label=None) for pair in state.pairs if pair.label is None or pair.label > 0]
+
+
+def _swapped(state: _State) -> None:
+    """A query is a question, a document what answers it: where nearly all queries are far longer, the columns are swapped."""
+    if len(state.pairs) < 5:
+        return
+    longer = [pair for pair in state.pairs if len(pair.query) > 1.5 * len(pair.document)]
+    ratio = statistics.median(len(pair.query) / max(1, len(pair.document)) for pair in state.pairs)
+    if len(longer) < 0.8 * len(state.pairs) or ratio < 2:
+        return
+    shown = [(pair, f"query of {len(pair.query)} characters, document of {len(pair.document)}") for pair in longer]
+    swappable = all(pair.ids is None for pair in state.pairs)
+    state.note("swapped_columns", shown, "have a query far longer than its document", "columns swapped back" if swappable else "")
+    if swappable:
+        state.pairs = [replace(pair, query=pair.document, document=pair.query) for pair in state.pairs]
+
+
+def _empty(state: _State) -> None:
+    hits = [(pair, "empty " + ("query" if not pair.query else "document")) for pair in state.pairs if not pair.query or not pair.document]
+    hits += [(pair, "the query is its document") for pair in state.pairs if pair.query and pair.query == pair.document]
+    _drop(state, "empty", hits, "have no text on one side, or the same on both", "dropped")
+
+
+def _repeated(state: _State) -> None:
+    seen: dict[tuple[str, str], str] = {}
+    hits: list[tuple[Pair, str]] = []
+    for pair in state.pairs:
+        key = (" ".join(words(pair.query)), " ".join(words(pair.document)))
+        if key in seen:
+            hits.append((pair, f"the same pair as {seen[key]}: {_short(pair.query)}"))
+        seen.setdefault(key, pair.where)
+    _drop(state, "duplicates", hits, "repeat an earlier row", "dropped")
+
+
+def _false_negatives(state: _State) -> None:
+    """A negative that another row calls this query's document."""
+    relevant: dict[str, set[str]] = {}
+    for pair in state.pairs:
+        relevant.setdefault(pair.query, set()).add(pair.document)
+    hits = [(pair, _short(pair.query)) for pair in state.pairs if relevant[pair.query].intersection(pair.negatives)]
+    state.note("false_negatives", hits, "have a negative that is a document of the same query", "those negatives taken out")
+    state.pairs = [replace(p, negatives=tuple(n for n in p.negatives if n not in relevant[p.query])) for p in state.pairs]
+
+
+def _templates(state: _State) -> None:
+    """The same phrase in many queries; a phrase at their beginning or end is cut off by --fix."""
+    queries = list(dict.fromkeys(pair.query for pair in state.pairs))
+    phrases = _phrases(queries)
+    for phrase in phrases:
+        hits = [(pair, _short(pair.query)) for pair in state.pairs if phrase in " ".join(words(pair.query))]
+        outer = [pair for pair, _ in hits if _without(pair.query, phrase)]
+        remedy = "cut off where it begins or ends the query" if outer else ""
+        state.note("template", hits, f"say {phrase!r} in the query", remedy)
+        state.pairs = [
+            replace(pair, query=_without(pair.query, phrase) or pair.query) if pair.ids is None else pair for pair in state.pairs
+        ]
+
+
+def _phrases(queries: Sequence[str]) -> list[str]:
+    """Word sequences of at least PHRASE words in many queries, each as long as it can be without losing a fifth of them.
+
+    With a question word in it a phrase is how people ask ("what is the role of"), not what a generator left behind.
+    """
+    least = max(LEAST, SHARE * len(queries))
+    tokens = [words(query) for query in queries]
+    counts: Counter[tuple[str, ...]] = Counter()
+    for size in range(PHRASE, 13):
+        grams = ({tuple(row[i : i + size]) for i in range(len(row) - size + 1)} for row in tokens)
+        counts.update(gram for row in grams for gram in row if ASKING.isdisjoint(gram))
+    common = sorted((gram for gram, count in counts.items() if count >= least), key=lambda gram: (-len(gram), -counts[gram], gram))
+    kept: list[tuple[str, ...]] = []
+    for gram in common:
+        text = f" {' '.join(gram)} "
+        inside = [other for other in kept if text in f" {' '.join(other)} " and counts[other] >= 0.8 * counts[gram]]
+        overlapping = [other for other in kept if set(gram) & set(other) and counts[other] >= 0.8 * counts[gram]]
+        if not inside and not overlapping:
+            kept.append(gram)
+    return [" ".join(gram) for gram in kept[:5]]
+
+
+def _without(query: str, phrase: str) -> str:
+    """The query without the phrase at its beginning or end; '' where it is in the middle or nothing is left."""
+    parts, target = query.split(), phrase.split()
+    for end in range(1, len(parts)):
+        if words(" ".join(parts[:end])) == target:
+            rest = " ".join(parts[end:]).lstrip(" ,:;-–")
+            return rest[:1].upper() + rest[1:]
+        if words(" ".join(parts[end:])) == target:
+            return " ".join(parts[:end]).rstrip(" ,:;-–")
+    return ""
+
+
+def _too_long(state: _State, *, max_length: int, base: str) -> None:
+    from tokenizers import Tokenizer
+
+    from embedft.base import BaseSpec, source_folder
+
+    tokenizer = Tokenizer.from_file(str(source_folder(BaseSpec(base)) / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    texts = list(dict.fromkeys(text for pair in state.pairs for text in (pair.query, pair.document)))
+    sizes = dict(zip(texts, (len(encoding.ids) for encoding in tokenizer.encode_batch(texts)), strict=True))
+    for part in ("query", "document"):
+        hits = [(pair, f"{sizes[getattr(pair, part)]} tokens") for pair in state.pairs if sizes[getattr(pair, part)] > max_length]
+        says = f"have a {part} longer than {max_length} tokens; what is beyond is never read"
+        state.note(f"long_{part}", hits, says, "")
+
+
+def _evaluation_queries(source: str) -> list[str]:
+    problems: list[str] = []
+    if is_beir(source):
+        known = splits(Path(source))
+        split = next((name for name in ("test", "dev") if name in known), None)
+        if split is None:
+            return []
+        beir = read_beir(Path(source), split, problems)
+        return [beir.queries[query] for query in beir.relevant]
+    return list(dict.fromkeys(pair.query for row in read_rows(source, problems, split="test") if (pair := _pair(row, problems))))
+
+
+def _leaks(state: _State, queries: Sequence[str]) -> None:
+    index = NearIndex(queries)
+    hits: list[tuple[Pair, str]] = []
+    for pair in state.pairs:
+        found = next(index.like(pair.query), None)
+        if found:
+            hits.append((pair, f"{_short(pair.query)!r} is {found[1]:.0%} the evaluation's {_short(queries[found[0]])!r}"))
+    _drop(state, "leakage", hits, "have a query that the evaluation asks in nearly the same words", "dropped")
+
+
+def _drop(state: _State, kind: str, hits: Sequence[tuple[Pair, str]], says: str, remedy: str) -> None:
+    state.note(kind, hits, says, remedy)
+    dropped = {id(pair) for pair, _ in hits}
+    state.pairs = [pair for pair in state.pairs if id(pair) not in dropped]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 70 else text[:67] + "…"
+
+
+def _write(source: str, out: Path, pairs: Sequence[Pair]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not is_beir(source):
+        rows: Iterable[dict[str, Any]] = (
+            {"query": pair.query, "document": pair.document} | ({"negatives": list(pair.negatives)} if pair.negatives else {})
+            for pair in pairs
+        )
+        write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return
+    import shutil
+
+    with staged_folder(out.parent) as stage:
+        shutil.copytree(source, stage / "copy")
+        lines = ["query-id\tcorpus-id\tscore", *(f"{pair.ids[0]}\t{pair.ids[1]}\t1" for pair in pairs if pair.ids)]
+        (stage / "copy" / "qrels" / "train.tsv").chmod(0o644)
+        (stage / "copy" / "qrels" / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (stage / "copy").rename(out)

@@ -1,0 +1,148 @@
+"""Faults planted in data are found, and gone from the cleaned copy; clean data has none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.embedding.check import CheckReport, Finding, check
+from embedft.embedding.near import NearIndex
+from embedft.errors import DataError
+from tests.fixtures_embedding import write_beir, write_rows
+
+SUBJECTS = ("boiler", "tram", "violin", "glacier", "invoice", "beehive", "turbine", "passport", "orchard", "modem", "ferry", "kiln")
+
+
+def clean_rows(count: int = 36) -> list[dict[str, Any]]:
+    verbs = ("repair", "clean", "choose")
+    return [
+        {
+            "query": f"how to {verbs[i // 12]} a {SUBJECTS[i % 12]}?",
+            "document": f"The {SUBJECTS[i % 12]} needs care, number {i}. " + " ".join(SUBJECTS[(i * k) % 12] for k in range(1, 12)),
+        }
+        for i in range(count)
+    ]
+
+
+def found(report: CheckReport, kind: str) -> Finding:
+    matching = [finding for finding in report.findings if finding.kind == kind]
+    assert len(matching) == 1, [finding.kind for finding in report.findings]
+    return matching[0]
+
+
+def fixed(tmp_path: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[CheckReport, list[dict[str, Any]]]:
+    out = tmp_path / "fixed.jsonl"
+    report = check(write_rows(tmp_path / "rows.jsonl", rows), fix=out, **options)
+    return report, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_clean_rows_have_no_finding_and_come_out_as_they_went_in(tmp_path: Path) -> None:
+    report, rows = fixed(tmp_path, clean_rows())
+    assert report.clean
+    assert rows == clean_rows()
+    assert check(str(tmp_path / "fixed.jsonl")).clean
+
+
+def test_repeated_empty_and_identical_rows_are_dropped(tmp_path: Path) -> None:
+    rows = clean_rows()
+    odd = [rows[3], {"query": "  ", "document": "text"}, {"query": "same", "document": "same"}, {"query": "x", "document": None}]
+    report, kept = fixed(tmp_path, [*rows, *odd])
+    assert found(report, "duplicates").count == 1
+    assert found(report, "empty").count == 3
+    assert "rows.jsonl:37" in found(report, "duplicates").examples[0]
+    assert kept == rows
+
+
+def test_a_query_that_the_evaluation_asks_in_other_words_order_or_case_is_leakage(tmp_path: Path) -> None:
+    rows = clean_rows()
+    test = [
+        {"query": "How to repair a boiler", "document": "x"},
+        {"query": "please tell me in detail when exactly it is that one has to clean out the old beehive again", "document": "y"},
+        {"query": "what is a quark", "document": "z"},
+    ]
+    near = {"query": "please tell me in detail when exactly it is that one has to clean out the old beehive", "document": "smoke"}
+    report, kept = fixed(tmp_path, [*rows, near], eval=write_rows(tmp_path / "test.jsonl", test))
+    assert found(report, "leakage").count == 2
+    assert "evaluation" in found(report, "leakage").examples[0]
+    assert len(kept) == len(rows) - 1
+
+
+def test_swapped_columns_are_seen_by_their_lengths_and_swapped_back(tmp_path: Path) -> None:
+    rows = clean_rows()
+    swapped = [{"query": row["document"], "document": row["query"]} for row in rows]
+    report, kept = fixed(tmp_path, swapped)
+    assert found(report, "swapped_columns").count == len(rows)
+    assert kept == rows
+
+
+def test_a_label_column_is_told_and_irrelevant_rows_go(tmp_path: Path) -> None:
+    rows = clean_rows()
+    report, kept = fixed(tmp_path, [row | {"label": int(i > 5)} for i, row in enumerate(rows)])
+    assert found(report, "label_column").count == len(rows)
+    assert kept == rows[6:]
+
+
+def test_the_same_phrase_in_many_queries_is_cut_off(tmp_path: Path) -> None:
+    rows = clean_rows()
+    junk = [row | {"query": "Based on the context information, " + row["query"]} if i % 2 else row for i, row in enumerate(rows)]
+    report, kept = fixed(tmp_path, junk)
+    assert "based on the context information" in found(report, "template").says
+    assert found(report, "template").count == 18
+    assert [row["query"].lower() for row in kept] == [row["query"].lower() for row in rows]
+
+
+def test_texts_beyond_the_limit_are_told_and_stay(tmp_path: Path) -> None:
+    rows = [*clean_rows(), {"query": "a long one", "document": "word " * 400}]
+    report, kept = fixed(tmp_path, rows, max_length=128)
+    assert found(report, "long_document").count == 1
+    assert "402 tokens" in found(report, "long_document").examples[0]
+    assert len(kept) == len(rows)
+
+
+def test_a_negative_that_answers_the_query_elsewhere_is_taken_out(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [row | {"negative": clean_rows()[i - 1]["document"]} for i, row in enumerate(clean_rows())]
+    rows.append({"query": rows[0]["query"], "document": "another answer", "negative": rows[0]["document"]})
+    report, kept = fixed(tmp_path, rows)
+    assert found(report, "false_negatives").count == 1
+    assert "negatives" not in kept[-1]
+    assert kept[0]["negatives"] == [rows[0]["negative"]]
+
+
+def test_unreadable_rows_are_told_and_left_out(tmp_path: Path) -> None:
+    path = Path(write_rows(tmp_path / "rows.jsonl", clean_rows()))
+    path.write_text(path.read_text() + "{not json\n" + json.dumps({"question": "no document"}) + "\n")
+    report = check(str(path))
+    assert found(report, "unreadable").count == 2
+    assert report.rows == 36
+
+
+def test_a_beir_folder_is_checked_against_its_own_test_split_and_copied_clean(tmp_path: Path) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=40, test=12))
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    queries[1]["text"] = queries[45]["text"].upper() + "!"
+    write_rows(folder / "queries.jsonl", queries)
+    report = check(str(folder), fix=tmp_path / "fixed")
+    assert found(report, "leakage").count >= 1
+    assert "q1/d1" in found(report, "leakage").examples[0]
+    kept = (tmp_path / "fixed" / "qrels" / "train.tsv").read_text().splitlines()[1:]
+    assert "q1\td1\t1" not in kept
+    assert len(kept) == report.kept
+    assert (tmp_path / "fixed" / "qrels" / "test.tsv").read_text() == (folder / "qrels" / "test.tsv").read_text()
+
+
+def test_nothing_is_overwritten_and_nothing_to_read_is_an_error(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", clean_rows())
+    with pytest.raises(DataError, match="exists already"):
+        check(rows, fix=Path(rows))
+    with pytest.raises(DataError, match="no rows"):
+        check(write_rows(tmp_path / "none.jsonl", []))
+
+
+def test_near_texts_are_found_at_the_threshold_and_not_below_it() -> None:
+    texts = [f"one two three four five six seven eight nine {word}" for word in SUBJECTS]
+    index = NearIndex(texts, threshold=0.8)
+    best, similarity = next(index.like("One two three, four five six seven eight nine TRAM."))
+    assert (best, similarity) == (1, 1.0)
+    assert sum(1 for _ in index.like(texts[0])) == len(texts)
+    assert not list(index.like("one two three and then all other words entirely"))
