@@ -83,10 +83,11 @@ class CausalLMData(Section):
 
 
 class LossSection(Section):
-    """`scale` is the inverse temperature of the contrastive losses."""
+    """`scale` is the inverse temperature of the contrastive losses. `dimensions`: also train these first components (Matryoshka)."""
 
     name: str = "mnrl"
     scale: PositiveFloat = 20.0
+    dimensions: tuple[PositiveInt, ...] = ()
 
 
 class TrainSection(Section):

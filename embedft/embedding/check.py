@@ -21,29 +21,8 @@ from embedft.files import staged_folder, write_text
 EXAMPLES = 3
 PHRASE = 4  # words; shorter phrases are language, not a template
 SHARE, LEAST = 0.1, 8  # of the distinct queries, and so many, that must hold a phrase
-ASKING = frozenset(
-    [
-        "what",
-        "how",
-        "which",
-        "who",
-        "whom",
-        "whose",
-        "when",
-        "where",
-        "why",
-        "is",
-        "are",
-        "was",
-        "were",
-        "can",
-        "could",
-        "does",
-        "do",
-        "did",
-        "should",
-        "would",
-    ]
+ASKING = frozenset(("what", "how", "which", "who", "whom", "whose", "when", "where", "why", "is", "are", "was", "were")) | frozenset(
+    ("can", "could", "do", "does", "did", "should", "would")
 )
 
 

@@ -43,10 +43,13 @@ class RetrievalSet:
     hash: str
 
 
-def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool) -> tuple[Examples, RetrievalSet]:
-    """Both sets of a recipe. A training row whose query is also an evaluation query is left out. Raises DataError."""
+def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool, taught: bool = False) -> tuple[Examples, RetrievalSet]:
+    """Both sets of a recipe. A training row whose query is also an evaluation query is left out. Raises DataError.
+
+    `scored` and `taught`: what the loss takes, as `parse` has it.
+    """
     problems: list[str] = []
-    rows = _examples(data.train, data.limit, problems, scored=scored, format=data.format)
+    rows = _examples(data.train, data.limit, problems, scored=scored, taught=taught, format=data.format)
     source = data.eval or (data.train if is_beir(data.train) else None)
     if source is None and scored:
         problems.append("data.eval: a loss of scored pairs needs its own evaluation data; expected pairs or a BEIR folder")
@@ -91,7 +94,7 @@ def make_examples(rows: Iterable[Example]) -> Examples:
     relevant: dict[str, set[str]] = {}
     for row in kept:
         relevant.setdefault(row.query, set()).add(row.document)
-    content = [[row.query, row.document, row.negatives, row.score] for row in kept]
+    content = [[row.query, row.document, row.negatives, row.score, *([row.scores] if row.scores else [])] for row in kept]
     return Examples(kept, {query: frozenset(texts) for query, texts in relevant.items()}, _hash(content))
 
 
@@ -121,10 +124,12 @@ def _as_beir(source: str, format: str | None) -> bool:
     return is_beir(source)
 
 
-def _examples(source: str, limit: int | None, problems: list[str], *, scored: bool, format: str | None) -> list[Example]:
+def _examples(
+    source: str, limit: int | None, problems: list[str], *, scored: bool, taught: bool = False, format: str | None
+) -> list[Example]:
     if not _as_beir(source, format):
-        return list(parse(first(read_rows(source, problems), limit), problems, scored=scored))
-    if scored:
+        return list(parse(first(read_rows(source, problems), limit), problems, scored=scored, taught=taught))
+    if scored or taught:
         raise DataError(
             [f"{Path(source).name}: a BEIR folder holds relevant pairs, and this loss takes scored ones; expected rows with a score"]
         )

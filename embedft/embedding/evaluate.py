@@ -67,17 +67,22 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def bm25_baseline(data: RetrievalSet) -> RetrievalResult:
     """BM25 (Robertson's, bm25s' defaults) over words split at underscores, English stop words left out."""
+    ids = list(data.documents)
+    ranked = bm25_top(list(data.queries.values()), list(data.documents.values()), depth=DEPTH)
+    return score(data, [[ids[row] for row in rows] for rows in ranked])
+
+
+def bm25_top(queries: Sequence[str], documents: Sequence[str], *, depth: int) -> list[list[int]]:
+    """For each query the rows of its best documents, best first; none that shares no word with it."""
     import bm25s
 
     def words(texts: Sequence[str]) -> Any:
         return bm25s.tokenize(list(texts), token_pattern=r"(?u)[^\W_]+", stopwords="english", show_progress=False, return_ids=False)
 
-    ids = list(data.documents)
     index: Any = bm25s.BM25()
-    index.index(words(list(data.documents.values())), show_progress=False)
-    found, scores = index.retrieve(words(list(data.queries.values())), k=min(DEPTH, len(ids)), show_progress=False)
-    ranked = [[ids[row] for row, value in zip(rows, values, strict=True) if value > 0] for rows, values in zip(found, scores, strict=True)]
-    return score(data, ranked)
+    index.index(words(documents), show_progress=False)
+    found, scores = index.retrieve(words(queries), k=min(depth, len(documents)), show_progress=False)
+    return [[int(row) for row, value in zip(rows, values, strict=True) if value > 0] for rows, values in zip(found, scores, strict=True)]
 
 
 def score(data: RetrievalSet, ranked: Sequence[Sequence[str]]) -> RetrievalResult:

@@ -37,12 +37,17 @@ class Texts:
 class PackedModel(nn.Module):
     """Numbers of texts → vectors. What is frozen `prepare` computes, always in the same chunks: a resumed run has the same bits."""
 
-    def __init__(self, model: Any, encoder: PackedEncoder, texts: Texts, *, side: str, rematerialize: int | None = None) -> None:
-        """`rematerialize`: keep no activations; compute the gradient again in chunks of so many texts (GradCache)."""
+    def __init__(
+        self, model: Any, encoder: PackedEncoder, texts: Texts, *, side: str, rematerialize: int | None = None, guided: bool = False
+    ) -> None:
+        """`rematerialize`: keep no activations; compute the gradient again in chunks of so many texts (GradCache).
+
+        `guided`: the loss also asks for the base's vectors of every text.
+        """
         super().__init__()
         self.model, self.encoder, self.texts = model, encoder, texts
         self.fixed = texts.documents if side == "query" else frozenset[int]()
-        self._rematerialize = rematerialize
+        self._rematerialize, self.guided = rematerialize, guided
         self._below: dict[int, Tensor] = {}
         self._vectors: dict[int, Tensor] = {}
 
@@ -50,7 +55,7 @@ class PackedModel(nn.Module):
         """Compute what no step changes: documents' vectors under a query-only adapter, states below the adapted layers."""
         wanted = sorted(set(numbers), key=lambda number: (len(self.texts.ids[number]), number))
         with torch.no_grad():
-            for chunk in _chunks([number for number in wanted if number in self.fixed], self._length):
+            for chunk in _chunks([number for number in wanted if self.guided or number in self.fixed], self._length):
                 with self.encoder.adapter_off():
                     self._vectors.update(zip(chunk, self.encoder.encode([self.texts.ids[n] for n in chunk]), strict=True))
             if self.encoder.first_adapted:
@@ -67,6 +72,10 @@ class PackedModel(nn.Module):
                 kept = store[place : place + states.numel()].view_as(states)
                 self._below[number] = kept.copy_(states)
                 place += states.numel()
+
+    def base_vectors(self, numbers: Sequence[int]) -> Tensor:
+        """(n, d) of the base, computed by `prepare`."""
+        return torch.stack([self._vectors[number] for number in numbers])
 
     def _length(self, number: int) -> int:
         return len(self.texts.ids[number])
@@ -113,16 +122,25 @@ class _Rematerialized(torch.autograd.Function):
 
 
 class Given(nn.Module):
-    """Stands where sentence-transformers' losses expect a model: the vectors are in the features already."""
+    """Stands where sentence-transformers' losses expect a model: the vectors are in the features already, under `key`."""
+
+    max_seq_length = 0  # of model and guide alike, so that nothing is tokenised again
+
+    def __init__(self, width: int, tokenizer: Any, *, key: str = "vectors") -> None:
+        super().__init__()
+        self.width, self.tokenizer, self.key = width, tokenizer, key
+
+    def get_embedding_dimension(self) -> int:
+        return self.width
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-        return {"sentence_embedding": features["vectors"]}
+        return {"sentence_embedding": features[self.key]}
 
 
 class PackedTrainer(AdapterCheckpoints, Trainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """transformers' Trainer over row numbers, with our batches and adapter-only checkpoints."""
 
-    def __init__(self, model: PackedModel, args: Any, *, loss: nn.Module, plan: BatchPlan, labels: Sequence[float] | None) -> None:
+    def __init__(self, model: PackedModel, args: Any, *, loss: nn.Module, plan: BatchPlan, labels: Sequence[Any] | None) -> None:
         self.plan, self.loss = plan, loss
         self.labels = None if labels is None else torch.tensor(labels)
         super().__init__(model=model, args=args, train_dataset=_Numbers(plan.rows))
@@ -150,9 +168,13 @@ class PackedTrainer(AdapterCheckpoints, Trainer):  # pyright: ignore[reportIncom
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows = inputs["rows"].tolist()
         with torch.autocast("cpu", enabled=False):
-            vectors = self.model([[column[row] for row in rows] for column in self.model.texts.columns.values()])
+            columns = [[column[row] for row in rows] for column in self.model.texts.columns.values()]
+            features = [{"vectors": vectors} for vectors in self.model(columns)]
+        if self.model.guided:
+            for feature, column in zip(features, columns, strict=True):
+                feature["guide"] = self.model.base_vectors(column)
         labels = None if self.labels is None else self.labels[inputs["rows"]]
-        return self.loss([{"vectors": column} for column in vectors], labels)
+        return self.loss(features, labels)
 
 
 class _Numbers(torch.utils.data.Dataset[int]):

@@ -9,18 +9,23 @@ from embedft.embedding.rows import Row
 QUERY = ("query", "anchor", "question", "sentence1", "sentence_1")
 DOCUMENT = ("document", "positive", "passage", "answer", "doc", "pos", "sentence2", "sentence_2")
 NEGATIVE = ("negative", "negatives", "hard_negative", "hard_negatives", "neg")
+SCORES = ("scores", "teacher_scores")
 LABEL = ("label", "labels", "score", "similarity", "relevance")
 EXPECTED = f"a query column ({', '.join(QUERY[:3])}) and a document column ({', '.join(DOCUMENT[:4])})"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One query with one relevant document; `score` only where the loss takes scored pairs."""
+    """One query with one relevant document; `score` only where the loss takes scored pairs.
+
+    `scores`: a teacher's, of the document and then of each negative; only where the loss distils.
+    """
 
     query: str
     document: str
     negatives: tuple[str, ...] = ()
     score: float | None = None
+    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,19 @@ class Columns:
     document: str
     negatives: tuple[str, ...]
     label: str | None
+    scores: str | None = None
 
 
-def parse(rows: Iterable[Row], problems: list[str], *, scored: bool) -> Iterator[Example]:
-    """Usable rows as examples; what is wrong with the others goes to `problems`. `scored`: the loss needs a score column."""
+def parse(rows: Iterable[Row], problems: list[str], *, scored: bool, taught: bool = False) -> Iterator[Example]:
+    """Usable rows as examples; what is wrong with the others goes to `problems`.
+
+    `scored`: the loss needs a score column. `taught`: it needs a teacher's scores of the document and of each negative.
+    """
     found: dict[tuple[str, ...], Columns | None] = {}
     for row in rows:
         names = tuple(row.values)
         if names not in found:
-            found[names] = _columns(row, problems, scored=scored)
+            found[names] = _columns(row, problems, scored=scored, taught=taught)
         columns = found[names]
         if columns is not None:
             faults = list(_faults(row, columns))
@@ -48,7 +57,7 @@ def parse(rows: Iterable[Row], problems: list[str], *, scored: bool) -> Iterator
                 yield _example(row.values, columns)
 
 
-def _columns(row: Row, problems: list[str], *, scored: bool) -> Columns | None:
+def _columns(row: Row, problems: list[str], *, scored: bool, taught: bool) -> Columns | None:
     """Noted once for each set of columns, at the first row that has it."""
     names = list(row.values)
     queries, documents = _matching(names, QUERY), _matching(names, DOCUMENT)
@@ -66,10 +75,13 @@ def _columns(row: Row, problems: list[str], *, scored: bool) -> Columns | None:
         )
     if scored and len(labels) != 1:
         problems.append(f"{row.where}: this loss takes scored pairs; expected exactly one of the columns {', '.join(LABEL)}")
+    teacher = _matching(names, SCORES) if taught else []
+    if taught and len(teacher) != 1:
+        problems.append(f"{row.where}: this loss distils a teacher; expected a column {' or '.join(SCORES)}: a list of numbers")
     if len(problems) > before:
         return None
     negatives = tuple(name for name in names if _base_name(name) in NEGATIVE)
-    return Columns(queries[0], documents[0], negatives, labels[0] if scored else None)
+    return Columns(queries[0], documents[0], negatives, labels[0] if scored else None, teacher[0] if taught else None)
 
 
 def _matching(names: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -96,12 +108,19 @@ def _faults(row: Row, columns: Columns) -> Iterator[str]:
                 yield f"{name} is the document itself; expected a document that does not answer the query"
     if columns.label and _number(row.values[columns.label]) is None:
         yield f"{columns.label} is {row.values[columns.label]!r}; expected a number"
+    if columns.scores:
+        expected = 1 + sum(len(_as_list(row.values[name])) for name in columns.negatives)
+        numbers = [_number(value) for value in _as_list(row.values[columns.scores])]
+        if len(numbers) != expected or None in numbers or expected < 2:
+            yield f"{columns.scores} is {row.values[columns.scores]!r}; expected {max(2, expected)} numbers: document, then negatives"
 
 
 def _example(values: Mapping[str, Any], columns: Columns) -> Example:
     negatives = tuple(text for name in columns.negatives for text in _as_list(values[name]))
     score = _number(values[columns.label]) if columns.label else None
-    return Example(values[columns.query].strip(), values[columns.document].strip(), tuple(text.strip() for text in negatives), score)
+    scores = tuple(float(value) for value in _as_list(values[columns.scores])) if columns.scores else ()
+    texts = tuple(text.strip() for text in negatives)
+    return Example(values[columns.query].strip(), values[columns.document].strip(), texts, score, scores)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -8,10 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.base.modules.input_module import InputModule
 from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import nn
 
 from embedft.embedding.batches import BatchPlan
 from embedft.encode import EncodeSettings, InputType, TextPreparer, pad
@@ -71,6 +73,22 @@ def sentence_transformer(model: Any, folder: Path, settings: EncodeSettings, *, 
     if settings.normalize:
         modules.append(Normalize())
     return SentenceTransformer(modules=modules, device=str(next(model.parameters()).device))
+
+
+class Unadapted(nn.Module):
+    """The same model with its adapter switched off, as a guide: what the base itself says of the same features."""
+
+    def __init__(self, model: SentenceTransformer, tokenizer: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)  # no submodule: it is trained elsewhere
+        self.tokenizer: Any = tokenizer
+        self.max_seq_length = 0
+        model.tokenizer, model.max_seq_length = tokenizer, 0  # pyright: ignore
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        tower: Any = self.model
+        with torch.no_grad(), tower[0].model.disable_adapter():
+            return tower(features)
 
 
 class PairTrainer(AdapterCheckpoints, SentenceTransformerTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,6 +1,7 @@
 """A recipe → a published retrieval adapter: load, attach, fit, evaluate, publish. Reads like the flow."""
 
 import tempfile
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from embedft.embedding.data import Examples, data_hash, load_data
 from embedft.embedding.evaluate import RetrievalResult, compare_towers, comparison
 from embedft.embedding.losses import Loss, loss_named
 from embedft.encode import EncodeSettings, TextPreparer
-from embedft.errors import BaseError, DataError
+from embedft.errors import BaseError, DataError, RecipeError
 from embedft.recipe import EmbeddingRecipe
 
 if TYPE_CHECKING:
@@ -37,11 +38,12 @@ def train(
     from embedft.training.run import open_run
 
     loss = loss_named(recipe.loss.name)
-    examples, retrieval = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored")
+    examples, retrieval = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
     _check_negatives(examples, loss)
     base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision), task="embedding")
     settings = settings_for(recipe, base)
     _check_tokenizer(base, settings)
+    _check_dimensions(recipe.loss.dimensions, base)
     set_seed(recipe.train.seed)
     model = attach(base, recipe.adapter, task="embedding")
     plan = plan_for(examples, recipe, loss=loss, model=model)
@@ -66,7 +68,7 @@ def train(
         seconds=seconds,
         peak_bytes=peak.bytes,
         settings=settings,
-        dimensions=(base.info.hidden_size,),
+        dimensions=(base.info.hidden_size, *sorted(set(recipe.loss.dimensions), reverse=True)),
         rows=per_query(results, retrieval.queries if recipe.eval.keep_texts else None),
     )
     result = publish(model, base, recipe, store=store, published=published)
@@ -79,7 +81,9 @@ def plan_for(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, model: 
     from embedft.embedding.packed import unpackable
 
     window = WINDOW if unpackable(model) else 1
-    return BatchPlan(examples, batch=recipe.train.batch, seed=recipe.train.seed, exclusive=loss.takes != "scored", window=window)
+    return BatchPlan(
+        examples, batch=recipe.train.batch, seed=recipe.train.seed, exclusive=loss.takes in {"pairs", "triplets"}, window=window
+    )
 
 
 def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
@@ -125,9 +129,11 @@ def _packed_trainer(
         Texts(ids),
         side=recipe.adapter.side,
         rematerialize=MINI_BATCH if loss.same_as else None,
+        guided=loss.guided,
     )
     plain = loss_named(loss.same_as) if loss.same_as else loss
-    objective = plain.build(Given(), scale=recipe.loss.scale)
+    given, guide = (Given(base.info.hidden_size, base.tokenizer, key=key) for key in ("vectors", "guide"))
+    objective = plain.build(given, scale=recipe.loss.scale, dimensions=recipe.loss.dimensions, guide=guide)
     return PackedTrainer(packed, TrainingArguments(**common, remove_unused_columns=False), loss=objective, plan=plan, labels=labels)
 
 
@@ -137,17 +143,18 @@ def _padded_trainer(
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainingArguments
 
-    from embedft.embedding.tower import PairTrainer, sentence_transformer
+    from embedft.embedding.tower import PairTrainer, Unadapted, sentence_transformer
 
     loss = loss_named(recipe.loss.name)
     tower = sentence_transformer(model, base.folder, settings, hidden_size=base.info.hidden_size, side=recipe.adapter.side)
     columns = training_columns(examples, loss)
+    guide = Unadapted(tower, base.tokenizer) if loss.guided else None
     sides: Any = {name: "query" if name == "query" else "document" for name in columns if name != "label"}
     return PairTrainer(
         model=tower,
         args=SentenceTransformerTrainingArguments(**common, router_mapping=sides),
         train_dataset=Dataset.from_dict(columns),
-        loss=loss.build(tower, scale=recipe.loss.scale),
+        loss=loss.build(tower, scale=recipe.loss.scale, dimensions=recipe.loss.dimensions, guide=guide),
         plan=plan,
     )
 
@@ -158,9 +165,11 @@ def training_columns(examples: Examples, loss: Loss) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {"query": [row.query for row in rows], "document": [row.document for row in rows]}
     if loss.takes == "scored":
         columns["label"] = [row.score for row in rows]
-    else:
-        for index in range(examples.negatives):
-            columns[f"negative_{index + 1}"] = [row.negatives[index] for row in rows]
+        return columns
+    for index in range(examples.negatives if loss.most is None else min(loss.most, examples.negatives)):
+        columns[f"negative_{index + 1}"] = [row.negatives[index] for row in rows]
+    if loss.takes == "distilled":
+        columns["label"] = [list(row.scores[: 1 + examples.negatives]) for row in rows]
     return columns
 
 
@@ -177,8 +186,13 @@ def per_query(results: dict[str, RetrievalResult], texts: Any = None) -> list[di
 
 
 def _check_negatives(examples: Examples, loss: Loss) -> None:
-    if loss.takes == "triplets" and examples.negatives == 0:
+    if loss.takes in {"triplets", "distilled"} and examples.negatives == 0:
         raise DataError([f"loss {loss.name!r} takes triplets, and some rows have no negative; expected a negative in every row"])
+
+
+def _check_dimensions(dimensions: Sequence[int], base: Base) -> None:
+    if too_many := [size for size in dimensions if size >= base.info.hidden_size]:
+        raise RecipeError("recipe", [f"loss.dimensions: {too_many[0]}; expected less than the {base.info.hidden_size} of the base"])
 
 
 def _check_tokenizer(base: Base, settings: EncodeSettings) -> None:

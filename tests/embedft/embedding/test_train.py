@@ -185,24 +185,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         trained(recipe, broken, resume=True)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_each_loss_falls_while_it_trains(name: str, make: Make, beir: str, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "adapter", "dimensions"),
+    [(name, PACKED, ()) for name in LOSSES]
+    + [(name, PADDED, ()) for name in ("cached_mnrl", "gist", "kl")]
+    + [("mnrl", PACKED, (16, 32)), ("cached_mnrl", PADDED, (32,)), ("kl", PACKED, (16,))],
+)
+def test_each_loss_falls_while_it_trains(
+    name: str, adapter: dict[str, Any], dimensions: tuple[int, ...], make: Make, beir: str, root: Path, tmp_path: Path
+) -> None:
     from embedft.embedding.batches import BatchPlan
     from embedft.embedding.data import load_data
     from embedft.embedding.train import make_trainer, settings_for
     from embedft.methods import attach
 
-    scored, rows = LOSSES[name].takes == "scored", planted_rows(96)
-    triplets: list[dict[str, Any]] = [row | {"negative": rows[another(i)]["document"]} for i, row in enumerate(rows)]
+    scored, taught, rows = LOSSES[name].takes == "scored", LOSSES[name].takes == "distilled", planted_rows(96)
+    triplets: list[dict[str, Any]] = [
+        row | {"negative": rows[another(i)]["document"]} | ({"scores": [9.0, -3.0]} if taught else {}) for i, row in enumerate(rows)
+    ]
     pairs: list[dict[str, Any]] = [
         {"query": r["query"], "document": r[key], "score": float(key == "document")} for r in triplets for key in ("document", "negative")
     ]
     recipe = make(
         data={"train": write_rows(root / f"{name}.jsonl", pairs if scored else triplets), "eval": beir},
-        loss={"name": name},
+        loss={"name": name, "dimensions": dimensions},
+        adapter=adapter,
         train={"lr": 1e-2},
     )
-    examples, _ = load_data(recipe.data, recipe.eval, scored=scored)
+    examples, _ = load_data(recipe.data, recipe.eval, scored=scored, taught=taught)
     assert (examples.rows[0].score is not None) == scored
     base = load_base(BaseSpec(recipe.base.model), task="embedding")
     plan = BatchPlan(examples, batch=16, seed=7, exclusive=not scored)

@@ -1,0 +1,321 @@
+"""Hard negatives for training pairs: documents that rankers put high and that do not answer. Trains nothing.
+
+A document is kept out where it is known to answer, says nearly the same as an answer, or scores too near to one (absolute and
+relative margin; de Souza Moreira et al. 2024, arXiv 2407.15831). Where all rankers put a document above the labelled answer, the
+label is in doubt: it goes to the review file, not into training.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedft.embedding.beir import is_beir, read_beir
+from embedft.embedding.data import make_examples
+from embedft.embedding.evaluate import bm25_top
+from embedft.embedding.near import jaccard, shingles
+from embedft.embedding.pairs import Example, parse
+from embedft.embedding.rows import read_rows
+from embedft.encode import Encoder, EncodeSettings
+from embedft.errors import DataError
+from embedft.files import write_text
+
+if TYPE_CHECKING:
+    from embedft.adapters.store import AdapterStore
+
+SAME = 0.9  # Jaccard similarity of words and word pairs from which a document says what an answer says
+FUSION = 60  # reciprocal rank fusion's constant (Cormack et al. 2009)
+
+
+@dataclass(frozen=True)
+class Mining:
+    """`depth`: candidates a ranker. A negative's cosine stays below the answer's − `absolute` and below (1 − `relative`) of it."""
+
+    negatives: int = 4
+    depth: int = 50
+    absolute: float = 0.0
+    relative: float = 0.05
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class MineReport:
+    """`kept_out`: candidates by reason. `filled`: negatives drawn at random where the rankers gave too few."""
+
+    rows: int
+    negatives: int
+    filled: int
+    short: int
+    review: int
+    kept_out: dict[str, int]
+    path: str
+    review_path: str | None
+
+
+@dataclass
+class _Query:
+    """One query: its documents known to answer, and what each ranker lists (rows of the corpus, best first)."""
+
+    text: str
+    answers: frozenset[int]
+    lists: dict[str, list[int]]
+    similar: dict[str, NDArray[np.float32]]
+    doubtful: list[int] = field(default_factory=list[int])
+
+
+def mine(
+    source: str,
+    out: Path,
+    *,
+    mining: Mining,
+    base: str = "minilm",
+    quantization: str = "none",
+    adapter: str | None = None,
+    store: "AdapterStore | None" = None,
+    prompts: Mapping[str, str] | None = None,
+    max_length: int = 256,
+    cross_encoder: str | None = None,
+    review: Path | None = None,
+) -> MineReport:
+    """Write `source`'s training pairs with `mining.negatives` negatives each to `out` (JSONL: query, document, negatives).
+
+    `adapter`: also ranks with this adapter of the store, on the base that it was trained on. `cross_encoder`: a model folder; what it
+    scores as high as the answer is kept out, and its scores are written (column `scores`: the answer's, then each negative's).
+    Raises DataError, AdapterNotFound, BaseNotFound.
+    """
+    if out.exists() or (review and review.exists()):
+        raise DataError([f"{out if out.exists() else review} exists already: name a new file"])
+    rows, documents = _read(source)
+    rankers = _rankers(base, quantization, adapter, store, prompts or {}, max_length)
+    judge = _judge(cross_encoder)
+    queries = _queries(rows, documents, rankers, mining)
+    reasons: Counter[str] = Counter()
+    chosen = {query.text: _choose(query, documents, mining, reasons) for query in queries}
+    lines, filled = _rows(rows, documents, queries, chosen, mining, judge, reasons)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, _jsonl(lines))
+    doubts = [row for query in queries for row in _doubts(query, documents)]
+    if review:
+        write_text(review, _jsonl(doubts))
+    counts = [len(line["negatives"]) for line in lines]
+    short = sum(count < mining.negatives for count in counts)
+    where = str(review) if review else None
+    return MineReport(len(lines), sum(counts), filled, short, len(doubts), dict(reasons), str(out), where)
+
+
+def _read(source: str) -> tuple[tuple[Example, ...], list[str]]:
+    """Training pairs and every document there is."""
+    problems: list[str] = []
+    if is_beir(source):
+        beir = read_beir(Path(source), "train", problems)
+        rows = [Example(beir.queries[q], beir.documents[d]) for q, grades in beir.relevant.items() for d in grades]
+        documents = list(dict.fromkeys(beir.documents.values()))
+    else:
+        rows = list(parse(read_rows(source, problems), problems, scored=False))
+        documents = list(dict.fromkeys(text for row in rows for text in (row.document, *row.negatives)))
+    if problems:
+        raise DataError(problems)
+    examples = make_examples(rows)
+    if len(examples) < 1 or len(documents) < 2:
+        raise DataError([f"{Path(source).name}: {len(examples)} pairs and {len(documents)} documents; expected at least 1 and 2"])
+    return examples.rows, documents
+
+
+def _rankers(
+    base: str, quantization: str, adapter: str | None, store: "AdapterStore | None", prompts: Mapping[str, str], max_length: int
+) -> dict[str, Encoder]:
+    """Name → encoder. With an adapter: itself, and its base with it switched off."""
+    from embedft.base import BaseSpec, base_folder, load_model
+    from embedft.model_folder import describe
+
+    if adapter is None:
+        folder = base_folder(BaseSpec(base, quantization))
+        info = describe(folder)
+        settings = EncodeSettings(info.pooling, info.normalize, min(max_length, info.max_length), prompts)
+        return {"base": Encoder(load_model(folder, task="embedding"), folder, settings)}
+    from embedft.adapters.passport import read_passport
+    from embedft.errors import AdapterInvalid
+    from embedft.methods import load_adapter
+
+    place = Path(adapter) if Path(adapter).is_dir() or store is None else store.folder(adapter)
+    passport = read_passport(place)
+    if passport.task != "embedding" or passport.pooling is None or passport.normalize is None:
+        raise AdapterInvalid(passport.name, "it is no embedding adapter, so it ranks nothing")
+    folder = base_folder(BaseSpec(base if base != "minilm" else passport.base.model, passport.base.quantization, passport.base.revision))
+    settings = EncodeSettings(passport.pooling, passport.normalize, passport.max_length, passport.prompts)
+    model = load_adapter(load_model(folder, task="embedding"), place)
+    return {"base": _Off(model, folder, settings), "adapter": _OneSided(model, folder, settings, side=passport.side)}
+
+
+class _Off(Encoder):
+    def encode_ids(self, ids: Sequence[Sequence[int]], *, batch_size: int = 64, **forward: Any) -> NDArray[np.float32]:
+        with self.model.disable_adapter():
+            return super().encode_ids(ids, batch_size=batch_size, **forward)
+
+
+class _OneSided(Encoder):
+    """An adapter that leaves documents to the base where its side is 'query'."""
+
+    def __init__(self, model: Any, folder: Path, settings: EncodeSettings, *, side: str) -> None:
+        super().__init__(model, folder, settings)
+        self.documents = _Off(model, folder, settings) if side == "query" else None
+
+    def encode(self, texts: Sequence[str], *, input_type: Any = None, batch_size: int = 64) -> NDArray[np.float32]:
+        if self.documents is not None and input_type == "document":
+            return self.documents.encode(texts, input_type=input_type, batch_size=batch_size)
+        return super().encode(texts, input_type=input_type, batch_size=batch_size)
+
+
+def _queries(rows: Sequence[Example], documents: Sequence[str], rankers: Mapping[str, Encoder], mining: Mining) -> list[_Query]:
+    numbers = {text: number for number, text in enumerate(documents)}
+    answers: dict[str, set[int]] = {}
+    for row in rows:
+        answers.setdefault(row.query, set()).add(numbers[row.document])
+    texts = list(answers)
+    lexical = bm25_top(texts, documents, depth=mining.depth)
+    queries = [_Query(text, frozenset(answers[text]), {"bm25": lexical[i]}, {}) for i, text in enumerate(texts)]
+    for name, encoder in rankers.items():
+        vectors, corpus = _unit(encoder.encode(texts, input_type="query")), _unit(encoder.encode(documents, input_type="document"))
+        for query, vector in zip(queries, vectors, strict=True):
+            similar = corpus @ vector
+            query.similar[name] = similar
+            query.lists[name] = [int(row) for row in np.argsort(-similar, kind="stable")[: mining.depth]]
+    return queries
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _choose(query: _Query, documents: Sequence[str], mining: Mining, reasons: Counter[str]) -> list[int]:
+    """Twice as many as are asked for, the rankers taking turns; a cross-encoder may strike some."""
+    said = [shingles(documents[row]) for row in query.answers]
+    kept: list[int] = []
+    turns = dict.fromkeys(row for turn in zip_longest(*query.lists.values()) for row in turn if row is not None)
+    for row in turns:
+        if row in query.answers:
+            continue
+        reason = _reason(query, row, documents, said, mining)
+        if reason == "outranks the answer everywhere":
+            query.doubtful.append(row)
+        if reason:
+            reasons[reason] += 1
+        else:
+            kept.append(row)
+        if len(kept) == 2 * mining.negatives:
+            break
+    return kept
+
+
+def _reason(query: _Query, row: int, documents: Sequence[str], said: Sequence[frozenset[str]], mining: Mining) -> str:
+    """Why this document is no negative of the query; '' where it is one."""
+    content = shingles(documents[row])
+    if any(jaccard(content, answer) >= SAME for answer in said):
+        return "says what the answer says"
+    if all(_rank(ranked, {row}) < _rank(ranked, query.answers) for ranked in query.lists.values()):
+        return "outranks the answer everywhere"
+    return "scores too near to the answer" if _too_near(query, row, mining) else ""
+
+
+def _too_near(query: _Query, row: int, mining: Mining) -> bool:
+    for similar in query.similar.values():
+        best = float(max(similar[answer] for answer in query.answers))
+        if similar[row] > min(best - mining.absolute, best - abs(best) * mining.relative):
+            return True
+    return False
+
+
+def _rank(ranked: Sequence[int], rows: Iterable[int]) -> int:
+    places = {row: place for place, row in enumerate(ranked)}
+    return min((places.get(row, len(ranked)) for row in rows), default=len(ranked))
+
+
+def _rows(
+    rows: Sequence[Example],
+    documents: Sequence[str],
+    queries: Sequence[_Query],
+    chosen: Mapping[str, list[int]],
+    mining: Mining,
+    judge: Any,
+    reasons: Counter[str],
+) -> tuple[list[dict[str, Any]], int]:
+    known, filled = {query.text: query for query in queries}, 0
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        query, candidates = known[row.query], chosen[row.query]
+        scores: dict[int, float] = {}
+        if judge is not None:
+            texts = [row.document, *(documents[c] for c in candidates)]
+            answer, *others = (float(score) for score in judge.predict([(row.query, text) for text in texts]))
+            scores = dict(zip(candidates, others, strict=True))
+            struck = [c for c in candidates if scores[c] >= answer]
+            reasons["the cross-encoder prefers it"] += len(struck)
+            candidates = [c for c in candidates if c not in struck]
+        picked = candidates[: mining.negatives]
+        extra = _fill(query, documents, picked, mining) if judge is None else []
+        filled += len(extra)
+        line = {"query": row.query, "document": row.document, "negatives": [documents[c] for c in (*picked, *extra)]}
+        if judge is not None:
+            line["scores"] = [round(answer, 6), *(round(scores[c], 6) for c in picked)]
+        lines.append(line)
+    return lines, filled
+
+
+def _fill(query: _Query, documents: Sequence[str], picked: Sequence[int], mining: Mining) -> list[int]:
+    """Documents drawn at random, always the same for a query, so that every row has as many negatives."""
+    missing, taken = mining.negatives - len(picked), {*picked, *query.answers, *query.doubtful}
+    if missing <= 0:
+        return []
+    said = [shingles(documents[row]) for row in query.answers]
+    order = list(range(len(documents)))
+    random.Random(f"{mining.seed}-{query.text}").shuffle(order)
+    found: list[int] = []
+    for row in order:
+        if row not in taken and not _reason(query, row, documents, said, mining):
+            found.append(row)
+            if len(found) == missing:
+                break
+    return found
+
+
+def _doubts(query: _Query, documents: Sequence[str]) -> list[dict[str, Any]]:
+    """One line for a person to judge: does this document answer the query as well?"""
+
+    def fused(rows: Iterable[int]) -> float:
+        return sum(1 / (FUSION + 1 + _rank(ranked, rows)) for ranked in query.lists.values())
+
+    answer = documents[min(query.answers, key=lambda row: -fused([row]))]
+    return [
+        {
+            "query": query.text,
+            "candidate": documents[row],
+            "answer": answer,
+            "ranks": {name: _rank(ranked, [row]) + 1 for name, ranked in query.lists.items()},
+            "answer_ranks": {name: _rank(ranked, query.answers) + 1 for name, ranked in query.lists.items()},
+            "fused": round(fused([row]), 5),
+            "answer_fused": round(fused(query.answers), 5),
+        }
+        for row in query.doubtful
+    ]
+
+
+def _judge(folder: str | None) -> Any:
+    if folder is None:
+        return None
+    from sentence_transformers import CrossEncoder
+
+    try:
+        return CrossEncoder(folder)
+    except (OSError, ValueError) as error:
+        raise DataError([f"cross-encoder {folder}: cannot be loaded: {str(error).splitlines()[0][:200]}"]) from None
+
+
+def _jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

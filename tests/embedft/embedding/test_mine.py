@@ -1,0 +1,125 @@
+"""Mined negatives are hard and do not answer; what might answer goes to a person."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.embedding.data import load_data
+from embedft.embedding.mine import MineReport, Mining, mine
+from embedft.errors import DataError
+from embedft.recipe import EmbeddingData, EmbeddingEval
+from tests.fixtures_embedding import tiny_encoder, write_rows
+
+FRUITS = ("apple", "banana", "cherry", "damson", "elderberry", "fig", "grape", "hawthorn", "kiwi", "lemon", "mango", "nectarine")
+PLACES = ("cellar", "fridge", "pantry", "basket", "bowl", "drawer", "attic", "crate", "sack", "shed", "jar", "box")
+
+
+def answer(fruit: str) -> str:
+    """Alike enough to be hard, and not nearly the same."""
+    i = FRUITS.index(fruit)
+    places = " then the ".join(PLACES[(i * k + k) % 12] for k in (1, 5, 7, 11))
+    return f"A ripe {fruit} stays fresh for {i + 3} days in the {places}."
+
+
+def beir(folder: Path, *, extra: dict[str, str] | None = None, second: bool = False) -> str:
+    """One question and one answer a fruit; `extra` documents that no judgement knows; `second`: a second judged answer."""
+    (folder / "qrels").mkdir(parents=True)
+    documents = {f"d{i}": answer(fruit) for i, fruit in enumerate(FRUITS)} | (extra or {})
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(len(FRUITS)))]
+    if second:
+        documents["second"] = "An apple bought ripe will last fourteen days in the cellar."
+        lines.append("q0\tsecond\t1")
+    write_rows(folder / "corpus.jsonl", [{"_id": name, "title": "", "text": text} for name, text in documents.items()])
+    write_rows(folder / "queries.jsonl", [{"_id": f"q{i}", "text": f"how long does a ripe {f} stay fresh?"} for i, f in enumerate(FRUITS)])
+    (folder / "qrels" / "train.tsv").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+def mined(source: str, tmp_path: Path, **options: Any) -> tuple[MineReport, list[dict[str, Any]], list[dict[str, Any]]]:
+    out, review = tmp_path / "mined.jsonl", tmp_path / "review.jsonl"
+    settings = Mining(**{"negatives": 3, "depth": 8} | options.pop("mining", {}))
+    report = mine(source, out, mining=settings, review=review, **options)
+    return report, *([json.loads(line) for line in path.read_text().splitlines()] for path in (out, review))
+
+
+def test_negatives_are_near_and_never_a_known_answer(tmp_path: Path) -> None:
+    report, rows, _ = mined(beir(tmp_path / "beir", second=True), tmp_path, mining={"relative": 0.0})
+    assert len(rows) == len(FRUITS) + 1
+    assert all(len(row["negatives"]) == len(set(row["negatives"])) == 3 for row in rows)
+    for row in rows:
+        fruit = row["query"].split()[5]
+        assert not any(fruit in text for text in row["negatives"]), "neither its document nor its second one"
+    assert report.negatives == 3 * len(rows)
+    assert report.short == 0
+    examples, _ = load_data(EmbeddingData(train=report.path, eval=report.path), EmbeddingEval(queries=2), scored=False)
+    assert examples.negatives == 3
+
+
+def test_an_unjudged_copy_of_the_answer_is_no_negative(tmp_path: Path) -> None:
+    copy = {"copy": answer("fig").replace(" a ", " the ").replace("A ripe", "a RIPE") + "!"}
+    report, rows, _ = mined(beir(tmp_path / "beir", extra=copy), tmp_path, mining={"relative": 0.0})
+    row = next(row for row in rows if " fig " in row["query"])
+    assert copy["copy"] not in row["negatives"]
+    assert report.kept_out["says what the answer says"] >= 1
+
+
+def test_what_outranks_the_answer_everywhere_goes_to_review_and_not_into_training(tmp_path: Path) -> None:
+    better = "How long does a ripe fig stay fresh? Four days, if you are lucky."
+    _, rows, review = mined(beir(tmp_path / "beir", extra={"better": better}), tmp_path)
+    assert all(better not in row["negatives"] for row in rows if " fig " in row["query"])
+    doubt = next(line for line in review if line["candidate"] == better)
+    assert doubt["answer"] == answer("fig")
+    assert all(doubt["ranks"][name] < doubt["answer_ranks"][name] for name in ("base", "bm25"))
+    assert doubt["fused"] > doubt["answer_fused"]
+
+
+def test_the_margins_keep_out_what_scores_too_near(tmp_path: Path) -> None:
+    source = beir(tmp_path / "beir")
+    wide, rows, _ = mined(source, tmp_path, mining={"relative": 0.3})
+    (tmp_path / "mined.jsonl").unlink()
+    (tmp_path / "review.jsonl").unlink()
+    narrow, _, _ = mined(source, tmp_path, mining={"relative": 0.0, "absolute": 0.02})
+    assert wide.kept_out["scores too near to the answer"] > narrow.kept_out.get("scores too near to the answer", 0)
+    from embedft.base import BaseSpec, base_folder, load_model
+    from embedft.encode import Encoder, EncodeSettings
+
+    folder = base_folder(BaseSpec("minilm"))
+    encoder = Encoder(load_model(folder, task="embedding"), folder, EncodeSettings("mean", True, 64))
+    for row in (row for row in rows if row["negatives"]):
+        query, document, *negatives = encoder.encode([row["query"], row["document"], *row["negatives"]])
+        assert max(query @ negative for negative in negatives) <= 0.7 * (query @ document) + 1e-5
+
+
+def test_too_small_a_corpus_gives_fewer_and_says_so(tmp_path: Path) -> None:
+    rows = [{"query": f"what is a {f}?", "document": f"a {f} is a fruit that grows on trees number {i}"} for i, f in enumerate(FRUITS[:3])]
+    report, lines, _ = mined(write_rows(tmp_path / "rows.jsonl", rows), tmp_path, mining={"negatives": 5, "relative": 0.0})
+    assert report.short == 3
+    assert all(len(line["negatives"]) <= 2 for line in lines)
+
+
+def test_a_cross_encoder_strikes_what_it_prefers_and_its_scores_are_written(tmp_path: Path) -> None:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tiny_encoder(tmp_path / "cross", pooling="mean")
+    torch.manual_seed(1)
+    config = BertConfig.from_pretrained(folder, num_labels=1, initializer_range=0.4)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    report, rows, _ = mined(beir(tmp_path / "beir"), tmp_path, cross_encoder=str(folder))
+    assert report.rows == len(FRUITS)
+    for row in rows:
+        assert len(row["scores"]) == 1 + len(row["negatives"])
+        assert all(score < row["scores"][0] for score in row["scores"][1:])
+    with pytest.raises(DataError, match="cannot be loaded"):
+        mine(beir(tmp_path / "other"), tmp_path / "x.jsonl", mining=Mining(), cross_encoder=str(tmp_path / "absent"))
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine")
+    with pytest.raises(DataError, match="exists already"):
+        mine(beir(tmp_path / "beir"), out, mining=Mining())
