@@ -1,0 +1,284 @@
+"""Training queries for a bare corpus: from the documents' own titles, headings and first sentences, or from any OpenAI-compatible server.
+
+A query is kept only where it finds its passage again (round trip; Dai et al. 2022, arXiv 2209.11755). What is taken out of a passage to
+become its query is taken out of the passage as well (inverse cloze; Lee et al. 2019, arXiv 1906.00300), else matching words would be all
+there is to learn. A run that was stopped goes on where it was: each passage's queries are on disk before the next is asked for.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from embedft.embedding.beir import is_beir
+from embedft.embedding.near import words
+from embedft.embedding.rows import read_rows
+from embedft.errors import DataError
+from embedft.files import hash_json, write_text
+
+PROMPT = (
+    "Write {count} different questions, one a line and nothing else, that a person might ask to find the following passage. "
+    "Do not mention the passage, and do not copy its sentences.\n\nPassage:\n{passage}"
+)
+WORDS = (3, 32)  # a query's shortest and longest length
+KEY = "EMBEDFT_SYNTH_KEY"
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
+_NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
+
+
+@dataclass(frozen=True)
+class Synth:
+    """`generator`: 'text' (no model, always the same) or a server's URL up to /v1. `count` queries a passage; `top`: the round trip's depth."""
+
+    generator: str = "text"
+    model: str = ""
+    prompt: str = PROMPT
+    count: int = 2
+    limit: int | None = None
+    top: int = 10
+    max_characters: int = 4000
+    temperature: float = 0.7
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class SynthReport:
+    """`made` queries of `passages` passages; `lost` did not find their passage again; `repeated` were made for several passages."""
+
+    passages: int
+    made: int
+    kept: int
+    lost: int
+    repeated: int
+    resumed: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Passage:
+    """`title` '' where there is none."""
+
+    identifier: str
+    title: str
+    text: str
+
+
+Generate = Callable[[Passage], list[tuple[str, str]]]
+
+
+def synthesize(
+    corpus: str, out: Path, *, synth: Synth, base: str | None = "minilm", quantization: str = "none", max_length: int = 256
+) -> SynthReport:
+    """Write `out` (JSONL: query, document) for a BEIR folder, a file with a column `text`, or a folder of .md and .txt files.
+
+    `base`: the model of the round trip; None: BM25. Raises DataError where there is nothing to read, or where `out.parts` (what a
+    stopped run left) was made under other settings; EngineFailed where the server does not answer.
+    """
+    if out.exists():
+        raise DataError([f"{out} exists already: name a new file"])
+    passages = read_passages(corpus)[: synth.limit]
+    generate = from_text(synth) if synth.generator == "text" else from_server(synth)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    parts = out.with_name(out.name + ".parts")
+    identity = hash_json([asdict(synth), [[p.identifier, p.title, p.text] for p in passages]])
+    done = _resume(parts, identity)
+    resumed = len(done)
+    with parts.open("a", encoding="utf-8") as file:
+        for passage in passages:
+            if passage.identifier not in done:
+                done[passage.identifier] = generate(passage)
+                file.write(json.dumps([passage.identifier, done[passage.identifier]], ensure_ascii=False) + "\n")
+                file.flush()
+    pairs = [(query, document, place) for place, p in enumerate(passages) for query, document in done[p.identifier]]
+    unique = _unrepeated(pairs)
+    kept = _round_trip(unique, passages, synth, base, quantization, max_length)
+    write_text(out, "".join(json.dumps({"query": q, "document": d}, ensure_ascii=False) + "\n" for q, d, _ in kept))
+    parts.unlink()
+    return SynthReport(len(passages), len(pairs), len(kept), len(unique) - len(kept), len(pairs) - len(unique), resumed, str(out))
+
+
+def read_passages(corpus: str) -> list[Passage]:
+    """Passages with text, in the corpus' order."""
+    problems: list[str] = []
+    path = Path(corpus)
+    if is_beir(corpus) and not any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
+        return _of_files(path)
+    source = next((str(path / name) for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).is_file()), corpus)
+    passages: list[Passage] = []
+    for row in read_rows(source, problems):
+        text, title = row.values.get("text"), row.values.get("title")
+        if not isinstance(text, str):
+            problems.append(f"{row.where}: no text; expected columns text and, where there is one, title")
+        elif text.strip() or title:
+            passages.append(Passage(str(row.values.get("_id", row.where)), (title or "").strip(), text.strip()))
+    if problems:
+        raise DataError(problems)
+    if not passages:
+        raise DataError([f"{path.name}: no passages; expected a BEIR folder, rows with a column text, or a folder of .md and .txt files"])
+    return passages
+
+
+def _of_files(folder: Path) -> list[Passage]:
+    """Each section of each .md and .txt file; a Markdown heading is its section's title."""
+    passages: list[Passage] = []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in {".md", ".txt"} and p.is_file()):
+        title, lines = "", list[str]()
+        name = str(path.relative_to(folder))
+
+        def close(title: str, lines: list[str], name: str = name) -> None:
+            if body := "\n".join(lines).strip():
+                passages.append(Passage(f"{name}#{len(passages)}", title, body))
+
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if path.suffix == ".md" and (heading := re.match(r"#{1,6}\s+(.*)", line)):
+                close(title, lines)
+                title, lines = heading.group(1).strip(" #`*"), []
+            else:
+                lines.append(line)
+        close(title, lines)
+    if not passages:
+        raise DataError([f"{folder.name}: no .md or .txt file with text in it"])
+    return passages
+
+
+def from_text(synth: Synth) -> Generate:
+    """No model: the title asks for the text, the first sentences ask for what follows. The same corpus gives the same queries."""
+
+    def generate(passage: Passage) -> list[tuple[str, str]]:
+        sentences = [sentence.strip() for sentence in _SENTENCE.split(passage.text) if sentence.strip()]
+        title = passage.title.rstrip(" .")
+        found: list[tuple[str, str]] = []
+        if _fits(title) and passage.text and passage.text.lower().startswith(title.lower()):
+            found.append((title, passage.text[len(title) :].lstrip(" .\n")))
+        elif _fits(title) and passage.text:
+            found.append((title, passage.text))
+        for place, sentence in enumerate(sentences):
+            rest = " ".join(sentences[:place] + sentences[place + 1 :])
+            query = " ".join(sentence.rstrip(" .").split()[: WORDS[1]])
+            if _fits(query) and len(words(rest)) >= 2 * WORDS[0] and query.lower() != title.lower():
+                found.append((query, f"{passage.title} {rest}".strip() if passage.title not in rest else rest))
+        return [(query, document) for query, document in found if document][: synth.count]
+
+    return generate
+
+
+def _fits(query: str) -> bool:
+    return WORDS[0] <= len(words(query)) <= WORDS[1]
+
+
+def from_server(synth: Synth) -> Generate:
+    """Queries by a chat model. A busy or restarting server is asked again, five times; $EMBEDFT_SYNTH_KEY is its key."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
+    client = httpx.Client(base_url=synth.generator.rstrip("/") + "/", headers=headers, timeout=120)
+
+    def generate(passage: Passage) -> list[tuple[str, str]]:
+        text = f"{passage.title}\n{passage.text}".strip()
+        asked = synth.prompt.replace("{count}", str(synth.count)).replace("{passage}", text[: synth.max_characters])
+        body = {"model": synth.model, "messages": [{"role": "user", "content": asked}], "temperature": synth.temperature}
+        answer = _ask(client, body | {"seed": synth.seed, "max_tokens": 64 * synth.count})
+        lines = [_NUMBERING.sub("", line).strip().strip('"') for line in answer.splitlines()]
+        queries = list(dict.fromkeys(line for line in lines if _fits(line)))[: synth.count]
+        return [(query, f"{passage.title} {passage.text}".strip()) for query in queries]
+
+    return generate
+
+
+def _ask(client: Any, body: Mapping[str, Any]) -> str:
+    import httpx
+
+    from embedft.errors import EngineFailed
+
+    reason = ""
+    for attempt in range(5):
+        if attempt:
+            time.sleep(0.25 * 2**attempt)
+        try:
+            response = client.post("chat/completions", json=body)
+        except httpx.TransportError as error:
+            reason = f"{type(error).__name__}: {error}"
+            continue
+        if response.status_code == 200:
+            try:
+                return str(response.json()["choices"][0]["message"]["content"] or "")
+            except (ValueError, LookupError, TypeError):
+                reason = f"an answer that is no chat completion: {response.text[:200]}"
+                break
+        reason = f"{response.status_code}: {response.text[:200]}"
+        if response.status_code < 500 and response.status_code != 429:
+            break
+    raise EngineFailed(f"{client.base_url}chat/completions did not answer: {reason}; run the same command again to go on")
+
+
+def _resume(parts: Path, identity: str) -> dict[str, list[tuple[str, str]]]:
+    """What a stopped run left; a last line that was cut off is done again."""
+    begun = json.dumps({"settings": identity})
+    if not parts.exists():
+        parts.write_text(begun + "\n", encoding="utf-8")
+        return {}
+    first, *lines = parts.read_text(encoding="utf-8").splitlines() or [""]
+    if first != begun:
+        raise DataError([f"{parts.name} was made from another corpus or under other settings: remove it, or go on with those"])
+    done: dict[str, list[tuple[str, str]]] = {}
+    for line in lines:
+        try:
+            identifier, pairs = json.loads(line)
+        except ValueError:
+            break
+        done[identifier] = [(query, document) for query, document in pairs]
+    whole = [begun, *(json.dumps([name, pairs], ensure_ascii=False) for name, pairs in done.items())]
+    write_text(parts, "\n".join(whole) + "\n")
+    return done
+
+
+def _unrepeated(pairs: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """A query that was made for several passages says nothing about which; it is dropped."""
+    owners: dict[str, set[int]] = {}
+    for query, _, place in pairs:
+        owners.setdefault(" ".join(words(query)), set()).add(place)
+    seen: set[str] = set()
+    return [p for p in pairs if len(owners[key := " ".join(words(p[0]))]) == 1 and not (key in seen or seen.add(key))]
+
+
+def _round_trip(
+    pairs: Sequence[tuple[str, str, int]], passages: Sequence[Passage], synth: Synth, base: str | None, quantization: str, max_length: int
+) -> list[tuple[str, str, int]]:
+    """The pairs whose query ranks its passage (as it will be trained) among the best `top`, beside all other passages."""
+    if not pairs:
+        return []
+    texts = [f"{p.title} {p.text}".strip() for p in passages]
+    ranked = _ranks(pairs, texts, base, quantization, max_length)
+    return [pair for pair, place in zip(pairs, ranked, strict=True) if place < synth.top]
+
+
+def _ranks(
+    pairs: Sequence[tuple[str, str, int]], texts: Sequence[str], base: str | None, quantization: str, max_length: int
+) -> Iterator[int]:
+    """For each pair how many other passages come before its document."""
+    import numpy as np
+
+    if base is None:
+        from embedft.embedding.evaluate import bm25_top
+
+        found = bm25_top([query for query, _, _ in pairs], texts, depth=len(texts))
+        yield from (rows.index(place) if place in rows else len(texts) for rows, (_, _, place) in zip(found, pairs, strict=True))
+        return
+    from embedft.base import BaseSpec, base_folder, load_model
+    from embedft.encode import Encoder, EncodeSettings
+    from embedft.model_folder import describe
+
+    folder = base_folder(BaseSpec(base, quantization))
+    info = describe(folder)
+    settings = EncodeSettings(info.pooling, True, min(max_length, info.max_length))
+    encoder = Encoder(load_model(folder, task="embedding"), folder, settings)
+    corpus = encoder.encode(texts)
+    queries, documents = (encoder.encode([pair[column] for pair in pairs]) for column in (0, 1))
+    for query, document, (_, _, place) in zip(queries, documents, pairs, strict=True):
+        scores = corpus @ query
+        scores[place] = -np.inf
+        yield int((scores > document @ query).sum())

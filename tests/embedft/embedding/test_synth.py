@@ -1,0 +1,171 @@
+"""Queries for a bare corpus: the same every time, found again, never leaking into their passage, and resumable against a real server."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.cli import main
+from embedft.embedding.synth import Synth, read_passages, synthesize
+from embedft.errors import DataError, EngineFailed
+from tests.fixtures_embedding import write_rows
+
+FACTS = {
+    "Boilers": "A boiler heats water for the whole house. Bleed it once a year before the winter. Pressure should stay between one and two bar.",
+    "Trams and rails": "Trams run on rails set into the street. Their wheels wear the outer rail first. Sand is spread when leaves make it slippery.",
+    "Violin care": "A violin dislikes dry air in heated rooms. Loosen the bow after each practice. New strings need several days to settle down.",
+    "Glacier flow": "Ice deforms slowly under its own weight. The middle of a glacier moves fastest of all. Crevasses open where the bed is steep.",
+}
+
+
+def corpus(folder: Path) -> str:
+    return write_rows(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": t, "text": x} for i, (t, x) in enumerate(FACTS.items())])
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Server:
+    """A chat endpoint that asks about the passage's title; `broken`: the number of the first request that it refuses with 500."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.broken: int | None = None
+        self.status = 400
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.asked.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
+                failed = server.broken is not None and len(server.asked) >= server.broken
+                self.send_response(server.status if failed else 200)
+                self.end_headers()
+                passage = body["messages"][0]["content"].split("Passage:\n")[-1]
+                title, _, text = passage.partition("\n")
+                content = f"1. What is there to know about {title.lower()}?\n2) {' '.join(text.split()[:6])}?\n- x"
+                self.wfile.write(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    thread = threading.Thread(target=made.http.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+def test_without_a_model_the_same_corpus_gives_the_same_queries_and_none_stands_in_its_passage(tmp_path: Path) -> None:
+    source = corpus(tmp_path)
+    synth = Synth(count=3)
+    report = synthesize(source, tmp_path / "one.jsonl", synth=synth, base=None)
+    synthesize(source, tmp_path / "two.jsonl", synth=synth, base=None)
+    made = rows(tmp_path / "one.jsonl")
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+    assert report.kept == len(made) >= 8
+    assert not any(row["query"].lower() in row["document"].lower() for row in made)
+    assert "Trams and rails" in {row["query"] for row in made}
+    assert not (tmp_path / "one.jsonl.parts").exists()
+
+
+def test_a_query_that_does_not_find_its_passage_again_is_dropped(tmp_path: Path) -> None:
+    content = [{"_id": f"d{i}", "title": t, "text": x} for i, (t, x) in enumerate(FACTS.items())]
+    odd = {
+        "_id": "odd",
+        "title": "Frozen rivers of moving ice",
+        "text": "Rosin the bow. Violin strings need days to settle and dislike dry air.",
+    }
+    source = write_rows(tmp_path / "corpus.jsonl", [*content, odd])
+    report = synthesize(source, tmp_path / "out.jsonl", synth=Synth(count=1, top=1))
+    queries = {row["query"] for row in rows(tmp_path / "out.jsonl")}
+    assert odd["title"] not in queries
+    assert "Trams and rails" in queries
+    assert report.lost >= 1
+    wide = synthesize(source, tmp_path / "wide.jsonl", synth=Synth(count=1, top=10))
+    assert wide.lost == 0
+
+
+def test_a_query_made_for_two_passages_is_dropped(tmp_path: Path) -> None:
+    texts = [{"_id": str(i), "title": "About the house", "text": text} for i, text in enumerate(FACTS.values())]
+    report = synthesize(write_rows(tmp_path / "c.jsonl", texts), tmp_path / "out.jsonl", synth=Synth(count=1), base=None)
+    assert (report.made, report.repeated, report.kept) == (4, 4, 0)
+
+
+def test_a_server_is_asked_with_the_given_prompt_and_its_numbering_is_taken_off(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBEDFT_SYNTH_KEY", "secret")
+    prompt = "Ask {count} things.\nPassage:\n{passage}"
+    settings = Synth(generator=server.url, model="m", prompt=prompt, top=1)
+    report = synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=settings, base=None)
+    asked = server.asked[0]
+    assert (asked["path"], asked["model"], asked["key"]) == ("/v1/chat/completions", "m", "Bearer secret")
+    assert asked["messages"][0]["content"].startswith("Ask 2 things.\nPassage:\nBoilers\nA boiler")
+    assert report.made == 8
+    assert "What is there to know about glacier flow?" in {row["query"] for row in rows(tmp_path / "out.jsonl")}
+    assert rows(tmp_path / "out.jsonl")[0]["document"].startswith("Boilers A boiler heats")
+
+
+def test_a_stopped_run_goes_on_and_asks_for_no_passage_twice(tmp_path: Path, server: Server) -> None:
+    settings, out = Synth(generator=server.url, model="m"), tmp_path / "out.jsonl"
+    server.broken = 3
+    with pytest.raises(EngineFailed, match="400"):
+        synthesize(corpus(tmp_path), out, synth=settings, base=None)
+    assert not out.exists()
+    with (tmp_path / "out.jsonl.parts").open("a") as file:
+        file.write('["d2", [["cut o')  # killed while it wrote
+    server.broken = None
+    with pytest.raises(DataError, match="other settings"):
+        synthesize(corpus(tmp_path), out, synth=Synth(generator=server.url, model="other"), base=None)
+    before = len(server.asked)
+    report = synthesize(corpus(tmp_path), out, synth=settings, base=None)
+    assert report.resumed == 2
+    assert len(server.asked) - before == 2
+    whole = tmp_path / "whole.jsonl"
+    synthesize(corpus(tmp_path), whole, synth=settings, base=None)
+    assert whole.read_text() == out.read_text()
+
+
+def test_a_server_that_is_busy_is_asked_again(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: setattr(server, "broken", None))
+    server.broken, server.status = 1, 503
+    report = synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=Synth(generator=server.url), base=None)
+    assert report.made == 8
+    assert len(server.asked) == 5
+
+
+def test_headings_of_markdown_files_are_titles(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("# Install the tool\nRun it.\n\n## Configure it\nWrite a file.\n")
+    (tmp_path / "docs" / "b.txt").write_text("Plain text here.")
+    assert [(p.title, p.text) for p in read_passages(str(tmp_path / "docs"))] == [
+        ("Install the tool", "Run it."),
+        ("Configure it", "Write a file."),
+        ("", "Plain text here."),
+    ]
+
+
+def test_check_mine_and_synth_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "synth.jsonl"
+    assert main(["data", "synth", corpus(tmp_path), str(out), "--base", "bm25", "--count", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] >= 8
+    assert main(["data", "check", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["findings"] == []
+    out.write_text(out.read_text() + out.read_text().splitlines()[0] + "\n")
+    assert main(["data", "check", str(out), "--fix", str(tmp_path / "fixed.jsonl")]) == 1
+    assert "duplicates: 1 of" in capsys.readouterr().out
+    assert main(["data", "mine", str(tmp_path / "fixed.jsonl"), str(tmp_path / "mined.jsonl"), "--negatives", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] >= 8
+    assert (tmp_path / "mined.review.jsonl").is_file()
