@@ -251,6 +251,7 @@ def _rows(
     for row in rows:
         query, candidates = known[row.query], chosen[row.query]
         scores: dict[int, float] = {}
+        answer = 0.0
         if judge is not None:
             texts = [row.document, *(documents[c] for c in candidates)]
             answer, *others = (float(score) for score in judge.predict([(row.query, text) for text in texts]))
@@ -261,7 +262,7 @@ def _rows(
         picked = candidates[: mining.negatives]
         extra = _fill(query, documents, picked, mining) if judge is None else []
         filled += len(extra)
-        line = {"query": row.query, "document": row.document, "negatives": [documents[c] for c in (*picked, *extra)]}
+        line: dict[str, Any] = {"query": row.query, "document": row.document, "negatives": [documents[c] for c in (*picked, *extra)]}
         if judge is not None:
             line["scores"] = [round(answer, 6), *(round(scores[c], 6) for c in picked)]
         lines.append(line)

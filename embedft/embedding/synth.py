@@ -32,7 +32,7 @@ _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
 
 @dataclass(frozen=True)
 class Synth:
-    """`generator`: 'text' (no model, always the same) or a server's URL up to /v1. `count` queries a passage; `top`: the round trip's depth."""
+    """`generator`: 'text' (no model) or a server's URL up to /v1. `count` queries a passage; `top`: the round trip's depth."""
 
     generator: str = "text"
     model: str = ""
@@ -277,7 +277,8 @@ def _ranks(
     settings = EncodeSettings(info.pooling, True, min(max_length, info.max_length))
     encoder = Encoder(load_model(folder, task="embedding"), folder, settings)
     corpus = encoder.encode(texts)
-    queries, documents = (encoder.encode([pair[column] for pair in pairs]) for column in (0, 1))
+    queries = encoder.encode([query for query, _, _ in pairs])
+    documents = encoder.encode([document for _, document, _ in pairs])
     for query, document, (_, _, place) in zip(queries, documents, pairs, strict=True):
         scores = corpus @ query
         scores[place] = -np.inf

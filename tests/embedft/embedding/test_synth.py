@@ -15,10 +15,10 @@ from embedft.errors import DataError, EngineFailed
 from tests.fixtures_embedding import write_rows
 
 FACTS = {
-    "Boilers": "A boiler heats water for the whole house. Bleed it once a year before the winter. Pressure should stay between one and two bar.",
-    "Trams and rails": "Trams run on rails set into the street. Their wheels wear the outer rail first. Sand is spread when leaves make it slippery.",
-    "Violin care": "A violin dislikes dry air in heated rooms. Loosen the bow after each practice. New strings need several days to settle down.",
-    "Glacier flow": "Ice deforms slowly under its own weight. The middle of a glacier moves fastest of all. Crevasses open where the bed is steep.",
+    "Boilers": "A boiler heats water for the whole house. Bleed it before the winter. Pressure should stay between one and two bar.",
+    "Trams and rails": "Trams run on rails set into the street. Their wheels wear the outer rail. Sand is spread when leaves fall.",
+    "Violin care": "A violin dislikes dry air in heated rooms. Loosen the bow after practice. New strings need days to settle.",
+    "Glacier flow": "Ice deforms slowly under its own weight. The middle of a glacier moves fastest. Crevasses open where it is steep.",
 }
 
 
