@@ -1,6 +1,6 @@
 """What RAG costs and finds: FAISS kinds on medquad, the time of a query outside the engines, a million vectors.
 
-    python benchmarks/rag.py faiss|overhead|http|million --data ../shared/data --work runs/rag
+    python benchmarks/rag.py faiss|indexing|overhead|http|million --data ../shared/data --work runs/rag
 
 Each part adds its figures to benchmarks/results/rag.json, with the machine they were measured on. Parts that measure memory or time of
 their own run in a fresh process each. Vectors that take long to make are kept under --work.
@@ -119,6 +119,42 @@ def _ndcg(best: Sequence[str], relevant: dict[str, int]) -> float:
     gains = np.array([relevant.get(name, 0) for name in best], dtype=np.float64)
     ideal = np.sort(np.array(list(relevant.values()), dtype=np.float64))[::-1][:K]
     return float(gains @ discounts[: len(gains)] / (ideal @ discounts[: len(ideal)]))
+
+
+# --- Indexing, against the embedding engine alone
+
+
+def indexing_part(data: Path, work: Path, *, rounds: int = 2) -> dict[str, Any]:
+    """Files to a published index, and the same chunks through the engine in one call; in turns, so that the machine's moods meet both."""
+    from embedft.base import BaseSpec
+    from embedft.rag.build import build_index
+    from embedft.rag.chunks import Chunking, chunks_of
+    from embedft.rag.documents import read_documents
+    from embedft.rag.local import LocalEmbedder
+
+    engine, source = LocalEmbedder(BaseSpec("minilm")), data / "docs" / "docs_starlette"
+    texts = [chunk.embedded or chunk.text for chunk in chunks_of(read_documents(source).documents, Chunking())]
+    engine.embed(texts[:64], input_type="document", adapter=None)
+    spent: dict[str, list[float]] = {"engine": [], "indexing": []}
+
+    def index(place: Path) -> None:
+        build_index(place, chunks_of(read_documents(source).documents, Chunking()), engine, adapter=None)
+
+    for number in range(rounds):
+        spent["engine"].append(timed(lambda: engine.embed(texts, input_type="document", adapter=None)))
+        with tempfile.TemporaryDirectory(dir=work) as place:
+            spent["indexing"].append(timed(lambda place=place, number=number: index(Path(place) / str(number))))
+    rates = {name: len(texts) / min(seconds) for name, seconds in spent.items()}
+    return {
+        "data": source.name,
+        "chunks": len(texts),
+        "distinct": len(set(texts)),
+        "seconds": spent,
+        "engine_chunks_per_second": rates["engine"],
+        "indexing_chunks_per_second": rates["indexing"],
+        "indexing_of_engine": rates["indexing"] / rates["engine"],
+        "target": 0.9,
+    }
 
 
 # --- A query's time outside the engines
@@ -283,6 +319,7 @@ def _cpu() -> str:
 
 PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "faiss": faiss_part,
+    "indexing": indexing_part,
     "overhead": overhead_part,
     "http": http_part,
     "million": million_part,

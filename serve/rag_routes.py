@@ -133,8 +133,11 @@ def view(index: VectorIndex) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Retrieved:
+    """`map_recall`: of the linear map that the question went through, if it did."""
+
     sources: list[Source]
     headers: dict[str, str]
+    map_recall: float | None = None
 
 
 async def _query(gateway: Gateway, request: Request, index: VectorIndex, body: RagRequest, preparers: Preparers) -> Response:
@@ -145,7 +148,14 @@ async def _query(gateway: Gateway, request: Request, index: VectorIndex, body: R
             gateway.lifecycle, task="causal_lm", model=body.lm_model, adapter=body.lm_adapter, is_set=_is_set(body, "lm_adapter")
         )
     found = await unless_gone(request, _retrieve(gateway, index, body, preparers))
-    shown = {"index": index.name, "version": index.version, "question": body.question, "sources": [asdict(one) for one in found.sources]}
+    shown: dict[str, Any] = {
+        "index": index.name,
+        "version": index.version,
+        "question": body.question,
+        "sources": [asdict(one) for one in found.sources],
+    }
+    if found.map_recall is not None:
+        shown["map_recall"] = round(found.map_recall, 4)
     if reader is None:
         return Response(to_json({"object": "rag.sources", **shown}), media_type="application/json", headers=found.headers)
     return await _answer(gateway, request, body, reader, found, shown)
@@ -165,7 +175,8 @@ async def _retrieve(gateway: Gateway, index: VectorIndex, body: RagRequest, prep
     name = body.adapter if _is_set(body, "adapter") or body.model else index.adapter
     async with AsyncExitStack() as stack:
         query, document = await _ways(gateway, stack, body.model, name, is_set=name is not None or _is_set(body, "adapter"))
-        if body.fusion != "sparse" and not (body.mapped and index.map_from(document.lineage)):
+        fitted = index.map_from(document.lineage) if body.mapped and document.lineage != index.lineage else None
+        if body.fusion != "sparse" and fitted is None:
             index.check(lineage=document.lineage, made_by=query.label)  # before an engine works for nothing
         adapter = query.resident.name if query.resident else None
         with gateway.meters.measured(query.engine.name, adapter, "rag"):
@@ -179,7 +190,8 @@ async def _retrieve(gateway: Gateway, index: VectorIndex, body: RagRequest, prep
     if body.rerank_adapter and found:
         found = await _reranked(gateway, body, found, preparers)
     headers = {"x-embedft-adapter": query.label, "x-embedft-base": query.engine.name, "x-embedft-lineage": query.lineage}
-    return _Retrieved(sources_of(found[: body.k]), {**headers, "x-embedft-index": f"{index.name}@{index.version}"})
+    headers["x-embedft-index"] = f"{index.name}@{index.version}"
+    return _Retrieved(sources_of(found[: body.k]), headers, fitted.recall if fitted else None)
 
 
 async def _ways(gateway: Gateway, stack: AsyncExitStack, model: str | None, name: str | None, *, is_set: bool) -> tuple[Way, Way]:

@@ -12,8 +12,7 @@ from embedft.rag.engines import Rows
 
 Kind = Literal["flat", "hnsw", "ivfpq"]
 KINDS: tuple[Kind, ...] = ("flat", "hnsw", "ivfpq")
-TRAINING_POINTS = 39  # a list, FAISS' own minimum before it warns
-FEWEST_FOR_IVFPQ = TRAINING_POINTS * 256  # the product quantizer's 256 centroids
+TRAINING_POINTS = 39  # a centroid, FAISS' own minimum before it warns
 BLOCK = 65_536  # rows read or added at a time
 
 
@@ -22,7 +21,7 @@ class AnnSettings:
     """`kind` auto: flat up to 20,000 rows, HNSW above. HNSW: arXiv 1603.09320. IVF-PQ: Jégou et al. 2011;
     then `refine` × k finds are re-scored exactly.
 
-    `lists` 0: about 4·√n. `bytes_per_vector` 0: a quarter of the dimension, so 1/16 of float32.
+    `lists` 0: about 4·√n. `pieces` 0: a code for every 4 dimensions; of `bits` 8 that is 1/16 of float32.
     """
 
     kind: Literal["auto", "flat", "hnsw", "ivfpq"] = "auto"
@@ -31,12 +30,18 @@ class AnnSettings:
     ef_search: int = 96
     lists: int = 0
     probes: int = 16
-    bytes_per_vector: int = 0
+    pieces: int = 0
+    bits: int = 8
     refine: int = 8
+
+    @property
+    def fewest(self) -> int:
+        """Rows that the product quantizer needs to be trained on."""
+        return TRAINING_POINTS * 2**self.bits
 
     def chosen(self, rows: int) -> Kind:
         """What is built for so many rows; IVF-PQ needs enough to train on, and is flat below."""
-        if self.kind == "ivfpq" and rows < FEWEST_FOR_IVFPQ:
+        if self.kind == "ivfpq" and rows < self.fewest:
             return "flat"
         if self.kind == "auto":
             return "flat" if rows <= 20_000 else "hnsw"
@@ -65,9 +70,9 @@ class Ann:
             index.hnsw.efConstruction = settings.ef_construction
         else:
             lists = settings.lists or max(1, min(int(4 * rows**0.5), rows // TRAINING_POINTS))
-            size = _divisor(dimension, settings.bytes_per_vector or max(1, dimension // 4))
-            index = faiss.index_factory(dimension, f"IVF{lists},PQ{size}", faiss.METRIC_INNER_PRODUCT)
-            sample = np.random.default_rng(seed).choice(rows, size=min(rows, max(lists * TRAINING_POINTS, FEWEST_FOR_IVFPQ)), replace=False)
+            pieces = _divisor(dimension, settings.pieces or max(1, dimension // 4))
+            index = faiss.index_factory(dimension, f"IVF{lists},PQ{pieces}x{settings.bits}", faiss.METRIC_INNER_PRODUCT)
+            sample = np.random.default_rng(seed).choice(rows, size=min(rows, max(lists * TRAINING_POINTS, settings.fewest)), replace=False)
             index.train(np.ascontiguousarray(vectors[np.sort(sample)], dtype=np.float32))
             raw = vectors
         for start in range(0, rows, BLOCK):

@@ -104,9 +104,9 @@ def _read(path: Path, root: Path, max_bytes: int) -> str:
 
 def _pdf(path: Path) -> str:
     try:
-        import pypdf  # pyright: ignore[reportMissingImports]
+        import pypdf
     except ImportError:
-        raise _Unreadable("PDF needs pypdf: pip install pypdf") from None
+        raise _Unreadable("PDF needs pypdf: pip install 'embedft[rag]'") from None
     try:
         reader = pypdf.PdfReader(str(path))
         if reader.is_encrypted and not reader.decrypt(""):

@@ -157,16 +157,18 @@ class VectorIndex:
 
         Raises LineageMismatch, or IndexInvalid on a dimension mismatch.
         """
+        return self.found(self.nearest(self.accept(query, mapped=mapped), k))
+
+    def accept(self, query: Labelled, *, mapped: bool = False) -> Rows:
+        """The query as a vector of this index, (d,). Raises as `search` does."""
         vector = np.asarray(query, dtype=np.float32)
         if query.documents != self.lineage and mapped and (found := self.map_from(query.documents)) is not None:
             vector = found.apply(vector)
         else:
             self.check(lineage=query.documents, made_by=query.made_by)
-        if self.dimension is None:
-            return []
-        if len(vector) != self.dimension:
+        if self.dimension not in (None, len(vector)):
             raise IndexInvalid(self.name, f"it holds vectors of {self.dimension} dimensions, and the query has {len(vector)}")
-        return self.found(self._nearest(vector, k)[:k])
+        return vector
 
     def found(self, scored: Sequence[tuple[int, float]]) -> list[Found]:
         """(row, score) pairs with their chunks, in the same order; rows that are dead are left out."""
@@ -282,7 +284,8 @@ class VectorIndex:
             made[start : start + BLOCK] = self.vectors(live[start : start + BLOCK])
         return made
 
-    def _nearest(self, vector: Rows, k: int) -> list[tuple[int, float]]:
+    def nearest(self, vector: Rows, k: int) -> list[tuple[int, float]]:
+        """(row, inner product) of the k live rows nearest to a (d,) vector whose lineage the caller has checked, best first."""
         found: list[tuple[int, float]] = []
         if self._ann:
             sealed = self._ann.rows
@@ -295,7 +298,7 @@ class VectorIndex:
             scores[self._dead[self._dead >= first] - first] = -np.inf
         best = np.argsort(-scores, kind="stable")[:k]
         found += [(first + int(row), float(scores[row])) for row in best if np.isfinite(scores[row])]
-        return sorted(found, key=lambda pair: -pair[1])
+        return sorted(found, key=lambda pair: -pair[1])[:k]
 
     def _rows(self) -> int:
         return (self._ann.rows if self._ann else 0) + sum(map(len, self._new))

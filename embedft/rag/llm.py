@@ -1,9 +1,12 @@
-"""AdapterLLM: llama-index's LLM over a causal base and its adapters, by URL (OpenAI's chat HTTP) or in this process."""
+"""AdapterLLM: llama-index's OpenAILike over a causal base and its adapters, by URL or in this process."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import httpx
+import openai
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -12,22 +15,26 @@ from llama_index.core.base.llms.types import (
     CompletionResponse,
     CompletionResponseAsyncGen,
     CompletionResponseGen,
-    LLMMetadata,
-    MessageRole,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import LLM
+from llama_index.llms.openai_like import OpenAILike
 
+from embedft.errors import EmbedftError, EngineFailed
 from embedft.rag.engines import Reader
 from embedft.rag.local import LocalReader
-from embedft.rag.remote import RemoteEngine
+from embedft.rag.remote import refusal, server_root, unreachable
+from embedft.rag.transports import LoopTransport, ReaderTransport
+
+Piece = TypeVar("Piece")
+NO_KEY = "none"  # OpenAI's client wants some key, and would take OPENAI_API_KEY, which is not this server's business
 
 
-class AdapterLLM(LLM):
+class AdapterLLM(OpenAILike):
     """Answers by an adapter: `url` of a running server, or in this process from `base` and `adapters` (a store's folder).
 
-    Every call takes another adapter as `adapter=`, and OpenAI's options (`max_tokens`, `temperature`, `stop`, …).
+    `adapter` is a name, in this process also a folder; None is the base. Every call takes another one as `adapter=`, and OpenAI's
+    options (`max_tokens`, `temperature`, `stop`, …), which count for that call. Errors are embedft's, not OpenAI's; nothing is retried
+    unless `max_retries` says so, for the server queues by itself.
     """
 
     url: str | None = Field(default=None, description="A running server; None: in this process.")
@@ -35,113 +42,106 @@ class AdapterLLM(LLM):
     adapter: str | None = Field(default=None, description="The adapter; None: the base itself.")
     adapters: str | None = Field(default=None, description="The adapter store's folder, in this process.")
     api_key: str | None = Field(default=None, exclude=True, repr=False)
-    max_tokens: int = Field(default=256, description="Most tokens of an answer.")
-    temperature: float = Field(default=0.0, description="0 is greedy.")
-    context_window: int = Field(default=2048, description="Tokens of prompt and answer together.")
-    _engine: Reader | None = PrivateAttr(default=None)
+    _reader: Reader | None = PrivateAttr(default=None)
 
-    def __init__(self, *, engine: Reader | None = None, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._engine = engine
+    def __init__(self, *, reader: Reader | None = None, **settings: Any) -> None:
+        """`reader`: one in this process that is shared with others; made from the settings where there is none."""
+        chosen: dict[str, Any] = {
+            "max_tokens": 256,
+            "temperature": 0.0,
+            "context_window": 2048,
+            "timeout": 120.0,
+            "max_retries": 0,
+            **settings,
+        }
+        chosen |= {"is_chat_model": True, "model": settings.get("base") or settings.get("adapter") or "base"}
+        chosen["api_key"] = settings.get("api_key") or NO_KEY
+        if url := settings.get("url"):
+            chosen |= {"api_base": f"{server_root(url)}/v1", "async_http_client": httpx.AsyncClient(transport=LoopTransport())}
+        else:
+            inside = ReaderTransport(lambda: self.reader)
+            chosen |= {"api_base": "http://in-process/v1", "http_client": httpx.Client(transport=inside)}
+            chosen["async_http_client"] = httpx.AsyncClient(transport=inside)
+        super().__init__(**chosen)
+        self._reader = reader
 
     @classmethod
     def class_name(cls) -> str:
         return "AdapterLLM"
 
     @property
-    def metadata(self) -> LLMMetadata:
-        return LLMMetadata(
-            context_window=self.context_window,
-            num_output=self.max_tokens,
-            is_chat_model=True,
-            model_name=self.adapter or self.base or "base",
-        )
+    def reader(self) -> Reader:
+        """What answers in this process; opened at its first use."""
+        if self._reader is None:
+            from embedft.adapters.store import AdapterStore
 
-    @property
-    def engine(self) -> Reader:
-        """What writes the answers; opened at its first use."""
-        if self._engine is None:
-            if self.url:
-                self._engine = RemoteEngine(self.url, model=self.base, api_key=self.api_key)
-            else:
-                from embedft.adapters.store import AdapterStore
-
-                store = AdapterStore(Path(self.adapters)) if self.adapters else None
-                self._engine = LocalReader.of(self.adapter, base=self.base, store=store)
-        return self._engine
+            store = AdapterStore(Path(self.adapters)) if self.adapters else None
+            self._reader = LocalReader.of(self.adapter, base=self.base, store=store)
+        return self._reader
 
     def using(self, adapter: str | None) -> "AdapterLLM":
-        """The same engine with another adapter: what to hand to a query engine."""
-        names = ("url", "base", "adapters", "api_key", "max_tokens", "temperature", "context_window", "system_prompt", "callback_manager")
-        return AdapterLLM(engine=self.engine, adapter=adapter, **{name: getattr(self, name) for name in names})
+        """The same server or model with another adapter: what to hand to a query engine."""
+        if self.url is None:
+            _ = self.reader  # one model for both
+        return self.model_copy(update={"adapter": adapter})
 
-    @llm_chat_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     def chat(self, messages: Sequence[ChatMessage], **call: Any) -> ChatResponse:
-        return _response(self.engine.chat(_turns(messages), **self._options(call)))
+        with self._named():
+            return super().chat(messages, **call)
 
-    @llm_chat_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     async def achat(self, messages: Sequence[ChatMessage], **call: Any) -> ChatResponse:
-        return _response(await self.engine.achat(_turns(messages), **self._options(call)))
+        with self._named():
+            return await super().achat(messages, **call)
 
-    @llm_chat_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     def stream_chat(self, messages: Sequence[ChatMessage], **call: Any) -> ChatResponseGen:
-        def pieces() -> ChatResponseGen:
-            said = ""
-            for piece in self.engine.stream(_turns(messages), **self._options(call)):
-                said += piece
-                yield _response(said, delta=piece)
+        return self._pieces(super().stream_chat(messages, **call))
 
-        return pieces()
-
-    @llm_chat_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
     async def astream_chat(self, messages: Sequence[ChatMessage], **call: Any) -> ChatResponseAsyncGen:
-        async def pieces() -> ChatResponseAsyncGen:
-            said = ""
-            async for piece in self.engine.astream(_turns(messages), **self._options(call)):
-                said += piece
-                yield _response(said, delta=piece)
+        with self._named():
+            return self._apieces(await super().astream_chat(messages, **call))
 
-        return pieces()
+    def complete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponse:
+        with self._named():
+            return super().complete(prompt, formatted, **call)
 
-    @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
-    def complete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponse:  # noqa: ARG002
-        return CompletionResponse(text=self.engine.chat(_user(prompt), **self._options(call)))
+    async def acomplete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponse:
+        with self._named():
+            return await super().acomplete(prompt, formatted, **call)
 
-    @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
-    async def acomplete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponse:  # noqa: ARG002
-        return CompletionResponse(text=await self.engine.achat(_user(prompt), **self._options(call)))
+    def stream_complete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponseGen:
+        return self._pieces(super().stream_complete(prompt, formatted, **call))
 
-    @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
-    def stream_complete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponseGen:  # noqa: ARG002
-        def pieces() -> CompletionResponseGen:
-            said = ""
-            for piece in self.engine.stream(_user(prompt), **self._options(call)):
-                said += piece
-                yield CompletionResponse(text=said, delta=piece)
+    async def astream_complete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponseAsyncGen:
+        with self._named():
+            return self._apieces(await super().astream_complete(prompt, formatted, **call))
 
-        return pieces()
+    def _get_model_kwargs(self, **call: Any) -> dict[str, Any]:
+        """OpenAILike lets a setting win over the call; here the call wins. The adapter travels beside what OpenAI knows."""
+        adapter = call.pop("adapter", self.adapter)
+        made = {**super()._get_model_kwargs(**call), **call}
+        if self.base is None:
+            made["model"] = openai.omit
+        return {**made, "extra_body": {**(made.get("extra_body") or {}), "adapter": adapter}}
 
-    @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]
-    async def astream_complete(self, prompt: str, formatted: bool = False, **call: Any) -> CompletionResponseAsyncGen:  # noqa: ARG002
-        async def pieces() -> CompletionResponseAsyncGen:
-            said = ""
-            async for piece in self.engine.astream(_user(prompt), **self._options(call)):
-                said += piece
-                yield CompletionResponse(text=said, delta=piece)
+    def _pieces(self, pieces: Iterator[Piece]) -> Generator[Piece]:
+        with self._named():
+            yield from pieces
 
-        return pieces()
+    async def _apieces(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[Piece]:
+        with self._named():
+            async for piece in pieces:
+                yield piece
 
-    def _options(self, call: dict[str, Any]) -> dict[str, Any]:
-        return {"adapter": self.adapter, "max_tokens": self.max_tokens, "temperature": self.temperature, **call}
-
-
-def _turns(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    return [{"role": MessageRole(message.role).value, "content": message.content or ""} for message in messages]
-
-
-def _user(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
-
-
-def _response(said: str, *, delta: str | None = None) -> ChatResponse:
-    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=said), delta=delta)
+    @contextmanager
+    def _named(self) -> Generator[None]:
+        """OpenAI's exceptions as embedft's."""
+        try:
+            yield
+        except openai.APIStatusError as error:
+            raise refusal(error.response) from None
+        except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, EmbedftError):
+                raise error.__cause__ from None
+            raise unreachable(self.url or "", error) from None
+        except openai.APIError as error:  # an error event in the middle of a stream
+            raise EngineFailed(error.message) from None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
 
 BASE = "base"
+OPTIONS = {"max_tokens", "temperature"}  # what a reader in this process heeds; a server heeds all of OpenAI's
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ class LocalReader:
 
         if self._tokenizer is None:
             self._tokenizer = AutoTokenizer.from_pretrained(self._base.folder)
+        if unknown := sorted(set(options) - OPTIONS):
+            raise InputInvalid("option_unsupported", f"{unknown[0]} is not for a model in this process: leave it out, or serve", unknown[0])
         template = template_with_hash(self._tokenizer, adapter.passport.template_hash if adapter else None)
         if template.source is None:
             ids = self._tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]

@@ -1,6 +1,5 @@
 """A running server by URL: vectors and chats over HTTP, sync and async. Turns its error envelope back into our errors."""
 
-import asyncio
 import base64
 import json
 import weakref
@@ -13,6 +12,7 @@ import numpy as np
 from embedft.encode import InputType
 from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, EngineFailed, InputInvalid, NotAuthorized
 from embedft.rag.engines import Chat, Vectors
+from embedft.rag.transports import LoopTransport
 
 INPUTS, CHARACTERS = 1024, 500_000  # in one request; the server's own caps are higher
 
@@ -21,13 +21,12 @@ class RemoteEngine:
     """Both an Embedder and a Reader. `model` names the base where the server holds several for a task."""
 
     def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None, timeout: float = 120.0) -> None:
-        self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
+        self.url, self.model = server_root(url), model
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._options: dict[str, Any] = {"base_url": self.url, "headers": headers, "timeout": httpx.Timeout(timeout, connect=5.0)}
-        self._http = httpx.Client(**self._options)
+        options: dict[str, Any] = {"base_url": self.url, "headers": headers, "timeout": httpx.Timeout(timeout, connect=5.0)}
+        self._http = httpx.Client(**options)
         weakref.finalize(self, self._http.close)
-        # a pool belongs to the event loop it was made in, and llama-index runs its coroutines in loops of their own
-        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = weakref.WeakKeyDictionary()
+        self._async = httpx.AsyncClient(transport=LoopTransport(), **options)
         self._documents: dict[str, str] = {}  # lineage of an adapter's queries → lineage of its documents
 
     def embed(self, texts: Sequence[str], *, input_type: InputType, adapter: str | None) -> Vectors:
@@ -59,24 +58,24 @@ class RemoteEngine:
             with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
                     response.read()
-                    raise _error(response)
+                    raise refusal(response)
                 for line in response.iter_lines():
                     yield from _piece(line)
         except httpx.HTTPError as error:
-            raise self._unreachable(error) from None
+            raise unreachable(self.url, error) from None
 
     async def astream(self, messages: Chat, *, adapter: str | None, **options: Any) -> AsyncIterator[str]:
         body = {**self._chat(messages, adapter, options), "stream": True}
         try:
-            async with self._aclient().stream("POST", "/v1/chat/completions", json=body) as response:
+            async with self._async.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
                     await response.aread()
-                    raise _error(response)
+                    raise refusal(response)
                 async for line in response.aiter_lines():
                     for piece in _piece(line):
                         yield piece
         except httpx.HTTPError as error:
-            raise self._unreachable(error) from None
+            raise unreachable(self.url, error) from None
 
     def rerank(self, query: str, documents: Sequence[str], *, adapter: str | None = None) -> list[float]:
         """A score for each document, by /v1/rerank."""
@@ -126,28 +125,28 @@ class RemoteEngine:
         try:
             response = self._http.post(path, json=body)
         except httpx.HTTPError as error:
-            raise self._unreachable(error) from None
+            raise unreachable(self.url, error) from None
         if response.status_code != 200:
-            raise _error(response)
+            raise refusal(response)
         return response
 
     async def _apost(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
         try:
-            response = await self._aclient().post(path, json=body)
+            response = await self._async.post(path, json=body)
         except httpx.HTTPError as error:
-            raise self._unreachable(error) from None
+            raise unreachable(self.url, error) from None
         if response.status_code != 200:
-            raise _error(response)
+            raise refusal(response)
         return response
 
-    def _aclient(self) -> httpx.AsyncClient:
-        loop = asyncio.get_running_loop()
-        if loop not in self._async:
-            self._async[loop] = httpx.AsyncClient(**self._options)
-        return self._async[loop]
 
-    def _unreachable(self, error: httpx.HTTPError) -> EngineFailed:
-        return EngineFailed(f"no answer from {self.url} ({type(error).__name__}): start it with `embedft serve`, or give its URL")
+def server_root(url: str) -> str:
+    """http://host:port of a URL that may end in /v1, as OpenAI's clients write it."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def unreachable(url: str, error: Exception) -> EngineFailed:
+    return EngineFailed(f"no answer from {url} ({type(error).__name__}): start it with `embedft serve`, or give its URL")
 
 
 def _vectors(response: httpx.Response) -> Vectors:
@@ -194,7 +193,8 @@ class _Refused(EmbedftError):
         super().__init__(message)
 
 
-def _error(response: httpx.Response) -> EmbedftError:
+def refusal(response: httpx.Response) -> EmbedftError:
+    """The server's error envelope as the exception that it was there."""
     try:
         found = response.json()["error"]
         code, message = str(found.get("code") or "error"), str(found.get("message"))

@@ -1,22 +1,31 @@
-"""An evaluation as report.json, report.md and report.html with its figure inside. Knows no engine."""
+"""An evaluation as report.json, report.md with its figures beside it, and report.html with them inside. Knows no engine."""
 
 import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+FIGURES = (
+    ("retrieval", "ndcg@10", "nDCG@10", "stage"),
+    ("answers", "f1", "F1", "reader"),
+    ("answers", "faithfulness", "faithfulness", "reader"),
+)
+
 
 def write_report(out: Path, report: dict[str, Any]) -> list[Path]:
-    """Write all three into `out` and return their paths."""
+    """Write all of it into `out`; returns the paths of JSON, Markdown, HTML and the figures."""
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"report.{kind}" for kind in ("json", "md", "html")]
     paths[0].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    tables = list(_tables(report))
-    paths[1].write_text("\n".join(_markdown(report, tables)) + "\n", encoding="utf-8")
-    paths[2].write_text(_html(report, tables), encoding="utf-8")
+    tables, figures = list(_tables(report)), dict(_figures(report))
+    for name, content in figures.items():
+        paths.append(out / f"{name}.png")
+        paths[-1].write_bytes(content)
+    paths[1].write_text("\n".join(_markdown(report, tables, list(figures))) + "\n", encoding="utf-8")
+    paths[2].write_text(_html(report, tables, figures), encoding="utf-8")
     return paths
 
 
@@ -68,46 +77,58 @@ def _gain(row: dict[str, Any], name: str) -> str:
     return f"{gain[0]:+.3f} … {gain[1]:+.3f}" if gain else "–"
 
 
-def _markdown(report: dict[str, Any], tables: Sequence[Table]) -> Iterable[str]:
+def _markdown(report: dict[str, Any], tables: Sequence[Table], figures: Sequence[str]) -> Iterable[str]:
     yield f"# RAG evaluation: {report['data']}, {report['questions']} questions\n\nIn brackets: 95 % bootstrap intervals.\n"
     for title, head, rows in tables:
         yield f"## {title}\n\n| " + " | ".join(head) + " |\n|" + " --- |" * len(head)
         yield from ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
         yield ""
+    yield from (f"![{name} with 95 % intervals]({name}.png)\n" for name in figures)
 
 
-def _html(report: dict[str, Any], tables: Sequence[Table]) -> str:
-    parts = [f"<h1>RAG evaluation: {html.escape(report['data'])}, {report['questions']} questions</h1>"]
-    if report["retrieval"]:
-        parts.append(f'<img alt="scores with intervals" src="data:image/png;base64,{_figure(report["retrieval"])}">')
+def _html(report: dict[str, Any], tables: Sequence[Table], figures: Mapping[str, bytes]) -> str:
+    parts = [
+        f"<h1>RAG evaluation: {html.escape(report['data'])}, {report['questions']} questions</h1><p>In brackets: 95 % bootstrap intervals."
+    ]
     for title, head, rows in tables:
         parts.append(f"<h2>{html.escape(title)}</h2><table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>")
         parts += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
         parts.append("</table>")
+    for name, content in figures.items():
+        packed = base64.b64encode(content).decode()
+        parts.append(f'<p><img alt="{name} with 95 % intervals" src="data:image/png;base64,{packed}">')
     style = "body{font:15px sans-serif;margin:2em auto;max-width:75em}table{border-collapse:collapse}td,th{border:1px solid;padding:.3em}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>RAG evaluation</title><style>{style}</style>{"".join(parts)}</html>\n'
     )
 
 
-def _figure(rows: Sequence[dict[str, Any]]) -> str:
-    """nDCG@10 of each row with its interval, as base64 PNG."""
+def _figures(report: dict[str, Any]) -> Iterable[tuple[str, bytes]]:
+    """(name, PNG) of each metric that some row has."""
+    for key, metric, label, second in FIGURES:
+        rows = [row for row in report[key] if metric in row["metrics"]]
+        if rows:
+            names = [f"{row['retriever']}, {row[second]}" for row in rows]
+            yield f"{key}-{metric.partition('@')[0]}", _bars(names, [row["metrics"][metric] for row in rows], label)
+
+
+def _bars(names: Sequence[str], metrics: Sequence[dict[str, Any]], label: str) -> bytes:
+    """Means with their intervals, the first row on top."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 0.42 * len(rows) + 1))
-    means = [row["metrics"]["ndcg@10"]["mean"] for row in rows]
-    below = [mean - row["metrics"]["ndcg@10"]["ci95"][0] for mean, row in zip(means, rows, strict=True)]
-    above = [row["metrics"]["ndcg@10"]["ci95"][1] - mean for mean, row in zip(means, rows, strict=True)]
-    axes.barh(range(len(rows)), means, xerr=[below, above], color="#2f6f9f", height=0.6, error_kw={"ecolor": "#333", "capsize": 3})
-    axes.set_yticks(range(len(rows)), [f"{row['retriever']}, {row['stage']}" for row in rows])
+    figure, axes = pyplot.subplots(figsize=(8, 0.42 * len(names) + 1))
+    means = [metric["mean"] for metric in metrics]
+    ends = [[abs(metric["ci95"][end] - metric["mean"]) for metric in metrics] for end in (0, 1)]
+    axes.barh(range(len(names)), means, xerr=ends, color="#2f6f9f", height=0.6, error_kw={"ecolor": "#333", "capsize": 3})
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("nDCG@10")
+    axes.set_xlabel(label)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, dpi=130)
     pyplot.close(figure)
-    return base64.b64encode(content.getvalue()).decode()
+    return content.getvalue()

@@ -1,4 +1,4 @@
-"""LineageVectorStore: an index of ours as a llama-index vector store. It stores the text, so an index opened anew answers by itself."""
+"""LineageVectorStore: llama-index's FaissVectorStore over an index of ours, which knows lineages, ids, deletions and versions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode, MetadataMode, TextNode
-from llama_index.core.vector_stores.types import BasePydanticVectorStore, VectorStoreQuery, VectorStoreQueryMode, VectorStoreQueryResult
+from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode, VectorStoreQueryResult
 from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+from llama_index.vector_stores.faiss import FaissVectorStore
+from numpy.typing import NDArray
 
 from embedft.errors import IndexInvalid, InputInvalid, UsageError
 from embedft.rag.ann import AnnSettings
@@ -19,30 +21,33 @@ from embedft.rag.rows import Chunk
 from embedft.rag.search import Stages, search
 
 SAME = 0.999  # cosine between a vector and its text embedded again; quantized engines wobble in the fourth digit
-_HYBRID = {VectorStoreQueryMode.DEFAULT: "none", VectorStoreQueryMode.HYBRID: "rrf", VectorStoreQueryMode.TEXT_SEARCH: "sparse"}
+_WITH_WORDS = {VectorStoreQueryMode.HYBRID: "rrf", VectorStoreQueryMode.TEXT_SEARCH: "sparse"}
 
 
-class LineageVectorStore(BasePydanticVectorStore):
-    """`folder` is opened, or made at the first `save`. Adding needs `embedding`, which says the lineage and proves it.
+class LineageVectorStore(FaissVectorStore):
+    """`folder` is opened, or made at the first `persist`. Adding needs `embedding`, which says the lineage and proves it.
+
+    FaissVectorStore searches. It adds one vector at a time under running numbers, deletes nothing, keeps no text and writes in place:
+    those four are ours. `vectors.faiss` of an index without deletions opens in plain FaissVectorStore by its path.
 
     llama-index strips labels from nodes' vectors, so of each batch the first and last node are embedded again and compared.
     Queries must be Labelled (AdapterEmbedding's are); one of another lineage is refused.
     """
 
     stores_text: bool = True
-    folder: str
+    folder: str = ""
     _index: VectorIndex = PrivateAttr()
     _embedding: AdapterEmbedding | None = PrivateAttr()
 
     def __init__(self, folder: str | Path, *, embedding: AdapterEmbedding | None = None, settings: AnnSettings | None = None) -> None:
         """Raises IndexNotFound where there is nothing to open and no `embedding` to begin with, LineageMismatch, IndexInvalid."""
-        super().__init__(folder=str(folder), stores_text=True)  # pyright: ignore[reportCallIssue]
-        self._embedding = embedding
         if current_version(Path(folder)) is not None or embedding is None:
-            self._index = VectorIndex.open(Path(folder))
-            return
-        lineage, made_by = embedding.document_lineage()
-        self._index = VectorIndex(Path(folder), lineage=lineage, made_by=made_by, settings=settings, adapter=embedding.adapter)
+            index = VectorIndex.open(Path(folder))
+        else:
+            lineage, made_by = embedding.document_lineage()
+            index = VectorIndex(Path(folder), lineage=lineage, made_by=made_by, settings=settings, adapter=embedding.adapter)
+        super().__init__(faiss_index=_Searched(index))
+        self.folder, self._index, self._embedding = str(folder), index, embedding
 
     @classmethod
     def class_name(cls) -> str:
@@ -80,7 +85,7 @@ class LineageVectorStore(BasePydanticVectorStore):
 
     def query(self, query: VectorStoreQuery, **_: Any) -> VectorStoreQueryResult:
         """Modes: default, text_search (BM25) and hybrid (both, reciprocal ranks). Raises LineageMismatch, InputInvalid."""
-        if query.mode not in _HYBRID or query.filters is not None or query.doc_ids or query.node_ids:
+        if query.mode not in (VectorStoreQueryMode.DEFAULT, *_WITH_WORDS) or query.filters is not None or query.doc_ids or query.node_ids:
             raise InputInvalid(
                 "query_unsupported", f"mode {query.mode} or filters: this store searches by default, text_search and hybrid", "mode"
             )
@@ -89,8 +94,14 @@ class LineageVectorStore(BasePydanticVectorStore):
             raise InputInvalid(
                 "lineage_unknown", "this query vector does not say whose it is: embed it with AdapterEmbedding", "query_embedding"
             )
-        stages = Stages(k=query.hybrid_top_k or query.similarity_top_k, fusion=_HYBRID[query.mode])  # pyright: ignore[reportArgumentType]
-        found = search(self._index, query.query_str or "", vector, stages)
+        if query.mode in _WITH_WORDS or vector is None:
+            stages = Stages(k=query.hybrid_top_k or query.similarity_top_k, fusion=_WITH_WORDS.get(query.mode, "none"))  # pyright: ignore[reportArgumentType]
+            found = search(self._index, query.query_str or "", vector, stages)
+        else:
+            self._index.accept(vector)
+            rows = super().query(query)
+            scored = zip(rows.ids or [], rows.similarities or [], strict=True)
+            found = self._index.found([(int(row), float(score)) for row, score in scored])
         return VectorStoreQueryResult(
             nodes=[node_of(hit.chunk) for hit in found], similarities=[hit.score for hit in found], ids=[hit.chunk.id for hit in found]
         )
@@ -98,6 +109,25 @@ class LineageVectorStore(BasePydanticVectorStore):
     def persist(self, persist_path: str = "", fs: Any = None) -> None:  # noqa: ARG002
         """Publish to `folder`, wherever llama-index wants it to be: an index is a folder with versions, not one file."""
         self._index.save()
+
+
+class _Searched:
+    """What FaissVectorStore asks of a FAISS index, answered by ours: without the dead, and each kind searched as it needs."""
+
+    def __init__(self, index: VectorIndex) -> None:
+        self._index = index
+
+    @property
+    def ntotal(self) -> int:
+        return len(self._index)
+
+    def search(self, queries: Rows, k: int) -> tuple[Rows, NDArray[np.int64]]:
+        """(q, d) → (scores, rows), both (q, k), -1 where there are fewer."""
+        scores, rows = np.full((len(queries), k), -np.inf, dtype=np.float32), np.full((len(queries), k), -1, dtype=np.int64)
+        for place, query in enumerate(queries):
+            for rank, (row, score) in enumerate(self._index.nearest(query, k)):
+                rows[place, rank], scores[place, rank] = row, score
+        return scores, rows
 
 
 def _prove(embedding: AdapterEmbedding, nodes: Sequence[BaseNode], vectors: Rows) -> None:

@@ -12,9 +12,11 @@ import pytest
 
 from embedft.cli import main
 from embedft.rag.index import VectorIndex
+from embedft.rag.mapping import fit_map
+from embedft.rag.remote import RemoteEngine
 from tests.serve.world import ADMIN, Server, World, make_world, put_adapter
 
-TEXTS = [f"note {i} about thing{i}" for i in range(30)]
+TEXTS = [f"note {i} about thing{i}" for i in range(60)]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,19 @@ def test_bad_requests_are_named(rag: Server) -> None:
     refused(ask(rag, "notes", "x", max_tokens=10**6), 400, "max_tokens_too_large")
     refused(ask(rag, "notes", "x", answer=False, stream=True), 400, "stream_without_answer")
     assert ask(rag, "notes", "x", adapter="b", mapped=True).status_code == 409  # no map was fitted
+
+
+def test_a_fitted_map_answers_another_adapters_questions_and_says_its_loss(rag: Server, rag_world: World) -> None:
+    build(rag_world, rag, "wide", "a", count=60)
+    assert rag.client.put("/v1/rag/wide", json={}, headers=ADMIN).status_code == 200
+    refused(ask(rag, "wide", "x", adapter="b", answer=False), 409, "lineage_mismatch")
+    engine = RemoteEngine(rag.url)
+    made = fit_map(VectorIndex.open(rag_world.folder / "indexes" / "wide"), engine, "b")
+    answer = ask(rag, "wide", "x", adapter="b", mapped=True, answer=False)
+    assert answer.status_code == 200
+    assert answer.json()["map_recall"] == pytest.approx(made.recall, abs=1e-4)
+    assert "map_recall" not in ask(rag, "wide", "x", mapped=True, answer=False).json()  # its own adapter needs none
+    refused(ask(rag, "wide", "x", adapter="b", answer=False), 409, "lineage_mismatch")
 
 
 def test_indexes_are_listed_loaded_and_replaced_with_the_admin_key(rag: Server, rag_world: World) -> None:

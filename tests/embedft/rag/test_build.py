@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pypdf
 import pytest
 
 from embedft.errors import DocumentsUnusable, EngineBusy, EngineFailed
@@ -151,13 +152,55 @@ def test_nothing_to_index_is_an_error(tmp_path: Path, server: Server) -> None:
         build_index(tmp_path / "i", [], RemoteEngine(server.url), adapter="a")
 
 
-def test_a_pdf_is_read_and_an_encrypted_one_named(tmp_path: Path) -> None:
-    pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
-    for name, password in (("open.pdf", None), ("closed.pdf", "secret")):
-        writer = pypdf.PdfWriter()
-        writer.add_blank_page(100, 100)
-        if password:
-            writer.encrypt(password)
-        writer.write(tmp_path / name)
-    with pytest.raises(DocumentsUnusable, match=r"(?s)closed.pdf: the PDF is encrypted.*open.pdf: no text in it: scanned"):
+def pdf(path: Path, text: str) -> Path:
+    """One page with one line of text."""
+    stream = f"BT /F1 18 Tf 20 100 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 200] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    content, places = b"%PDF-1.4\n", list[int]()
+    for number, one in enumerate(objects, start=1):
+        places.append(len(content))
+        content += b"%d 0 obj\n%s\nendobj\n" % (number, one)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    trailer = b"trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % len(content)
+    path.write_bytes(content + b"xref\n0 6\n0000000000 65535 f \n" + table + trailer)
+    return path
+
+
+def locked_pdf(source: Path, path: Path, *, user: str) -> None:
+    writer = pypdf.PdfWriter(clone_from=source)
+    writer.encrypt(user, "the owner's", algorithm="AES-256")
+    writer.write(path)
+
+
+def test_pdfs_are_read_unless_a_password_scan_or_damage_keeps_the_text_from_us(tmp_path: Path) -> None:
+    source = pdf(tmp_path / "open.pdf", "Tea wants water.")
+    locked_pdf(source, tmp_path / "closed.pdf", user="secret")
+    locked_pdf(source, tmp_path / "owned.pdf", user="")  # anybody may read it
+    (tmp_path / "cut.pdf").write_bytes(source.read_bytes()[:200])
+    blank = pypdf.PdfWriter()
+    blank.add_blank_page(100, 100)
+    blank.write(tmp_path / "scan.pdf")
+    reading = read_documents(tmp_path)
+    assert {document.id: document.text.strip() for document in reading.documents} == dict.fromkeys(
+        ("open.pdf", "owned.pdf"), "Tea wants water."
+    )
+    reasons = dict(line.split(": ", 1) for line in reading.skipped)
+    assert reasons["closed.pdf"] == "the PDF is encrypted: save it without a password"
+    assert "damaged" in reasons["cut.pdf"]
+    assert "OCR" in reasons["scan.pdf"]
+
+
+def test_a_document_of_100_mb_is_refused_unread_and_read_where_it_is_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "big.txt"
+    with path.open("wb") as file:
+        file.truncate(100 << 20)  # sparse: refused by its size, before a byte is read
+    with pytest.raises(DocumentsUnusable, match=r"big.txt: 100 MiB, more than 32: split it, or allow more with --max-mib"):
         read_documents(tmp_path)
+    with pytest.raises(DocumentsUnusable, match="binary"):
+        read_documents(tmp_path, max_bytes=200 << 20)

@@ -129,9 +129,14 @@ def test_the_matrix_of_retrievers_stages_and_readers(run: Run, tmp_path: Path) -
     assert low < rows["a", "dense"]["ndcg@10"]["mean"] < high
     assert [sorted(index["adapters"]) for index in report["indexes"]] == [["q", "q2"], ["a"]]  # query-only adapters share one
     assert {(row["retriever"], row["reader"]) for row in report["answers"]} == {(r, lm) for r in ("q", "q2", "a") for lm in ("s", "base")}
-    page = (out / "report.html").read_text()
-    assert "data:image/png;base64," in page
-    assert "| q2 | weights |" in (out / "report.md").read_text()
+    page, written = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "<td>q2</td><td>weights</td>" in page
+    assert "| q2 | weights |" in written
+    for name in ("retrieval-ndcg", "answers-faithfulness"):  # no F1: a BEIR folder holds no answers
+        assert f"({name}.png)" in written
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (out / "answers-f1.png").exists()
 
 
 def test_a_file_of_questions_is_scored_against_an_index(run: Run, docs: Path, tmp_path: Path) -> None:
@@ -146,6 +151,7 @@ def test_a_file_of_questions_is_scored_against_an_index(run: Run, docs: Path, tm
     assert status == 0
     assert set(report["answers"][0]["metrics"]) == {"exact_match", "f1", "faithfulness"}
     assert {row["stage"] for row in report["retrieval"]} == {"dense", "bm25", "rrf"}
+    assert (tmp_path / "out" / "answers-f1.png").exists()
     assert run("eval", source, "--adapter", "a", "--out", tmp_path / "out")[1]["error"]["code"] == "usage"  # no documents named
     assert run("eval", source, *arguments[2:], "--adapter", "b")[1]["error"]["code"] == "lineage_mismatch"
 

@@ -14,6 +14,7 @@ from embedft.rag.linear_map import fit
 from embedft.rag.rows import Chunk
 
 D = 32
+LISTS = {"lists": 4, "probes": 4, "bits": 4, "refine": 32}  # IVF-PQ that is trained in an instant
 
 
 def vectors(count: int, *, seed: int = 0) -> Rows:
@@ -39,10 +40,10 @@ def ids(index: VectorIndex, row: Rows, k: int = 3) -> list[str]:
     return [hit.chunk.id for hit in index.search(label(row), k)]
 
 
-@pytest.mark.parametrize(("kind", "count"), [("flat", 500), ("hnsw", 2000), ("ivfpq", 12_000)])
+@pytest.mark.parametrize(("kind", "count"), [("flat", 500), ("hnsw", 2000), ("ivfpq", 1500)])
 def test_each_kind_finds_the_nearest_before_and_after_a_restart(tmp_path: Path, kind: Kind, count: int) -> None:
     rows = vectors(count)
-    index = filled(tmp_path / "i", rows, kind=kind, lists=8, probes=8) if kind == "ivfpq" else filled(tmp_path / "i", rows, kind=kind)
+    index = filled(tmp_path / "i", rows, kind=kind, **LISTS)
     index.save()
     again = VectorIndex.open(tmp_path / "i", verify=True)
     assert again.kind == kind
@@ -52,10 +53,10 @@ def test_each_kind_finds_the_nearest_before_and_after_a_restart(tmp_path: Path, 
     np.testing.assert_array_equal(again.vectors(np.array([3, 5])), rows[[3, 5]])  # exact, whatever the kind
 
 
-@pytest.mark.parametrize(("kind", "count"), [("flat", 300), ("hnsw", 2000), ("ivfpq", 12_000)])
+@pytest.mark.parametrize(("kind", "count"), [("flat", 300), ("hnsw", 2000), ("ivfpq", 1500)])
 def test_deletes_and_updates_survive_a_restart(tmp_path: Path, kind: Kind, count: int) -> None:
     rows = vectors(count)
-    filled(tmp_path / "i", rows, kind=kind, lists=8, probes=8, refine=16).save()
+    filled(tmp_path / "i", rows, kind=kind, **LISTS).save()
     index = VectorIndex.open(tmp_path / "i")
     assert index.delete(ids=["c5"]) == 1
     assert index.delete(document="d2") == 10
@@ -191,3 +192,9 @@ def test_an_empty_index_finds_nothing(tmp_path: Path) -> None:
     assert index.search(label(vectors(1)[0]), 3) == []
     index.save()
     assert VectorIndex.open(tmp_path / "i").search(label(vectors(1)[0]), 3) == []
+
+
+def test_ivfpq_of_too_few_rows_is_flat_until_there_are_enough(tmp_path: Path) -> None:
+    settings = AnnSettings(kind="ivfpq", bits=4)
+    assert [settings.chosen(rows) for rows in (623, 624)] == ["flat", "ivfpq"]
+    assert [AnnSettings(kind="ivfpq").chosen(rows) for rows in (9983, 9984)] == ["flat", "ivfpq"]

@@ -6,6 +6,8 @@ import pytest
 from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import TextNode
+from llama_index.core.vector_stores.types import VectorStoreQuery
+from llama_index.vector_stores.faiss import FaissVectorStore
 
 from embedft.errors import InputInvalid, LineageMismatch, UsageError
 from embedft.rag import AdapterEmbedding, IndexRetriever, LineageVectorStore
@@ -82,7 +84,7 @@ def test_vectors_that_are_not_the_embeddings_are_refused(tmp_path: Path, embeddi
     with pytest.raises(InputInvalid, match="not those of a"):
         store.add(nodes)
     with pytest.raises(InputInvalid, match="does not say whose"):
-        built(tmp_path / "j", embedding).query(__import__("llama_index.core.vector_stores", fromlist=["x"]).VectorStoreQuery([0.0] * 32))
+        built(tmp_path / "j", embedding).query(VectorStoreQuery([0.0] * 32))
     with pytest.raises(UsageError, match="whose vectors"):
         LineageVectorStore(tmp_path / "j").add(nodes)
 
@@ -103,3 +105,25 @@ def test_a_reranker_has_the_last_word(tmp_path: Path, embedding: AdapterEmbeddin
     assert IndexRetriever(index, embedding.using("a"), stages=stages).using("a").retrieve("x")[0].score == 1.0
     remote = Stages(k=1, rerank=embedding.engine.rerank)  # type: ignore[attr-defined]
     assert IndexRetriever(index, embedding, stages=remote).retrieve("tea is hot")[0].node.ref_doc_id == "d0"
+
+
+def test_it_is_llama_indexs_faiss_store_and_plain_faiss_opens_its_file(tmp_path: Path, embedding: AdapterEmbedding) -> None:
+    store = built(tmp_path / "i", embedding)
+    assert isinstance(store, FaissVectorStore)
+    plain = FaissVectorStore.from_persist_path(str(next((tmp_path / "i" / "versions").iterdir()) / "vectors.faiss"))
+    query = VectorStoreQuery(embedding.get_query_embedding(embedded(TEXTS[2])), similarity_top_k=3)
+    ours, theirs = store.query(query), plain.query(query)
+    assert theirs.similarities == pytest.approx(ours.similarities)
+    assert [store.client.chunk(int(row)).id for row in theirs.ids or []] == ours.ids  # type: ignore[union-attr]
+
+
+def test_it_finds_what_was_added_and_not_what_was_deleted_before_it_is_saved(tmp_path: Path, embedding: AdapterEmbedding) -> None:
+    store = built(tmp_path / "i", embedding)
+    nodes = IngestionPipeline(transformations=[embedding]).run(nodes=[TextNode(text="rain falls", id_="n9")])
+    store.add(nodes)
+    query = VectorStoreQuery(embedding.get_query_embedding("rain falls"), similarity_top_k=9)
+    first = store.query(query).ids
+    assert first is not None
+    assert (first[0], len(first)) == ("n9", 5)
+    store.delete_nodes(["n9"])
+    assert "n9" not in (store.query(query).ids or [])
