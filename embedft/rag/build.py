@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from embedft.errors import DocumentsUnusable, EngineBusy, IndexNotFound
+from embedft.errors import DocumentsUnusable, EngineBusy, IndexInvalid, IndexNotFound
 from embedft.rag.ann import AnnSettings
 from embedft.rag.engines import Embedder, Rows
-from embedft.rag.index import VectorIndex
+from embedft.rag.index import VectorIndex, current_version
 from embedft.rag.rows import Chunk
 
 Progress = Callable[[int, int], None]  # (chunks embedded, chunks to embed)
@@ -51,7 +51,8 @@ def build_index(
 ) -> BuildReport:
     """Index `chunks` as the next version of `folder`. Readers of the version before are not disturbed.
 
-    Raises DocumentsUnusable where there is no chunk, EngineBusy where the adapter is replaced meanwhile; both leave the old version.
+    Raises DocumentsUnusable where there is no chunk, EngineBusy where the adapter is replaced meanwhile; both leave the old version,
+    as does IndexInvalid where `folder` holds something else.
     """
     began = time.perf_counter()
     listed = list(chunks)
@@ -69,7 +70,7 @@ def build_index(
     truncated = _embed(missing, embedder, adapter, lineage, work, progress)
     spent = time.perf_counter() - started
     index = VectorIndex(folder, lineage=lineage, made_by=made_by, settings=settings, adapter=adapter)
-    index.version, index.notes = before.version if before else None, notes or {}
+    index.version, index.notes = current_version(folder), notes or {}
     for start in range(0, len(listed), 65_536):
         part = listed[start : start + 65_536]
         index.add(part, _gathered(part, known, before, work), lineage=lineage, made_by=made_by)
@@ -90,9 +91,14 @@ def build_index(
 
 
 def _opened(folder: Path) -> VectorIndex | None:
+    """The version before, whose vectors may be used again; None where there is none, or a damaged one. IndexInvalid: not ours."""
     try:
-        return VectorIndex.open(folder)
+        return VectorIndex.open(folder, verify=True)
     except IndexNotFound:
+        return None
+    except IndexInvalid:
+        if current_version(folder) is None:
+            raise
         return None
 
 

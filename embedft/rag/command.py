@@ -43,7 +43,10 @@ def add_commands(group: Any, command: Add) -> None:
     ask.add_argument("--adapter", help="the retriever's adapter (default: the one that the index was built with)")
     ask.add_argument("--lm-adapter", help="the reader's adapter")
     ask.add_argument("-k", type=int, default=5, help="passages (default: 5)")
-    ask.add_argument("--fusion", choices=("none", "sparse", "rrf"), default="none", help="vectors, BM25 or both by reciprocal ranks")
+    ask.add_argument(
+        "--fusion", choices=("none", "sparse", "rrf", "weights"), default="none", help="vectors; BM25; both by ranks or weights"
+    )
+    ask.add_argument("--weight", type=float, default=0.5, help="of the vectors, for --fusion weights: `rag eval` fits it (default: 0.5)")
     ask.add_argument("--rerank", action="store_true", help="reorder by the server's /v1/rerank")
     ask.add_argument(
         "--map", action="store_true", help="where the adapter's lineage is not the index's: fit a linear map, and say its loss"
@@ -202,9 +205,11 @@ def _stages(arguments: argparse.Namespace, adapter: str | None) -> "Stages":
 
     if arguments.k < 1:
         raise UsageError(f"-k {arguments.k}: at least 1 passage")
+    if not 0 <= arguments.weight <= 1:
+        raise UsageError(f"--weight {arguments.weight}: expected 0 … 1")
     remote = _remote(arguments) if arguments.rerank else None
     rerank = functools.partial(remote.rerank, adapter=adapter) if remote else None
-    return Stages(k=arguments.k, fusion=arguments.fusion, rerank=rerank, mapped=arguments.map)
+    return Stages(k=arguments.k, fusion=arguments.fusion, weight=arguments.weight, rerank=rerank, mapped=arguments.map)
 
 
 def _remote(arguments: argparse.Namespace) -> Any:

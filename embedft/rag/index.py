@@ -107,7 +107,10 @@ class VectorIndex:
         if meta.rows:
             index._ann = Ann.load(place, meta.kind, index.settings, rows=meta.rows, dimension=meta.dimension, name=folder.name)
         if meta.bm25:
-            index.bm25 = Bm25.load(place / "bm25")
+            try:
+                index.bm25 = Bm25.load(place / "bm25")
+            except (ValueError, KeyError, TypeError, EOFError) as error:
+                raise IndexInvalid(folder.name, f"bm25 cannot be read ({str(error)[:100]}): index again") from None
         return index
 
     @property

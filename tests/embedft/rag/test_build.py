@@ -7,7 +7,7 @@ from typing import Any
 import pypdf
 import pytest
 
-from embedft.errors import DocumentsUnusable, EngineBusy, EngineFailed
+from embedft.errors import DocumentsUnusable, EngineBusy, EngineFailed, IndexInvalid
 from embedft.rag.build import build_index
 from embedft.rag.chunks import Chunking, chunks_of, sentences
 from embedft.rag.documents import Document, read_documents
@@ -69,6 +69,21 @@ def test_another_adapter_is_embedded_from_the_start_and_the_old_index_serves_unt
     query = Labelled.of(RemoteEngine(server.url).embed(["text 4"], input_type="query", adapter="a"))[0]
     assert reader.search(query, 1)[0].chunk.id == "d#4"
     assert VectorIndex.open(tmp_path / "i").made_by.startswith("b@")
+
+
+def test_a_damaged_index_is_made_anew_and_nothing_of_it_is_used(tmp_path: Path, server: Server) -> None:
+    build_index(tmp_path / "i", chunks(10), RemoteEngine(server.url), adapter="a")
+    path = next((tmp_path / "i" / "versions").iterdir()) / "vectors.faiss"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0xFF
+    path.write_bytes(content)
+    report = build_index(tmp_path / "i", chunks(10), RemoteEngine(server.url), adapter="a")
+    assert (report.embedded, report.reused, report.version[:6]) == (10, 0, "000002")
+    assert len(VectorIndex.open(tmp_path / "i", verify=True)) == 10
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("not an index")
+    with pytest.raises(IndexInvalid, match="no index of embedft"):
+        build_index(tmp_path / "other", chunks(10), RemoteEngine(server.url), adapter="a")
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ def test_index_then_ask_with_sources_and_any_reader(run: Run, docs: Path, tmp_pa
     assert asked["sources"][0]["document"] == "tea.md"
     assert asked["answer"].startswith("[s@")
     assert run("ask", "x", "--index", tmp_path / "i", "--lm-adapter", "t", "-k", 2)[1]["answer"].startswith("[t@")
+    weighed = run("ask", "boiling water", "--index", tmp_path / "i", "--fusion", "weights", "--weight", 0, "-k", 1, "--sources-only")[1]
+    assert weighed["sources"][0]["document"] == "tea.md"
     only = run("ask", "x", "--index", tmp_path / "i", "--sources-only", "-k", 2)[1]
     assert (only["answer"], only["adapter"], len(only["sources"])) == (None, "a", 2)  # the index's own adapter
 
@@ -94,6 +96,7 @@ def test_mistakes_are_named(run: Run, docs: Path, tmp_path: Path) -> None:
         ("index_invalid", ("ask", "x", "--index", docs)),
         ("adapter_not_found", ("ask", "x", "--index", tmp_path / "i", "--adapter", "nobody")),
         ("usage", ("ask", "x", "--index", tmp_path / "i", "-k", 0)),
+        ("usage", ("ask", "x", "--index", tmp_path / "i", "--weight", 2)),
         ("usage", ("eval", tmp_path / "none.jsonl")),
         ("data_invalid", ("eval", docs / "bread.txt")),
     ):
