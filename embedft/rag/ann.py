@@ -21,7 +21,8 @@ class AnnSettings:
     """`kind` auto: flat up to 20,000 rows, HNSW above. HNSW: arXiv 1603.09320. IVF-PQ: Jégou et al. 2011;
     then `refine` × k finds are re-scored exactly.
 
-    `lists` 0: about 4·√n. `pieces` 0: a code for every 4 dimensions; of `bits` 8 that is 1/16 of float32.
+    `lists` 0: about 4·√n. `probes` 0: a sixteenth of the lists, at least 16. `pieces` 0: a code for every 4 dimensions; of `bits` 8
+    that is 1/16 of float32.
     """
 
     kind: Literal["auto", "flat", "hnsw", "ivfpq"] = "auto"
@@ -29,7 +30,7 @@ class AnnSettings:
     ef_construction: int = 80
     ef_search: int = 96
     lists: int = 0
-    probes: int = 16
+    probes: int = 0
     pieces: int = 0
     bits: int = 8
     refine: int = 8
@@ -72,6 +73,7 @@ class Ann:
             lists = settings.lists or max(1, min(int(4 * rows**0.5), rows // TRAINING_POINTS))
             pieces = _divisor(dimension, settings.pieces or max(1, dimension // 4))
             index = faiss.index_factory(dimension, f"IVF{lists},PQ{pieces}x{settings.bits}", faiss.METRIC_INNER_PRODUCT)
+            index.do_polysemous_training = False  # orders the codes by simulated annealing, for a search that is not used here
             sample = np.random.default_rng(seed).choice(rows, size=min(rows, max(lists * TRAINING_POINTS, settings.fewest)), replace=False)
             index.train(np.ascontiguousarray(vectors[np.sort(sample)], dtype=np.float32))
             raw = vectors
@@ -97,7 +99,7 @@ class Ann:
             wanted: Any = faiss.SearchParametersHNSW(efSearch=max(self.settings.ef_search, 2 * k), **options)  # pyright: ignore[reportAttributeAccessIssue]
             return self.index.search(queries, k, params=wanted)
         if self.kind == "ivfpq":
-            wanted = faiss.SearchParametersIVF(nprobe=self.settings.probes, **options)  # pyright: ignore[reportCallIssue]
+            wanted = faiss.SearchParametersIVF(nprobe=self.settings.probes or max(16, self.index.nlist // 16), **options)  # pyright: ignore[reportCallIssue]
             return self._exact(queries, self.index.search(queries, k * self.settings.refine, params=wanted)[1], k)
         return self.index.search(queries, k, params=faiss.SearchParameters(**options) if options else None)
 

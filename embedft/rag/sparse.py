@@ -36,8 +36,12 @@ class Bm25:
         known = [word for word in words if word in self._index.vocab_dict]
         if not known:
             return []
-        found, scores = self._index.retrieve([known], k=min(k, len(self._rows)), show_progress=False)
-        return [(int(self._rows[place]), float(score)) for place, score in zip(found[0], scores[0], strict=True) if score > 0]
+        scores: NDArray[np.float32] = self._index.get_scores(known)
+        found = np.flatnonzero(scores > 0)
+        if len(found) > k:  # bm25s' own retrieve sorts out all texts, ten times as slowly
+            found = found[np.argpartition(-scores[found], k)[:k]]
+        best = found[np.argsort(-scores[found], kind="stable")]
+        return [(int(self._rows[place]), float(scores[place])) for place in best]
 
     def save(self, folder: Path) -> None:
         self._index.save(str(folder), show_progress=False)
