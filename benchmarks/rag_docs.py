@@ -1,16 +1,18 @@
-"""RAG on documentation: an adapter and a query-only adapter trained on synthetic queries, and what they find and let a reader answer.
+"""RAG on documentation and on medquad: adapters and query-only adapters, what they find, and what a reader answers from it.
 
-    python benchmarks/rag_docs.py matrix|tenants --data ../shared/data --work runs/rag
+    python benchmarks/rag_docs.py docs|tenants|medquad --data ../shared/data --work runs/rag
 
 Documents are the sections of four projects' documentation without their headings. Training queries are `data synth`'s, made without a
 language model from the sections of two thirds of the files. Test queries are the headings of the remaining files' sections. A reader
 is asked which name in `code` comes first in a section; its answer is scored exactly. `tenants`: one index of the base's vectors for four
-query-only adapters, one a project, against an index for each of four adapters. Both write their part of benchmarks/results/rag.json.
+query-only adapters, one a project, against an index for each of four adapters. `medquad`: adapters trained on its own training split,
+over a part of its documents. Each writes its part of benchmarks/results/rag.json.
 """
 
 import argparse
 import hashlib
 import json
+import random
 import re
 import sys
 import time
@@ -225,11 +227,41 @@ def tenants_part(data: Path, work: Path) -> dict[str, Any]:
     return shown
 
 
+# --- Medquad
+
+
+def medquad_part(data: Path, work: Path, *, most: int = 2500, queries: int = 400, pairs: int = 1600) -> dict[str, Any]:
+    """The first `queries` test queries over their documents and as many others as make `most`; training pairs from the training split."""
+    from embedft.embedding.beir import read_beir
+
+    folder, store = data / "retrieval" / "medquad", AdapterStore(work / "adapters")
+    beir, training = read_beir(folder, "test", []), read_beir(folder, "train", [])
+    rows = [(training.queries[query], training.documents[name]) for query, names in training.relevant.items() for name in names]
+    random.Random(7).shuffle(rows)
+    write_rows(work / "medquad-train.jsonl", [{"query": query, "document": document} for query, document in rows[:pairs]])
+    trained: dict[str, Any] = {}
+    for name, side in (("medquad-query", "query"), ("medquad-both", "both")):
+        recipe = retriever(name, side, work / "medquad-train.jsonl")
+        trained[name] = train(work, store, {**recipe, "train": {**recipe["train"], "epochs": 1}})
+    asked_of = dict(list(beir.relevant.items())[:queries])
+    kept = {name for names in asked_of.values() for name in names}
+    others = [name for name in beir.documents if name not in kept]
+    kept.update(random.Random(7).sample(others, most - len(kept)))
+    corpus = tuple(Chunk(name, name, text) for name, text in beir.documents.items() if name in kept)
+    test = tuple(Question(beir.queries[query], dict(names)) for query, names in asked_of.items())
+    fitting = tuple(Question(training.queries[query], dict(names)) for query, names in training.relevant.items() if kept.issuperset(names))
+    embedder = LocalEmbedder(BaseSpec("minilm"), store=store)
+    adapters = [None, "medquad-query", "medquad-both"]
+    report = evaluate(EvaluationSet(test, fitting[:200], corpus), embedder, adapters=adapters, out=work / "medquad-eval", tell=tell)
+    write_report(work / "medquad-eval", {"data": "medquad", **report})
+    return {"documents": len(corpus), "test_queries": len(test), "training_pairs": min(pairs, len(rows)), "trained": trained, **report}
+
+
 def tell(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
-PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"matrix": matrix_part, "tenants": tenants_part}
+PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"docs": matrix_part, "tenants": tenants_part, "medquad": medquad_part}
 
 
 def main() -> None:
@@ -239,7 +271,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "rag")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    record({"matrix": "docs", "tenants": "tenants"}[given.part], PARTS[given.part](given.data, given.work))
+    record(given.part, PARTS[given.part](given.data, given.work))
 
 
 if __name__ == "__main__":

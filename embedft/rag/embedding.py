@@ -76,6 +76,12 @@ class AdapterEmbedding(BaseEmbedding):
     async def aget_query_embedding(self, query: str, **call: Any) -> Embedding:
         return await (self.using(call["adapter"]).aget_query_embedding(query) if call else super().aget_query_embedding(query))
 
+    def get_text_embedding(self, text: str, **call: Any) -> Embedding:
+        return self.using(call["adapter"]).get_text_embedding(text) if call else super().get_text_embedding(text)
+
+    async def aget_text_embedding(self, text: str, **call: Any) -> Embedding:
+        return await (self.using(call["adapter"]).aget_text_embedding(text) if call else super().aget_text_embedding(text))
+
     def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **call: Any) -> list[Embedding]:
         if "adapter" in call:
             return self.using(call["adapter"]).get_text_embedding_batch(texts, show_progress)

@@ -16,6 +16,7 @@ from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.core.tools import QueryEngineTool
 from llama_index.core.vector_stores import SimpleVectorStore
+from llama_index.llms.openai_like import OpenAILike
 
 from embedft.adapters.store import AdapterStore
 from embedft.errors import AdapterNotFound, EngineFailed, InputInvalid, UsageError
@@ -49,6 +50,8 @@ def test_the_adapter_is_chosen_at_construction_and_per_call(embedding: AdapterEm
     }.items():
         prompt = "ask: " if name == "b" else ""  # the passport's
         np.testing.assert_allclose(made, expected(rag_world, name, f"{prompt}hello"), atol=1e-6)
+    np.testing.assert_allclose(embedding.get_text_embedding("hello", adapter="b"), expected(rag_world, "b", "hello"), atol=1e-6)
+    assert asyncio.run(embedding.aget_text_embedding("hello", adapter="b")) == embedding.get_text_embedding("hello", adapter="b")
     batch = embedding.get_text_embedding_batch(TEXTS, adapter="b")
     np.testing.assert_allclose(batch, [expected(rag_world, "b", text) for text in TEXTS], atol=1e-6)
 
@@ -109,6 +112,16 @@ def test_chat_and_completion_choose_the_adapter_per_call(llm: AdapterLLM) -> Non
     assert llm.complete("hi", adapter=None).text.startswith("[base|")
     assert asyncio.run(llm.using("t").acomplete("hi")).text.startswith("[t@")
     assert asyncio.run(llm.achat(asked)).message.content == llm.chat(asked).message.content
+
+
+def test_no_key_is_told_and_openais_own_is_not_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-user")
+    monkeypatch.setenv("OPENAI_API_BASE", "http://127.0.0.1:9/v1")
+    llm = AdapterLLM(url=server.url, adapter="s", max_tokens=4)
+    assert isinstance(llm, OpenAILike)
+    assert llm.complete("hi").text.startswith("[s@")
+    assert llm._get_client().api_key == llm._get_aclient().api_key == "none"
+    assert "secret" not in str(AdapterLLM(url=server.url, api_key="secret").to_dict())
 
 
 def test_streams_end_with_the_whole_answer(llm: AdapterLLM) -> None:
