@@ -2,6 +2,8 @@
 
     python -m benchmarks.share_the_base [--parts embedding,generation,…] [--rounds 3] [--out benchmarks/results]
 
+Parts may be measured one by one: those measured before on the same machine stay in the results, each a run of its own.
+
 Each way is a process of its own with the same cores; they are measured in turn, forth and back, once a round. A ratio is the
 median over rounds of two neighbours in one run: between runs none is computed. See benchmarks/results/share_the_base.md.
 """
@@ -38,7 +40,7 @@ def embedding(run: Measurement, work: Path, *, nf4: bool = False) -> None:
     folders = adapters(work / f"minilm-{nf4}", base, "embedding", max(counts))
     ids = texts(base, 64, seed=1)
     part = "embedding-nf4" if nf4 else "embedding"
-    run.sizes[part] = {"base": size_on_disk(base), "adapter": size_on_disk(folders[0])}
+    run.sizes[part] = sizes(base, folders[0])
     with opened(VLLM if nf4 else VLLM + PEFT, base, "embedding", nf4=nf4) as sides:
         over_counts(run, part, sides, folders, counts, ids, tokens=1)
         if not nf4:
@@ -53,7 +55,7 @@ def over_counts(
     rounds = run.rounds if tokens == 1 else max(1, run.rounds - 1)
     registered = 0
     for count in counts:
-        sides = [side for side in sides if side.fits(count, run.sizes[part]["base"], run.limit)]
+        sides = [side for side in sides if side.fits(count, run.sizes[part], run.limit)]
         for side in sides:
             side.register(folders[registered:count])
         registered = count
@@ -81,19 +83,73 @@ def open_loop(run: Measurement, part: str, sides: list[Side], count: int, ids: l
 def generation(run: Measurement, work: Path) -> None:
     """A random Llama of 135 M parameters: prefill alone, decode nearly alone, then all ways over N."""
     base = llama(work / "llama")
-    counts = tuple(count for count in run.counts if count in (1, 8, 32))
-    folders = adapters(work / "llama-adapters", base, "causal_lm", max(counts))
-    run.sizes["generation"] = {"base": size_on_disk(base), "adapter": size_on_disk(folders[0])}
-    with opened([*VLLM, *(s for s in PEFT if s.mode in ("engine", "mixed", "switch"))], base, "causal_lm") as sides:
-        vllm = [side for side in sides if side.kind == "vllm"]
-        over_counts(run, "generation", sides, folders, counts, prompts(32, 16, seed=1), tokens=8)
-        for part, length, tokens in (("prefill", 48, 1), ("decode", 2, 12)):
-            rows = prompts(FLIGHT, length, seed=2)
-            requests = [Request(k % 8, row) for k, row in enumerate(rows)]
-            run.rows += measure(part, vllm, requests, count=8, popularity="distinct", flight=FLIGHT, tokens=tokens, rounds=run.rounds)
+    folders = adapters(work / "llama-adapters", base, "causal_lm", max(run.counts))
+    run.sizes["generation"] = sizes(base, folders[0])
+    ways = [*VLLM, *(side for side in PEFT if side.mode in ("engine", "mixed", "switch", "copies"))]
+    with opened(ways, base, "causal_lm") as sides:
+        over_counts(run, "generation", sides, folders, run.counts, prompts(32, 16, seed=1), tokens=8)
+    with opened(VLLM, base, "causal_lm") as sides:
+        alone(run, "", sides, folders[:8], rounds=run.rounds)
 
 
-PARTS = {"embedding": embedding, "generation": generation, "embedding-nf4": lambda run, work: embedding(run, work, nf4=True)}
+def generation_nf4(run: Measurement, work: Path) -> None:
+    """The same Llama in NF4, in vLLM."""
+    from embedft.base import BaseSpec, base_folder
+
+    source = llama(work / "llama")
+    folders = adapters(work / "llama-nf4-adapters", source, "causal_lm", 8)
+    base = base_folder(BaseSpec(str(source), "nf4"))
+    run.sizes["generation-nf4"] = sizes(base, folders[0])
+    with opened(VLLM, base, "causal_lm", nf4=True) as sides:
+        alone(run, "-nf4", sides, folders, rounds=run.rounds)
+
+
+def alone(run: Measurement, suffix: str, sides: list[Side], folders: list[Path], *, rounds: int) -> None:
+    """32 sequences over 8 adapters: nothing but reading the prompt, then nearly nothing but writing."""
+    for side in sides:
+        side.register(folders)
+    for part, length, tokens in (("prefill", 48, 1), ("decode", 2, 12)):
+        requests = [Request(k % 8, row) for k, row in enumerate(prompts(FLIGHT, length, seed=2))]
+        run.rows += measure(part + suffix, sides, requests, count=8, popularity="distinct", flight=FLIGHT, tokens=tokens, rounds=rounds)
+
+
+def large(run: Measurement, work: Path) -> None:
+    """A random Llama of 1.1 B parameters in NF4: memory, switching and loading, against merged copies until memory ends."""
+    from embedft.base import BaseSpec, base_folder
+
+    source = llama(work / "llama-1b", hidden=2048, layers=16, heads=32, kv_heads=8, inner=8192)
+    folders = adapters(work / "llama-1b-adapters", source, "causal_lm", 32)
+    base = base_folder(BaseSpec(str(source), "nf4"))
+    run.sizes["large-nf4"] = sizes(base, folders[0])
+    ids = prompts(1, 16, seed=1)[0]
+    ways = [*(side for side in VLLM if side.mode != "stock"), *(side for side in PEFT if side.mode == "copies")]
+    with opened(ways, base, "causal_lm", nf4=True) as sides:
+        run.memory("large-nf4", 0, sides)
+        registered = 0
+        for count in (1, 2, 4, 8, 16, 32):
+            fitting = [side for side in sides if side.fits(count, run.sizes["large-nf4"], run.limit)]
+            for side in fitting:
+                side.register(folders[registered:count])
+                side.run([Request(count - 1, ids)], flight=1, tokens=1)
+            registered = count
+            run.memory("large-nf4", count, fitting)
+            if count == 2:
+                run.switches("large-nf4", fitting, ids, tokens=1, times=6)
+        run.cold_loads("large-nf4", fitting, folders[-1], ids, tokens=1)
+
+
+def sizes(base: Path, adapter: Path) -> dict[str, int]:
+    """Bytes on disk; a merged copy takes at least the base's."""
+    return {"base": size_on_disk(base), "copy": size_on_disk(base), "adapter": size_on_disk(adapter)}
+
+
+PARTS = {
+    "embedding": embedding,
+    "generation": generation,
+    "embedding-nf4": lambda run, work: embedding(run, work, nf4=True),
+    "generation-nf4": generation_nf4,
+    "large-nf4": large,
+}
 
 
 def main() -> None:

@@ -14,11 +14,19 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("EMBEDFT_CACHE", tempfile.mkdtemp(prefix="embedft-test-cache-"))
 os.environ["HF_HOME"] = os.environ["EMBEDFT_CACHE"] + "/hf"
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each worker: two pools that spin on the same cores take many times as long
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+LONGEST = ("test_line.py", "test_readme.py", "test_engine_vllm.py", "test_kinds_of_base.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why."""
+    # the longest files first: at the end of a run no worker is left alone with one
+    items.sort(key=lambda item: 0 if item.path.name in LONGEST else 1)
     has_vllm = importlib.util.find_spec("vllm") is not None
     for item in items:
         if item.get_closest_marker("vllm") and not has_vllm:

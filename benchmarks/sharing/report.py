@@ -38,12 +38,25 @@ def _row(run: dict[str, Any], way: str, **cell: Any) -> Any:
 
 
 def write(run: dict[str, Any], out: Path) -> None:
-    """share_the_base.json, .md and two .png in `out`."""
+    """share_the_base.json, .md and two .png in `out`. Parts that an earlier run measured there on the same machine stay."""
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "share_the_base.json").exists():
+        run = together(json.loads((out / "share_the_base.json").read_text()), run)
     (out / "share_the_base.json").write_text(json.dumps(run, indent=1) + "\n")
     (out / "share_the_base.md").write_text(markdown(run))
     _chart(out / "share_the_base_throughput.png", "requests per second", _throughput_lines(run, "embedding"))
     _chart(out / "share_the_base_memory.png", "MiB of the process (PSS)", _memory_lines(run, "embedding"))
+
+
+def together(before: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """`run`, and the parts of `before` that it did not measure: each row names its own run. Another machine's are left out."""
+    same = [before["hardware"][key] for key in ("cpu", "flags", "cores_each_side", "dtype")]
+    if same != [run["hardware"][key] for key in ("cpu", "flags", "cores_each_side", "dtype")] or before["versions"] != run["versions"]:
+        return run
+    parts = {row["part"] for row in [*run["rows"], *run["memory"]]} | run["sizes"].keys()
+    kept = {key: [row for row in before[key] if row["part"] not in parts] for key in ("rows", "memory", "switching", "loading")}
+    sizes = {part: size for part, size in before["sizes"].items() if part not in parts}
+    return {**run, **{key: rows + run[key] for key, rows in kept.items()}, "sizes": sizes | run["sizes"]}
 
 
 def markdown(run: dict[str, Any]) -> str:
@@ -53,7 +66,7 @@ def markdown(run: dict[str, Any]) -> str:
         f"{hardware['cpu']} ({', '.join(hardware['flags'])}), {hardware['cores_each_side']} cores for each side in turn, "
         f"{hardware['dtype']}, {run['rounds']} rounds, rank 16 on all linear layers, at most 32 requests in flight. "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-        + f". Run `{run['run'][:12]}`: ratios are medians over its rounds, each of neighbours in time.",
+        + ". Ratios are medians over the rounds of one run, each of neighbours in time; a table is one run.",
         "",
     ]
     for part in dict.fromkeys(row["part"] for row in run["rows"]):

@@ -50,9 +50,11 @@ class Side:
             return 0.0
         return self.ask(do="register", folders=[str(folder) for folder in folders])["seconds"]
 
-    def fits(self, count: int, base: int, limit: float) -> bool:
-        """Merged copies end where memory would."""
-        return self.mode != "copies" or count * base <= limit * 2**30
+    def fits(self, count: int, sizes: dict[str, int], limit: float) -> bool:
+        """Merged copies end where memory would; slow sides where their many adapters would leave none to the others."""
+        if self.mode == "copies":
+            return count * sizes["copy"] <= limit * 2**30
+        return self.fewer == 1 or count * sizes["adapter"] <= limit / 4 * 2**30
 
     def run(self, requests: Sequence[Request], *, flight: int, tokens: int) -> dict[str, Any]:
         own = [(None if self.mode == "base" else r.adapter, r.ids, r.arrival) for r in requests]
@@ -176,7 +178,8 @@ class Measurement:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "run": self.run, "rounds": self.rounds, "hardware": hardware(), "versions": versions(), "sizes": self.sizes, "rows": self.rows,
+            "run": self.run, "rounds": self.rounds, "hardware": hardware(), "versions": versions(), "sizes": self.sizes,
+            "rows": [{"run": self.run, **row} for row in self.rows],
             "memory": self.memories, "switching": self.switching, "loading": self.loading, "memory_limit_gib": self.limit,
         }  # fmt: skip
 
