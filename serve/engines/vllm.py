@@ -91,3 +91,14 @@ def check_base(folder: Path, info: BaseInfo, *, task: "Task", on_cpu: bool) -> N
     if on_cpu and size not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise EngineFailed(f"vLLM's CPU attention takes head sizes {sizes}; this base has {size}: use the peft engine")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if on_cpu and method == "compressed-tensors" and not _has_avx512():
+        raise EngineFailed(
+            "vLLM multiplies compressed-tensors weights on CPUs with AVX512 only, and this one has none: use the peft engine"
+        )
+
+
+def _has_avx512() -> bool:
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")

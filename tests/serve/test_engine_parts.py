@@ -1,5 +1,6 @@
 """Parts of the engines that need no process: command lines, the bank, sampling, detokenising."""
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -9,11 +10,12 @@ import torch
 
 from embedft.base import BaseSpec, load_base
 from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineFailed
+from embedft.model_folder import describe
 from serve.engines.command import KEY, EngineSettings, engine_command, parse_cores
 from serve.engines.peft.bank import AdapterBank
 from serve.engines.peft.sampling import Sampling, choose, token_logprobs
 from serve.engines.peft.text import Detokenizer
-from serve.engines.vllm import lora_rank
+from serve.engines.vllm import check_base, lora_rank
 from serve.engines.vllm_server import match_modules
 from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama, tiny_tokenizer
@@ -50,6 +52,19 @@ def test_vllm_is_not_started_for_a_base_it_cannot_serve(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(EngineFailed, match="head sizes"):
             engine_command("vllm", folder=base, task="embedding", socket=tmp_path / "s", settings=EngineSettings())
+
+
+def test_compressed_tensors_are_refused_where_vllm_has_no_kernel_for_them(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "compressed-tensors"}}))
+    check = functools.partial(check_base, folder, describe(folder), task="causal_lm")
+    check(on_cpu=False)
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        check(on_cpu=True)
+    else:
+        with pytest.raises(EngineFailed, match="AVX512 only.*use the peft engine"):
+            check(on_cpu=True)
 
 
 def test_an_adapters_modules_are_matched_or_refused() -> None:
