@@ -63,7 +63,7 @@ def test_compressed_tensors_are_refused_where_vllm_has_no_kernel_for_them(tmp_pa
     if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         check(on_cpu=True)
     else:
-        with pytest.raises(EngineFailed, match="AVX512 only.*use the peft engine"):
+        with pytest.raises(EngineFailed, match=r"AVX512 only.*use the peft engine"):
             check(on_cpu=True)
 
 
