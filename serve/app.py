@@ -16,6 +16,7 @@ from serve.errors import RETRY_AFTER, NotReady, as_envelope, envelope, status_of
 from serve.gateway import Gateway
 from serve.generation_routes import generation_routes
 from serve.openapi import complete
+from serve.rerank_routes import rerank_routes
 from serve.status_routes import status_routes
 
 
@@ -29,7 +30,7 @@ def create_app(gateway: Gateway) -> FastAPI:
             raise NotReady("the server is starting: /ready says when it is done")
 
     app.include_router(status_routes(gateway), responses=responses)
-    for routes in (generation_routes, embedding_routes, admin_routes):
+    for routes in (generation_routes, embedding_routes, rerank_routes, admin_routes):
         app.include_router(routes(gateway), dependencies=[Depends(started)], responses=responses)
     if gateway.config.indexes is not None:
         from serve.rag_routes import rag_routes  # FAISS and BM25 are loaded only where there is something to search

@@ -1,25 +1,22 @@
-"""/v1/embeddings and /v1/rerank."""
+"""/v1/embeddings, and TEI's /embed."""
 
 import asyncio
 import base64
-import uuid
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic_core import to_json
 
 from embedft.errors import InputInvalid
 from serve.body import read_body, unless_gone
 from serve.config import Limits
-from serve.embedding import Preparers, Vectors, Way, embed, unit, way_of
-from serve.engine import BASE
+from serve.embedding import Preparers, Vectors, Way, embed, way_of
 from serve.gateway import Gateway
 from serve.openapi import described
 from serve.routing import asked, choose
-from serve.schemas import EmbeddingRequest, RerankRequest
+from serve.schemas import EmbeddingRequest, EmbedRequest
 
 Inputs = list[str] | list[list[int]]
 
@@ -32,10 +29,10 @@ def embedding_routes(gateway: Gateway) -> APIRouter:
         body = await read_body(request, EmbeddingRequest, limit=gateway.config.limits.body_bytes)
         return await unless_gone(request, _embeddings(gateway, request, body, preparers))
 
-    @router.post("/v1/rerank", **described(RerankRequest, "Documents ordered by their vectors' closeness to the query's"))
-    async def rerank(request: Request) -> Response:
-        body = await read_body(request, RerankRequest, limit=gateway.config.limits.body_bytes)
-        return await unless_gone(request, _rerank(gateway, request, body, preparers))
+    @router.post("/embed", **described(EmbedRequest, "TEI's name and shape of /v1/embeddings: a list of vectors"))
+    async def embed_texts(request: Request) -> Response:
+        body = await read_body(request, EmbedRequest, limit=gateway.config.limits.body_bytes)
+        return await unless_gone(request, _embed_texts(gateway, request, body, preparers))
 
     return router
 
@@ -64,6 +61,23 @@ async def _embeddings(gateway: Gateway, request: Request, body: EmbeddingRequest
         groups = {name: [index for index, other in enumerate(names) if other == name] for name in ways}
         made = await _all(gateway, ways, groups, inputs, preparers, body)
     return _answer(body, names, ways, groups, made, listed=listed)
+
+
+async def _embed_texts(gateway: Gateway, request: Request, body: EmbedRequest, preparers: Preparers) -> Response:
+    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    check_size(texts, gateway.config.limits)
+    name, is_set = asked(request, given=body.adapter, is_set="adapter" in body.model_fields_set)
+    choice = choose(gateway.lifecycle, task="embedding", model=body.model, adapter=name, is_set=is_set)
+    async with AsyncExitStack() as stack:
+        resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
+        way = way_of(choice.engine, resident, input_type=body.prompt_name, dimensions=body.dimensions)
+        if body.normalize is not None and body.normalize != way.settings.normalize:
+            made = "of length 1" if way.settings.normalize else "as they come out of the model"
+            raise InputInvalid("normalize_unsupported", f"these vectors are made {made}: leave `normalize` out", "normalize")
+        with gateway.meters.measured(way.engine.name, resident.name if resident else None, "embeddings"):
+            vectors = await embed(way, texts, preparers, input_type=body.prompt_name, truncate=body.truncate is not False)
+            gateway.meters.count_tokens(way.engine.name, resident.name if resident else None, {"prompt_tokens": vectors.tokens})
+    return Response(to_json(vectors.rows.tolist()), media_type="application/json", headers=_headers({name: way}))
 
 
 async def _all(
@@ -138,39 +152,6 @@ def _headers(ways: dict[str | None, Way]) -> dict[str, str]:
         "x-embedft-base": distinct[0].engine.name,
         "x-embedft-lineage": ", ".join(way.lineage for way in distinct),
     }
-
-
-async def _rerank(gateway: Gateway, request: Request, body: RerankRequest, preparers: Preparers) -> Response:
-    check_size([body.query, *body.documents], gateway.config.limits)
-    name, is_set = asked(request, given=body.adapter, is_set="adapter" in body.model_fields_set)
-    choice = choose(gateway.lifecycle, task="embedding", model=body.model, adapter=name, is_set=is_set)
-    async with AsyncExitStack() as stack:
-        resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
-        stack.enter_context(gateway.meters.measured(choice.engine.name, resident.name if resident else None, "rerank"))
-        query_way = way_of(choice.engine, resident, input_type="query", dimensions=None)
-        document_way = way_of(choice.engine, resident, input_type="document", dimensions=None)
-        query, documents = await together(
-            [
-                embed(query_way, [body.query], preparers, input_type="query", truncate=True),
-                embed(document_way, body.documents, preparers, input_type="document", truncate=True),
-            ]
-        )
-    scores = unit(documents.rows) @ unit(query.rows)[0]
-    order = [int(index) for index in np.argsort(-scores, kind="stable")[: body.top_n]]
-    results = [{"index": index, "relevance_score": float(scores[index])} for index in order]
-    if body.return_documents:
-        results = [{**result, "document": {"text": body.documents[index]}} for result, index in zip(results, order, strict=True)]
-    content = {
-        "id": f"rerank-{uuid.uuid4().hex}",
-        "object": "rerank",
-        "model": resident.name if resident else choice.engine.name,
-        "results": results,
-        "usage": {"prompt_tokens": query.tokens + documents.tokens, "total_tokens": query.tokens + documents.tokens},
-        "truncated": query.truncated + documents.truncated,
-    }
-    label = resident.id if resident else BASE
-    headers = {"x-embedft-adapter": label, "x-embedft-base": choice.engine.name, "x-embedft-lineage": query_way.lineage}
-    return Response(to_json(content), media_type="application/json", headers=headers)
 
 
 def _inputs(given: str | list[int] | list[str] | list[list[int]]) -> Inputs:

@@ -84,9 +84,30 @@ class EmbeddingRequest(_Body):
     encoding_format: Literal["float", "base64"] | None = None
 
 
+class EmbedRequest(BaseModel):
+    """TEI's body. `normalize` and `truncation_direction` may only say what is so; `prompt_name` is an `input_type`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    inputs: StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
+    model: StrictStr | None = None
+    adapter: AdapterName | None = None
+    prompt_name: Literal["query", "document"] | None = None
+    truncate: StrictBool | None = None
+    truncation_direction: Literal["right", "Right"] | None = None
+    normalize: StrictBool | None = None
+    dimensions: Count | None = None
+
+
+class Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: StrictStr
+
+
 class RerankRequest(_Body):
     query: StrictStr
-    documents: Annotated[list[StrictStr], Field(min_length=1)]
+    documents: Annotated[list[StrictStr | Document], Field(min_length=1)]
     adapter: AdapterName | None = None
     top_n: Count | None = None
     return_documents: StrictBool = False

@@ -153,12 +153,24 @@ def test_only_trained_dimensions_are_given(shared: Server) -> None:
 def test_rerank_orders_by_closeness_and_sets_both_input_types(shared: Server, shared_world: World) -> None:
     body = {"model": "q", "query": "tea", "documents": ["one", "tea", "two"], "top_n": 2, "return_documents": True}
     response = shared.post("/v1/rerank", body)
+    as_objects = {**body, "documents": [{"text": text} for text in body["documents"]]}
+    for alias in ("/v2/rerank", "/rerank"):
+        assert shared.post(alias, as_objects).json()["results"] == response.json()["results"]
     query = expected(shared_world, "q", "tea")
     scores = [float(query @ expected(shared_world, None, text)) for text in body["documents"]]
     results = response.json()["results"]
     assert [result["index"] for result in results] == sorted(range(3), key=lambda i: -scores[i])[:2]
     assert results[0]["relevance_score"] == pytest.approx(max(scores), abs=1e-5)
     assert results[0]["document"]["text"] == body["documents"][results[0]["index"]]
+
+
+def test_teis_embed_gives_the_same_vectors_in_its_own_shape(shared: Server, shared_world: World) -> None:
+    response = shared.post("/embed?adapter=b", {"inputs": ["hi", "x" * 50], "prompt_name": "query", "truncate": True})
+    np.testing.assert_allclose(response.json()[0], expected(shared_world, "b", "ask: hi"), atol=1e-6)
+    assert response.headers["x-embedft-adapter"].startswith("b@")
+    assert len(shared.post("/embed", {"inputs": "hi", "normalize": True}).json()) == 1
+    refused(shared.post("/embed", {"inputs": "hi", "normalize": False}), 400, "normalize_unsupported")
+    refused(shared.post("/embed", {"inputs": "x" * 99, "truncate": False}), 400, "input_too_long")
 
 
 def test_a_base_is_not_asked_for_what_it_cannot_do(shared: Server) -> None:

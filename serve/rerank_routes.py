@@ -1,0 +1,80 @@
+"""/v1/rerank in the shape of Cohere, Jina and infinity: documents in order of their relevance to a query.
+
+The scores are cosines of an embedding base's or adapter's vectors; query and documents get the prompts of their kind.
+"""
+
+import time
+import uuid
+from contextlib import AsyncExitStack
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
+from pydantic_core import to_json
+
+from serve.body import read_body, unless_gone
+from serve.embedding import Preparers, embed, unit, way_of
+from serve.embedding_routes import check_size, together
+from serve.engine import BASE
+from serve.gateway import Gateway
+from serve.openapi import described
+from serve.routing import asked, choose
+from serve.schemas import RerankRequest
+
+
+def rerank_routes(gateway: Gateway) -> APIRouter:
+    router, preparers = APIRouter(tags=["embeddings"]), Preparers()
+
+    async def rerank(request: Request) -> Response:
+        body = await read_body(request, RerankRequest, limit=gateway.config.limits.body_bytes)
+        return await unless_gone(request, _rerank(gateway, request, body, preparers))
+
+    told = described(RerankRequest, "Documents in order of their relevance to a query")
+    router.add_api_route("/v1/rerank", rerank, methods=["POST"], **told)
+    for alias in ("/v2/rerank", "/rerank"):  # where Cohere's and infinity's clients look
+        router.add_api_route(alias, rerank, methods=["POST"], **{**told, "summary": "The same as /v1/rerank"})
+    return router
+
+
+async def _rerank(gateway: Gateway, request: Request, body: RerankRequest, preparers: Preparers) -> Response:
+    texts = [document if isinstance(document, str) else document.text for document in body.documents]
+    check_size([body.query, *texts], gateway.config.limits)
+    name, is_set = asked(request, given=body.adapter, is_set="adapter" in body.model_fields_set)
+    choice = choose(gateway.lifecycle, task="embedding", model=body.model, adapter=name, is_set=is_set)
+    async with AsyncExitStack() as stack:
+        resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
+        stack.enter_context(gateway.meters.measured(choice.engine.name, resident.name if resident else None, "rerank"))
+        query_way = way_of(choice.engine, resident, input_type="query", dimensions=None)
+        document_way = way_of(choice.engine, resident, input_type="document", dimensions=None)
+        query, documents = await together(
+            [
+                embed(query_way, [body.query], preparers, input_type="query", truncate=True),
+                embed(document_way, texts, preparers, input_type="document", truncate=True),
+            ]
+        )
+        tokens = query.tokens + documents.tokens
+        gateway.meters.count_tokens(choice.engine.name, resident.name if resident else None, {"prompt_tokens": tokens})
+    headers = {
+        "x-embedft-adapter": resident.id if resident else BASE,
+        "x-embedft-base": choice.engine.name,
+        "x-embedft-lineage": query_way.lineage,
+    }
+    content = {
+        "id": f"rerank-{uuid.uuid4().hex}",
+        "object": "rerank",
+        "created": int(time.time()),
+        "model": resident.name if resident else choice.engine.name,
+        "results": _ordered(unit(documents.rows) @ unit(query.rows)[0], texts, body),
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "truncated": query.truncated + documents.truncated,
+    }
+    return Response(to_json(content), media_type="application/json", headers=headers)
+
+
+def _ordered(scores: NDArray[np.float32], texts: list[str], body: RerankRequest) -> list[dict[str, object]]:
+    """The best `top_n`, best first; of equal ones the earlier document first."""
+    order = [int(index) for index in np.argsort(-scores, kind="stable")[: body.top_n]]
+    results: list[dict[str, object]] = [{"index": index, "relevance_score": float(scores[index])} for index in order]
+    if body.return_documents:
+        results = [{**result, "document": {"text": texts[index]}} for result, index in zip(results, order, strict=True)]
+    return results
