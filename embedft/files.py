@@ -89,12 +89,16 @@ def publish_folder(stage: Path, out: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:  # a full disk leaves the old file, and no half of the new one
+        Path(name).unlink(missing_ok=True)
+        raise
     _fsync(path.parent)
 
 

@@ -1,33 +1,25 @@
 """/v1/adapters and vLLM's load and unload: what is served, and its change by those who hold the admin token."""
 
-import hmac
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic_core import to_json
 
 from embedft.adapters.probes import ProbeReport
-from embedft.errors import AdapterNotFound, InputInvalid, NotAuthorized
+from embedft.adapters.store import check_name
+from embedft.errors import AdapterInvalid, AdapterNotFound, InputInvalid
 from serve.body import read_body
 from serve.embedding import way_of
 from serve.gateway import Gateway
 from serve.lifecycle import Resident
+from serve.mixes import PREFIX
 from serve.openapi import described
-from serve.schemas import LoadLora, PutAdapter, UnloadLora
+from serve.schemas import LoadLora, PutAdapter, PutAlias, UnloadLora
+from serve.visible import visible
+from serve.who import admin_only
 
 ADMIN_BODY = 64 << 10
-
-
-def admin_only(gateway: Gateway) -> list[Any]:
-    """Dependencies of a route that changes what is served. NotAuthorized without the admin token."""
-
-    def admin(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {gateway.admin_token}".encode()):
-            raise NotAuthorized("this changes what is served: send the admin token as `Authorization: Bearer …`")
-
-    return [Depends(admin)]
 
 
 def admin_routes(gateway: Gateway) -> APIRouter:
@@ -35,26 +27,32 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     only_admin = admin_only(gateway)
 
     @router.get("/v1/adapters", summary="All adapters: served, draining, and those of the store that are not served, with the reason")
-    def adapters() -> Response:
-        rows = [view(resident) for resident in [*lifecycle.live.values(), *lifecycle.draining()]]
+    def adapters(request: Request) -> Response:
+        may_use = visible(gateway, request).may_use
+        rows = [view(resident) for resident in [*lifecycle.live.values(), *lifecycle.draining()] if may_use(resident.name)]
         for row in rows:
             if row["name"] in lifecycle.refused:
                 row["refused"] = lifecycle.refused[row["name"]]  # a newer generation, which is not the one that serves
-        rows += [{"name": name, "state": "unserved", "reason": reason} for name, reason in lifecycle.unserved().items()]
+        rows += [{"name": name, "state": "unserved", "reason": reason} for name, reason in lifecycle.unserved().items() if may_use(name)]
         return _json({"object": "list", "data": sorted(rows, key=lambda row: row["name"])})
 
     @router.get("/v1/adapters/{name}", summary="One adapter")
-    def adapter(name: str) -> Response:
-        if name not in lifecycle.live and (reason := lifecycle.unserved().get(name)):
+    def adapter(name: str, request: Request) -> Response:
+        seen = visible(gateway, request)
+        if seen.may_use(name) and name not in lifecycle.live and (reason := lifecycle.unserved().get(name)):
             return _json({"name": name, "state": "unserved", "reason": reason})
-        return _json(view(lifecycle.get(name)))
+        return _json(view(seen.get(name)))
 
     put_body = described(PutAdapter, "Load or replace: the new generation is proven beside the old, then the name moves in one step")
 
     @router.put("/v1/adapters/{name}", dependencies=only_admin, **put_body)
     async def put(name: str, request: Request) -> Response:
         body = await read_body(request, PutAdapter, limit=ADMIN_BODY)
-        resident = await lifecycle.put(name, source=body.source, pin=body.pin, expected=body.expected_generation)
+        check_name(name)
+        if name in gateway.aliases.all or name.startswith(PREFIX):
+            raise AdapterInvalid(name, "an alias or a mix has that name: choose another")
+        source = await gateway.importer.source_of(name, body.source, base=body.base, generation=body.generation)
+        resident = await lifecycle.put(name, source=source, pin=body.pin, expected=body.expected_generation)
         return _json(view(resident))
 
     @router.delete("/v1/adapters/{name}", dependencies=only_admin, summary="Stop serving; what runs is finished, the store keeps it")
@@ -64,6 +62,27 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     @router.post("/v1/adapters/{name}/verify", dependencies=only_admin, summary="Replay the probes through the live engine")
     async def verify(name: str) -> Response:
         return _json({"name": name, "generation": lifecycle.get(name).generation, "probe": _report(await lifecycle.verify(name))})
+
+    @router.get("/v1/aliases", summary="Names that split traffic")
+    def aliases(request: Request) -> Response:
+        return _json({"object": "list", "data": visible(gateway, request).aliases})
+
+    alias_body = described(PutAlias, "Split a name's traffic between adapters or generations, sticky by the header x-embedft-sticky")
+
+    @router.put("/v1/aliases/{name}", dependencies=only_admin, **alias_body)
+    async def put_alias(name: str, request: Request) -> Response:
+        body = await read_body(request, PutAlias, limit=ADMIN_BODY)
+        if name in lifecycle.live or name in lifecycle.engines or name.startswith(PREFIX):
+            raise AdapterInvalid(name, "an adapter or a base has that name: choose another")
+        if len({lifecycle.get(variant).engine.name for variant in body.variants}) > 1:
+            raise InputInvalid("alias_invalid", "the variants are of different bases", "variants")
+        gateway.aliases.put(name, body.variants)
+        return _json({"name": name, "variants": gateway.aliases.all[name]})
+
+    @router.delete("/v1/aliases/{name}", dependencies=only_admin, summary="Forget an alias")
+    async def delete_alias(name: str) -> Response:
+        gateway.aliases.delete(name)
+        return _json({"name": name, "variants": None})
 
     @router.post("/v1/load_lora_adapter", dependencies=only_admin, **described(LoadLora, "vLLM's alias of PUT"))
     async def load(request: Request) -> Response:
@@ -102,6 +121,7 @@ def view(resident: Resident) -> dict[str, Any]:
         "prompts": passport.prompts,
         "metrics": passport.metrics,
         "pinned": resident.pinned,
+        "loaded": resident.loaded,
         "leases": resident.leases,
         "unproven": passport.unproven,
         "probe": _report(resident.report) if resident.report else None,

@@ -8,16 +8,18 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from embedft.errors import EmbedftError
+from serve.access import AccessLog
 from serve.admin_routes import admin_routes
 from serve.body import ClientGone
 from serve.door import Door
 from serve.embedding_routes import embedding_routes
-from serve.errors import RETRY_AFTER, NotReady, as_envelope, envelope, status_of
+from serve.errors import NotReady, as_envelope, envelope, headers_of, status_of
 from serve.gateway import Gateway
 from serve.generation_routes import generation_routes
 from serve.openapi import complete
 from serve.rerank_routes import rerank_routes
-from serve.status_routes import status_routes
+from serve.status_routes import model_routes, status_routes
+from serve.who import known
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -25,29 +27,35 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="embedft", summary="Many adapters over one frozen base, chosen per request with adapter=", redoc_url=None)
     responses: dict[int | str, dict[str, Any]] = {"default": {"description": "OpenAI's error envelope with a stable code"}}
 
-    def started() -> None:
+    async def started() -> None:
         if not gateway.started:
             raise NotReady("the server is starting: /ready says when it is done")
 
+    asked_by = [Depends(known(gateway)), Depends(started)]
     app.include_router(status_routes(gateway), responses=responses)
-    for routes in (generation_routes, embedding_routes, rerank_routes, admin_routes):
-        app.include_router(routes(gateway), dependencies=[Depends(started)], responses=responses)
+    for routes in (model_routes, generation_routes, embedding_routes, rerank_routes, admin_routes):
+        app.include_router(routes(gateway), dependencies=asked_by, responses=responses)
     if gateway.config.indexes is not None:
         from serve.rag_routes import rag_routes  # FAISS and BM25 are loaded only where there is something to search
 
-        app.include_router(rag_routes(gateway), dependencies=[Depends(started)], responses=responses)
-    _errors(app)
+        app.include_router(rag_routes(gateway), dependencies=asked_by, responses=responses)
+    _errors(app, gateway)
     complete(app)
-    app.add_middleware(Door, hosts=gateway.config.allowed_hosts)
+    app.add_middleware(Door, config=gateway.config)
+    app.add_middleware(AccessLog, write=None if gateway.config.access_log else _nothing, texts=gateway.config.log_texts)
     return app
 
 
-def _errors(app: FastAPI) -> None:
+def _nothing(_: str) -> None:
+    return
+
+
+def _errors(app: FastAPI, gateway: Gateway) -> None:
     @app.exception_handler(EmbedftError)
-    async def ours(_: Request, error: EmbedftError) -> Response:
-        status = status_of(error)
-        headers = {503: {"retry-after": RETRY_AFTER}, 401: {"www-authenticate": "Bearer"}}.get(status)
-        return JSONResponse(as_envelope(error), status_code=status, headers=headers)
+    async def ours(request: Request, error: EmbedftError) -> Response:
+        gateway.meters.refused.labels(error.code).inc()
+        request.state.record.tell(code=error.code)
+        return JSONResponse(as_envelope(error), status_code=status_of(error), headers=headers_of(error))
 
     @app.exception_handler(HTTPException)
     async def framework(_: Request, error: HTTPException) -> Response:
@@ -58,6 +66,12 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
         return JSONResponse(envelope(str(error)[:300], code="invalid_parameter", status=400), status_code=400)
+
+    @app.exception_handler(OSError)
+    async def disk(request: Request, error: OSError) -> Response:
+        request.state.record.tell(code="storage_failed")
+        body = envelope(f"the server's disk did not take or give it: {error.strerror}", code="storage_failed", status=507)
+        return JSONResponse(body, status_code=507)
 
     @app.exception_handler(ClientGone)
     async def gone(_: Request, __: ClientGone) -> Response:

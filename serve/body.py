@@ -14,6 +14,7 @@ from serve.errors import BodyTooLarge, MediaTypeUnsupported
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Result = TypeVar("Result")
+LOGGED = 4000  # bytes of a body in the log, where it was asked for
 
 
 async def read_body(request: Request, schema: type[Schema], *, limit: int) -> Schema:
@@ -29,6 +30,8 @@ async def read_body(request: Request, schema: type[Schema], *, limit: int) -> Sc
         content += chunk
         if len(content) > limit:
             raise BodyTooLarge(f"the body is larger than {limit} bytes")
+    if request.state.record.texts:
+        request.state.record.tell(body=bytes(content[:LOGGED]).decode("utf-8", "replace"))
     return validated(schema, parse(bytes(content)))
 
 

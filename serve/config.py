@@ -13,6 +13,8 @@ from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
 from embedft.errors import EmbedftError, UsageError
 from serve.engines.command import parse_cores
+from serve.remote import Sources
+from serve.tenants import TenantEntry, read_keys
 
 EngineKind = Literal["vllm", "peft", "fake"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -23,7 +25,11 @@ class _Section(BaseModel):
 
 
 class BaseConfig(_Section):
-    """One base in one engine. `name` is what clients put into `model`."""
+    """One base in one engine. `name` is what clients put into `model`; `places`: how many requests the engine is given at once.
+
+    `slots`: how many adapters it holds at once; none: all of them. vLLM has its own LRU beneath (`max_loras` on the device).
+    `tool_parser`: how vLLM finds the base's own tool calls in its text.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     model: str
@@ -36,6 +42,9 @@ class BaseConfig(_Section):
     cores: str | None = None
     max_length: PositiveInt | None = None
     kv_gib: PositiveFloat | None = None
+    places: PositiveInt = 32
+    slots: PositiveInt | None = None
+    tool_parser: str | None = Field(default=None, pattern=r"^[a-z0-9_]+$")
 
     @property
     def spec(self) -> BaseSpec:
@@ -43,17 +52,28 @@ class BaseConfig(_Section):
 
 
 class Limits(_Section):
-    """Caps on one request; beyond them it is a 400 or a 413, never a slow death."""
+    """Caps on one request; beyond them it is a 400 or a 413, never a slow death. And on what may wait: beyond that, 429 or 503.
+
+    `requests`: under way in all; `queue`: requests waiting at one base, `tenant_queue` of one tenant; `queue_seconds`: the longest
+    wait; `held_bytes`: of all bodies at once; `mixes`: of one tenant, each kept so long after its last use.
+    """
 
     body_bytes: PositiveInt = 16 << 20
     n: PositiveInt = 16
     max_tokens: PositiveInt = 4096
     inputs: PositiveInt = 2048
     text_characters: PositiveInt = 1_000_000
+    requests: PositiveInt = 4096
+    queue: PositiveInt = 1024
+    tenant_queue: PositiveInt = 256
+    queue_seconds: PositiveFloat = 120.0
+    held_bytes: PositiveInt = 512 << 20
+    mixes: PositiveInt = 4
+    mix_seconds: PositiveFloat = 900.0
 
 
 class ServerConfig(_Section):
-    """`indexes`: the folder of RAG indexes, or none.
+    """`indexes`: the folder of RAG indexes, or none. `keys`: the tenants' file; without one ($EMBEDFT_KEYS neither) only loopback is bound.
 
     `start_seconds`: how long an engine may take to answer first; `stop_seconds`: how long it may take to end.
     """
@@ -61,6 +81,11 @@ class ServerConfig(_Section):
     bases: tuple[BaseConfig, ...] = Field(min_length=1)
     adapters: Path
     indexes: Path | None = None
+    keys: Path | None = None
+    tenants: tuple[TenantEntry, ...] = ()
+    sources: Sources = Sources()
+    access_log: bool = True
+    log_texts: bool = False
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     allowed_hosts: tuple[str, ...] = ()
@@ -73,7 +98,7 @@ class ServerConfig(_Section):
         names = [base.name for base in self.bases]
         if len(set(names)) != len(names):
             raise ValueError(f"two bases of one name: {', '.join(names)}")
-        if self.host not in LOOPBACK:
+        if self.host not in LOOPBACK and not self.tenants:
             raise ValueError(f"host {self.host}: without a keys file the server binds to loopback only; use 127.0.0.1")
         return self
 
@@ -95,9 +120,12 @@ def load_config(
     content = {"adapters": str(store.root), "host": host, "port": port, **content}
     if indexes is not None:
         content["indexes"] = str(indexes.resolve())
-    for key in ("adapters", "indexes"):
+    if "tenants" in content:
+        raise UsageError(f"{path}: tenants stand in a file of their own: keys: FILE")
+    for key in ("adapters", "indexes", "keys"):
         if path and content.get(key) and not Path(str(content[key])).is_absolute():
             content[key] = str((path.parent / str(content[key])).resolve())
+    content["tenants"] = read_keys(Path(str(content["keys"])) if content.get("keys") else None)
     try:
         config = ServerConfig.model_validate(content)
     except ValidationError as error:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic_core import to_json
 
 from embedft.errors import InputInvalid
+from serve.admission import Budget, guessed
 from serve.body import read_body, unless_gone
 from serve.config import Limits
 from serve.embedding import Preparers, Vectors, Way, embed, way_of
@@ -17,6 +18,7 @@ from serve.gateway import Gateway
 from serve.openapi import described
 from serve.routing import asked, choose
 from serve.schemas import EmbeddingRequest, EmbedRequest
+from serve.visible import Visible, visible
 
 Inputs = list[str] | list[list[int]]
 
@@ -40,6 +42,7 @@ def embedding_routes(gateway: Gateway) -> APIRouter:
 async def _embeddings(gateway: Gateway, request: Request, body: EmbeddingRequest, preparers: Preparers) -> Response:
     inputs = _inputs(body.input)
     check_size(inputs, gateway.config.limits)
+    seen, cost = visible(gateway, request), guessed(sum(map(len, inputs)))
     listed = isinstance(body.adapter, list)
     if listed and "adapter" in request.query_params:
         raise InputInvalid("adapter_conflict", "a list of adapters in the body and ?adapter= exclude each other", "adapter")
@@ -48,18 +51,19 @@ async def _embeddings(gateway: Gateway, request: Request, body: EmbeddingRequest
         if len(names) != len(inputs):
             raise InputInvalid("adapter_count", f"{len(names)} adapters for {len(inputs)} inputs: send one for each", "adapter")
     else:
-        name, is_set = asked(request, given=body.adapter, is_set="adapter" in body.model_fields_set)
+        name, is_set = asked(request, given=await seen.named(body.adapter), is_set="adapter" in body.model_fields_set)
         names = [name] * len(inputs)
     async with AsyncExitStack() as stack:
+        budget = await stack.enter_async_context(seen.limited(cost))
         ways: dict[str | None, Way] = {}
         for name in dict.fromkeys(names):
-            choice = choose(gateway.lifecycle, task="embedding", model=body.model, adapter=name, is_set=is_set)
-            resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
+            choice = choose(seen, task="embedding", model=body.model, adapter=name, is_set=is_set)
+            resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
             ways[name] = way_of(choice.engine, resident, input_type=body.input_type, dimensions=body.dimensions)
         if len({way.engine.name for way in ways.values()}) > 1:
             raise InputInvalid("adapter_conflict", "the adapters are of different bases: ask each base by itself", "adapter")
         groups = {name: [index for index, other in enumerate(names) if other == name] for name in ways}
-        made = await _all(gateway, ways, groups, inputs, preparers, body)
+        made = await _all(seen, budget, ways, groups, inputs, preparers, body)
     return _answer(body, names, ways, groups, made, listed=listed)
 
 
@@ -67,21 +71,24 @@ async def _embed_texts(gateway: Gateway, request: Request, body: EmbedRequest, p
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     check_size(texts, gateway.config.limits)
     name, is_set = asked(request, given=body.adapter, is_set="adapter" in body.model_fields_set)
-    choice = choose(gateway.lifecycle, task="embedding", model=body.model, adapter=name, is_set=is_set)
+    seen = visible(gateway, request)
+    choice = choose(seen, task="embedding", model=body.model, adapter=name, is_set=is_set)
     async with AsyncExitStack() as stack:
-        resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
+        resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
         way = way_of(choice.engine, resident, input_type=body.prompt_name, dimensions=body.dimensions)
         if body.normalize is not None and body.normalize != way.settings.normalize:
             made = "of length 1" if way.settings.normalize else "as they come out of the model"
             raise InputInvalid("normalize_unsupported", f"these vectors are made {made}: leave `normalize` out", "normalize")
-        with gateway.meters.measured(way.engine.name, resident.name if resident else None, "embeddings"):
+        cost = guessed(sum(map(len, texts)))
+        async with seen.admitted(way.engine, seen.counted(resident), route="embeddings", cost=cost) as ticket:
             vectors = await embed(way, texts, preparers, input_type=body.prompt_name, truncate=body.truncate is not False)
-            gateway.meters.count_tokens(way.engine.name, resident.name if resident else None, {"prompt_tokens": vectors.tokens})
+            ticket.count({"prompt_tokens": vectors.tokens})
     return Response(to_json(vectors.rows.tolist()), media_type="application/json", headers=_headers({name: way}))
 
 
 async def _all(
-    gateway: Gateway,
+    seen: Visible,
+    budget: Budget,
     ways: dict[str | None, Way],
     groups: dict[str | None, list[int]],
     inputs: Inputs,
@@ -90,11 +97,12 @@ async def _all(
 ) -> dict[str | None, Vectors]:
     async def one(name: str | None) -> Vectors:
         way = ways[name]
-        adapter = way.resident.name if way.resident else None
-        with gateway.meters.measured(way.engine.name, adapter, "embeddings"):
-            chosen = [inputs[index] for index in groups[name]]
+        adapter = seen.counted(way.resident)
+        chosen = [inputs[index] for index in groups[name]]
+        cost = guessed(sum(map(len, chosen)))
+        async with seen.placed(budget, way.engine, adapter, route="embeddings", cost=cost) as ticket:
             vectors = await embed(way, chosen, preparers, input_type=body.input_type, truncate=body.truncate)  # pyright: ignore[reportArgumentType]
-            gateway.meters.count_tokens(way.engine.name, adapter, {"prompt_tokens": vectors.tokens})
+            ticket.count({"prompt_tokens": vectors.tokens})
             return vectors
 
     return dict(zip(ways, await together([one(name) for name in ways]), strict=True))

@@ -35,6 +35,12 @@ class Engine:
     def max_length(self) -> int:
         return min(self.config.max_length or self.info.max_length, self.info.max_length)
 
+    @property
+    def public_model(self) -> str:
+        """What a passport may call this base: no path of this machine."""
+        model = self.config.model
+        return Path(model).name if Path(model).expanduser().is_dir() or Path(model).is_absolute() else model
+
     def plain_settings(self) -> EncodeSettings:
         """How the base's own vectors are made: no prompts."""
         return EncodeSettings(self.info.pooling, self.info.normalize, self.max_length)
@@ -55,6 +61,8 @@ def create_engine(base: BaseConfig, server: ServerConfig, folder: Path, *, prepa
         cores=base.cores,
         max_length=base.max_length,
         kv_gib=base.kv_gib,
+        max_cpu_loras=base.slots,
+        tool_parser=base.tool_parser,
     )
     argv, env = engine_command(kind, folder=weights, task=base.task, socket=socket, settings=settings, key=key)
     env = {**env, KEY: key, "EMBEDFT_HIDDEN_SIZE": str(info.hidden_size)}

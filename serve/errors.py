@@ -1,5 +1,6 @@
 """Errors on the wire: one table from exception to status, and OpenAI's envelope. Knows no route."""
 
+import math
 from typing import Any
 
 from embedft.errors import (
@@ -50,6 +51,30 @@ class NotReady(EngineBusy):
     code = "engine_not_ready"
 
 
+class AdminRequired(ServingError):
+    """The key is good, but not for this."""
+
+    code = "admin_required"
+
+
+class RateLimited(ServingError):
+    """A tenant's own limit: `what` is requests, tokens, concurrency or queue. `retry_after` in seconds."""
+
+    def __init__(self, what: str, message: str, retry_after: float) -> None:
+        self.code, self.retry_after = f"{what}_limit_exceeded", retry_after
+        super().__init__(message)
+
+
+class QueueFull(EngineBusy):
+    code = "queue_full"
+
+
+class AdapterUnavailable(EngineBusy):
+    """It is served, but cannot be loaded now: its files are gone or damaged."""
+
+    code = "adapter_unavailable"
+
+
 class EngineRejected(ServingError):
     """The engine refused the request as malformed; its own words and code are passed on."""
 
@@ -64,6 +89,7 @@ STATUS: dict[type[EmbedftError], int] = {
     EngineRejected: 400,
     NotAuthorized: 401,
     OriginRefused: 403,
+    AdminRequired: 403,
     ModelNotFound: 404,
     AdapterNotFound: 404,
     BaseMismatch: 409,
@@ -78,11 +104,12 @@ STATUS: dict[type[EmbedftError], int] = {
     ProbesFailed: 422,
     MethodUnsupported: 422,
     AdapterError: 422,
+    RateLimited: 429,
     BaseError: 500,
     EngineFailed: 502,
     EngineBusy: 503,
 }
-RETRY_AFTER = "2"  # seconds, with every 503
+RETRY_AFTER = "2"  # seconds, with every 503 that does not know better
 
 
 def status_of(error: EmbedftError) -> int:
@@ -90,9 +117,18 @@ def status_of(error: EmbedftError) -> int:
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
 
 
+def headers_of(error: EmbedftError) -> dict[str, str]:
+    """What goes with the status: when to come back, how to show a key."""
+    status = status_of(error)
+    if status in (429, 503):
+        wait = getattr(error, "retry_after", None)
+        return {"retry-after": RETRY_AFTER if wait is None else str(max(1, math.ceil(wait)))}
+    return {"www-authenticate": "Bearer"} if status == 401 else {}
+
+
 def envelope(message: str, *, code: str, status: int, param: str | None = None) -> dict[str, Any]:
     """OpenAI's error body."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

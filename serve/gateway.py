@@ -8,10 +8,16 @@ import tempfile
 from pathlib import Path
 
 from embedft.adapters.store import AdapterStore
+from serve.admission import Admission
+from serve.aliases import Aliases
 from serve.config import ServerConfig
 from serve.engine import Engine, create_engine
+from serve.importing import Importer
 from serve.lifecycle import Lifecycle
 from serve.metrics import Meters
+from serve.mixes import Mixes
+from serve.prover import Prover
+from serve.tenants import Tenants
 
 
 class Gateway:
@@ -23,6 +29,12 @@ class Gateway:
         self.lifecycle = Lifecycle((), self.store)
         self.meters = Meters(self.lifecycle)
         self.admin_token = admin_token or os.environ.get("EMBEDFT_ADMIN_TOKEN") or secrets.token_urlsafe(24)
+        self.tenants = Tenants(config.tenants, token=self.admin_token)
+        self.admission = Admission(config.limits, self.meters, shared=self.tenants.keyed)
+        prover, limits = Prover(), config.limits
+        self.importer = Importer(self.store, self.lifecycle.engines, prover, config.sources)
+        self.mixes = Mixes(self.lifecycle, self.store, prover, quota=limits.mixes, seconds=limits.mix_seconds)
+        self.aliases = Aliases(self.store.root)
         self.started = False
         self._folder = Path(tempfile.mkdtemp(prefix="embedft-"))  # 0700
         if len(str(self._folder)) > 40:  # a socket's path may have 107 bytes

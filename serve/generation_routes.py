@@ -11,18 +11,21 @@ from pydantic_core import from_json, to_json
 from starlette.types import Receive, Scope, Send
 
 from embedft.errors import EmbedftError, InputInvalid
+from serve.admission import Ticket, guessed
 from serve.body import read_body, unless_gone
 from serve.config import Limits
 from serve.engine import BASE
 from serve.errors import as_envelope
 from serve.gateway import Gateway
 from serve.lifecycle import Resident
-from serve.metrics import Outcome
 from serve.openapi import described
 from serve.routing import Choice, asked, choose
 from serve.schemas import OURS, ChatRequest, CompletionRequest
+from serve.visible import visible
 
 DONE = b"[DONE]"
+SALTED = ("vllm", "fake")  # engines that keep prefixes from one request to the next
+DEFAULT_TOKENS = 256  # of an answer, where the request names no number
 
 
 def generation_routes(gateway: Gateway) -> APIRouter:
@@ -43,57 +46,63 @@ def generation_routes(gateway: Gateway) -> APIRouter:
 
 async def _generate(gateway: Gateway, request: Request, body: ChatRequest | CompletionRequest, path: str, route: str) -> Response:
     check_caps(body, gateway.config.limits)
-    name, is_set = asked(request, given=body.adapter, is_set="adapter" in body.model_fields_set)
-    choice = choose(gateway.lifecycle, task="causal_lm", model=body.model, adapter=name, is_set=is_set)
+    seen = visible(gateway, request)
+    name, is_set = asked(request, given=await seen.named(body.adapter), is_set="adapter" in body.model_fields_set)
+    choice = choose(seen, task="causal_lm", model=body.model, adapter=name, is_set=is_set)
     async with AsyncExitStack() as stack:
-        resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
+        cost = cost_of(body)
+        budget = await stack.enter_async_context(seen.limited(cost))
+        resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
         choice.engine.supervisor.require_ready()
         fields = body.model_dump(exclude_unset=True, exclude_none=True, exclude=OURS)
         sent = {**fields, "model": resident.id if resident else BASE}
-        call = Call(gateway, choice, resident)
-        outcome = stack.enter_context(gateway.meters.measured(choice.engine.name, call.adapter, route))
+        if choice.engine.config.engine in SALTED:
+            sent["cache_salt"] = gateway.tenants.salt(seen.tenant)
+        adapter = seen.counted(resident)
+        ticket = await stack.enter_async_context(seen.placed(budget, choice.engine, adapter, route=route, cost=cost))
+        call = Call(choice, resident, ticket)
         if body.stream:
             sent["stream_options"] = {**(body.stream_options or {}), "include_usage": True}
             events = await stack.enter_async_context(choice.engine.client.stream(path, sent))
             wanted = bool((body.stream_options or {}).get("include_usage"))
-            lines = call.relabelled(events, outcome, usage_wanted=wanted)
+            lines = call.relabelled(events, usage_wanted=wanted)
             return OwnedStream(lines, stack.pop_all(), headers=call.headers)
         answer = await unless_gone(request, choice.engine.client.call(path, sent))
-        gateway.meters.count_tokens(choice.engine.name, call.adapter, answer.get("usage"))
+        ticket.count(answer.get("usage"))
         return Response(to_json({**answer, "model": call.public}), media_type="application/json", headers=call.headers)
 
 
 class Call:
     """One request's names: what the client is told, and what is counted."""
 
-    def __init__(self, gateway: Gateway, choice: Choice, resident: Resident | None) -> None:
-        self.meters, self.base = gateway.meters, choice.engine.name
-        self.adapter = resident.name if resident else None
-        self.public = self.adapter or self.base
+    def __init__(self, choice: Choice, resident: Resident | None, ticket: Ticket) -> None:
+        self.ticket, self.base = ticket, choice.engine.name
+        self.adapter = ticket.adapter
+        self.public = resident.name if resident else self.base
         self.headers = {"x-embedft-adapter": resident.id if resident else BASE, "x-embedft-base": self.base}
 
-    async def relabelled(self, events: AsyncIterator[bytes], outcome: Outcome, *, usage_wanted: bool) -> AsyncIterator[bytes]:
+    async def relabelled(self, events: AsyncIterator[bytes], *, usage_wanted: bool) -> AsyncIterator[bytes]:
         """The engine's events under the public name. One that dies ends the stream with an error event, no [DONE]."""
         began, first = time.perf_counter(), True
         try:
             async for payload in events:
                 if first:
-                    self.meters.first.labels(self.base, self.adapter or "").observe(time.perf_counter() - began)
+                    self.ticket.meters.first.labels(self.base, self.adapter or "").observe(time.perf_counter() - began)
                     first = False
                 if payload == DONE:
                     yield b"data: [DONE]\n\n"
                     return
                 event: dict[str, Any] = from_json(payload)
                 if event.get("usage") and not event.get("choices"):
-                    self.meters.count_tokens(self.base, self.adapter, event["usage"])
+                    self.ticket.count(event["usage"])
                     if not usage_wanted:
                         continue
                 if "model" in event:
                     event["model"] = self.public
                 yield b"data: " + to_json(event) + b"\n\n"
-            outcome.status = "error"
+            self.ticket.status = "error"
         except EmbedftError as error:
-            outcome.status = "error"
+            self.ticket.status = "error"
             yield b"data: " + to_json(as_envelope(error)) + b"\n\n"
 
 
@@ -107,6 +116,18 @@ class OwnedStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._owned:
             await super().__call__(scope, receive, send)
+
+
+def cost_of(body: ChatRequest | CompletionRequest) -> int:
+    """The most tokens that a request may use, guessed from its characters."""
+    if isinstance(body, CompletionRequest):
+        given = body.prompt
+        characters = len(given) if isinstance(given, str) else sum(len(one) if not isinstance(one, int) else 4 for one in given)
+        asked_for = body.max_tokens or DEFAULT_TOKENS
+    else:
+        characters = sum(len(str(message.content or "")) for message in body.messages)
+        asked_for = body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS
+    return guessed(characters, asked_for * (body.n or 1))
 
 
 def check_caps(body: ChatRequest | CompletionRequest, limits: Limits) -> None:

@@ -6,39 +6,42 @@ step, the old one drains and is unloaded. A refusal leaves what was serving unto
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from embedft.adapters.passport import Passport, generation, read_passport
+from embedft.adapters.passport import CONFIG, WEIGHTS, Passport, generation, read_passport
 from embedft.adapters.probes import ProbeReport
-from embedft.adapters.store import AdapterStore, check_name
+from embedft.adapters.store import GENERATION, AdapterStore, check_name
 from embedft.adapters.transfer import check_contents
 from embedft.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, EmbedftError, GenerationConflict, ProbesFailed
 from serve.engine import Engine
-from serve.errors import NotReady
+from serve.errors import AdapterUnavailable, NotReady
 from serve.probing import probe
+from serve.slots import Seat, Slots
 from serve.sources import Found, find
+
+KEPT_EARLIER = 4  # earlier generations that stay loaded though no request asks for them
 
 
 @dataclass(eq=False)
-class Resident:
-    """One generation in one engine. `leases` counts the requests that use it now; `idle` is set while there is none."""
+class Resident(Seat):
+    """One generation over one engine. `earlier`: not what its name serves, but asked for by its generation.
+
+    `proven` is the state of its files when its probes passed: as long as that is the same, a later load needs no probing.
+    """
 
     name: str
     generation: str
     folder: Path
     passport: Passport
     engine: Engine
-    pinned: bool = False
     report: ProbeReport | None = None
     retired: bool = False
-    leases: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.idle.set()
+    earlier: bool = False
+    proven: tuple[tuple[str, int, int, int], ...] | None = None
 
     @property
     def id(self) -> str:
@@ -55,36 +58,93 @@ class Lifecycle:
         self.live: dict[str, Resident] = {}
         self.refused: dict[str, str] = {}
         self.loads: dict[tuple[str, str], int] = {}
-        self._held: dict[str, Resident] = {}  # by engine id: live and draining
+        self.evictions: dict[str, int] = {}
+        self._slots: dict[str, Slots] = {}
+        self._held: dict[str, Resident] = {}  # by engine id: live, draining, and earlier generations that were asked for
         self._names: dict[str, asyncio.Lock] = {}
         self._drains: set[asyncio.Task[None]] = set()
         self._populated: set[str] = set()
 
     @asynccontextmanager
     async def lease(self, name: str) -> AsyncGenerator[Resident]:
-        """The generation serving `name` (or `name@hex`, if that is it), kept loaded inside the block. AdapterNotFound."""
+        """The generation that `name` (or `name@hex`) means, loaded and kept so inside the block.
+
+        Raises AdapterNotFound, AdapterUnavailable, SlotsPinned, NotReady.
+        """
         resident = self.get(name)
-        resident.leases += 1
-        resident.idle.clear()
-        try:
+        async with self.slots_of(resident.engine).held(resident, load=lambda: self._reload(resident), unload=self._evict):
             yield resident
-        finally:
-            resident.leases -= 1
-            if not resident.leases:
-                resident.idle.set()
+        if resident.earlier:
+            self._trim(resident.engine)
 
     def get(self, name: str) -> Resident:
-        plain, at, hex_digits = name.partition("@")
+        """What serves `name`, or with `name@hex` that generation, now or earlier, of a name that is served. AdapterNotFound."""
+        plain, at, digits = name.partition("@")
         resident = self.live.get(plain)
-        if resident is None or (at and (len(hex_digits) < 12 or not resident.generation.startswith(hex_digits))):
-            raise AdapterNotFound(name[:80], list(self.live))
-        return resident
+        if resident and (not at or (len(digits) >= 12 and resident.generation.startswith(digits))):
+            return resident
+        if resident and at and (found := self._earlier(resident, digits)):
+            return found
+        raise AdapterNotFound(name[:80], list(self.live))
+
+    def _earlier(self, live: Resident, digits: str) -> Resident | None:
+        if not GENERATION.fullmatch(digits):
+            return None
+        with contextlib.suppress(EmbedftError, OSError):
+            for identity in self.store.history(live.name):
+                if identity.startswith(digits):
+                    known = self._held.get(f"{live.name}@{identity[:12]}")
+                    if known:
+                        return known
+                    folder = self.store.folder(identity)
+                    passport = read_passport(folder, name=live.name)
+                    resident = Resident(live.name, identity, folder, passport, live.engine, earlier=True)
+                    self._held[resident.id] = resident
+                    self._trim(live.engine)
+                    return resident
+        return None
+
+    def _trim(self, engine: Engine) -> None:
+        """Of the earlier generations that nobody uses, only the last few stay."""
+        unused = [held for held in self._held.values() if held.earlier and held.engine is engine and not held.leases]
+        for resident in sorted(unused, key=lambda held: held.used or time.monotonic())[: -KEPT_EARLIER or None]:
+            resident.earlier, resident.retired = False, True
+            self._start_drain(resident)
+
+    def slots_of(self, engine: Engine) -> Slots:
+        return self._slots.setdefault(engine.name, Slots(engine.config.slots, engine.lock))
+
+    async def _evict(self, seat: Seat) -> None:
+        assert isinstance(seat, Resident)
+        self.evictions[seat.name] = self.evictions.get(seat.name, 0) + 1
+        with contextlib.suppress(EmbedftError):
+            await seat.engine.client.unload(seat.id)
+
+    async def _reload(self, resident: Resident) -> None:
+        """Into a slot of the running engine. Probed unless it was before and its files are the same. The engine's lock is held."""
+        resident.engine.supervisor.require_ready()
+        try:
+            if resident.proven is not None and resident.proven == _state(resident.folder):
+                await resident.engine.client.load(resident.id, resident.folder)
+                self._count(resident.name, "loaded")
+                return
+            await asyncio.to_thread(_checked, resident.name, Found(resident.generation, resident.folder))
+            _check_fit(resident.name, resident.passport, resident.engine)
+            await self._install(resident)
+        except NotReady:
+            raise
+        except (EmbedftError, OSError) as error:
+            raise AdapterUnavailable(f"{resident.id} cannot be loaded again: {error}") from error
 
     def draining(self) -> list[Resident]:
         return [resident for resident in self._held.values() if resident.retired]
 
-    async def put(self, name: str, *, source: str | None = None, pin: bool = False, expected: str | None = None) -> Resident:
+    async def put(
+        self, name: str, *, source: str | None = None, pin: bool = False, expected: str | None = None, named: bool = True
+    ) -> Resident:
         """Load, prove and switch to the generation that `source` names; None or 'store' is the store's current one of that name.
+
+        `named` False: the store is not told, so the next server does not serve it.
 
         Raises AdapterNotFound, AdapterInvalid, BaseMismatch, ProbesFailed, GenerationConflict; then nothing has changed.
         """
@@ -102,7 +162,8 @@ class Lifecycle:
             else:
                 resident = await self._load(name, found, pin=pin)
                 self._switch(resident, current)
-            await asyncio.to_thread(self.store.point, name, found.generation)
+            if named:
+                await asyncio.to_thread(self.store.point, name, found.generation)
             return resident
 
     async def delete(self, name: str) -> Resident:
@@ -127,12 +188,16 @@ class Lifecycle:
             await self._from_store(engine)
             self._populated.add(engine.name)
             return
-        for resident in [held for held in self._held.values() if held.engine is engine and held.retired]:
+        slots = self.slots_of(engine)
+        slots.all_went()
+        for resident in [held for held in self._held.values() if held.engine is engine and (held.retired or held.earlier)]:
             del self._held[resident.id]
         for resident in [held for held in self.live.values() if held.engine is engine]:
             try:
                 async with engine.lock:
+                    await slots.make_room(self._evict)
                     await self._install(resident)
+                    slots.came(resident)
             except (AdapterInvalid, ProbesFailed) as error:
                 self.live.pop(resident.name, None)
                 self._held.pop(resident.id, None)
@@ -176,15 +241,19 @@ class Lifecycle:
             engine.supervisor.require_ready()
         _check_fit(name, passport, engine)
         resident = Resident(name, found.generation, found.folder, passport, engine, pinned=pin)
+        slots = self.slots_of(engine)
         async with engine.lock:
-            draining = self._held.get(resident.id)
-            if draining:  # it is still loaded: take it back
-                draining.report = await probe(engine, draining.id, draining.folder)
-                if not draining.report.passed:
-                    raise ProbesFailed(name, draining.report.reason)
-                draining.retired = False
-                return draining
+            held = self._held.get(resident.id)
+            if held and held.loaded:  # draining, or asked for by its generation: take it back
+                held.report = await probe(engine, held.id, held.folder)
+                if not held.report.passed:
+                    raise ProbesFailed(name, held.report.reason)
+                held.retired = held.earlier = False
+                held.pinned = pin
+                return held
+            await slots.make_room(self._evict)
             await self._install(resident)
+            slots.came(resident)
             self._held[resident.id] = resident
         return resident
 
@@ -195,14 +264,17 @@ class Lifecycle:
             resident.report = await probe(resident.engine, resident.id, resident.folder)
             if not resident.report.passed:
                 raise ProbesFailed(resident.name, resident.report.reason)
+            resident.proven = _state(resident.folder)
             outcome = "loaded"
         except BaseException:
             with contextlib.suppress(EmbedftError):
                 await asyncio.shield(client.unload(resident.id))
             raise
         finally:
-            key = (resident.name, outcome)
-            self.loads[key] = self.loads.get(key, 0) + 1
+            self._count(resident.name, outcome)
+
+    def _count(self, name: str, outcome: str) -> None:
+        self.loads[name, outcome] = self.loads.get((name, outcome), 0) + 1
 
     def _switch(self, resident: Resident, current: Resident | None) -> None:
         self.live[resident.name] = resident
@@ -212,18 +284,27 @@ class Lifecycle:
 
     def _retire(self, resident: Resident) -> None:
         resident.retired = True
+        self._start_drain(resident)
+
+    def _start_drain(self, resident: Resident) -> None:
         task = asyncio.create_task(self._drain(resident), name=f"drain {resident.id}")
         self._drains.add(task)
         task.add_done_callback(self._drains.discard)
 
     async def _drain(self, resident: Resident) -> None:
-        await resident.idle.wait()
-        async with resident.engine.lock:
-            if not resident.retired or self._held.get(resident.id) is not resident:
+        while True:
+            await resident.idle.wait()
+            async with resident.engine.lock:
+                if not resident.retired or self._held.get(resident.id) is not resident:
+                    return
+                if resident.leases:  # a request that names this generation came in while this waited for the lock
+                    continue
+                del self._held[resident.id]
+                if resident.loaded:
+                    self.slots_of(resident.engine).went(resident)
+                    with contextlib.suppress(EmbedftError):
+                        await resident.engine.client.unload(resident.id)
                 return
-            del self._held[resident.id]
-            with contextlib.suppress(EmbedftError):
-                await resident.engine.client.unload(resident.id)
 
     def _engine_for(self, name: str, passport: Passport) -> Engine:
         of_task = [engine for engine in self.engines.values() if engine.config.task == passport.task]
@@ -240,6 +321,15 @@ def _checked(name: str, found: Found) -> Passport:
     if generation(found.folder) != found.generation:
         raise AdapterInvalid(name, "its content is not what its generation says: the file was changed or is damaged")
     return passport
+
+
+def _state(folder: Path) -> tuple[tuple[str, int, int, int], ...] | None:
+    """What would change if a file of the adapter did; None where they cannot be read."""
+    try:
+        stats = [(name, (folder / name).stat()) for name in (WEIGHTS, CONFIG)]
+    except OSError:
+        return None
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _check_fit(name: str, passport: Passport, engine: Engine) -> None:

@@ -33,11 +33,17 @@ class Meters:
         self.first = Histogram(
             "embedft_first_token_seconds", "Until a stream's first event", target, buckets=_SECONDS, registry=self._registry
         )
+        self.queued = Histogram(
+            "embedft_queue_seconds", "Until an engine had a place", target, buckets=(0.001, *_SECONDS), registry=self._registry
+        )
+        self.refused = Counter("embedft_refusals", "Requests answered with an error, by its code", ("code",), registry=self._registry)
         self._running = Gauge("embedft_running_requests", "Requests being answered", target, registry=self._registry)
         self._resident = Gauge(
             "embedft_adapter_resident", "1: serving, 0: draining", ("base", "adapter", "generation"), registry=self._registry
         )
         self._error = Gauge("embedft_probe_error", "Relative error of the effect at the last probing", target, registry=self._registry)
+        self._loaded = Gauge("embedft_adapter_loaded", "1 where it holds a slot of its engine", target, registry=self._registry)
+        self._evictions = Gauge("embedft_adapter_evictions", "Times it made room for another", ("adapter",), registry=self._registry)
         self._loads = Gauge("embedft_adapter_loads", "Loads by outcome", ("adapter", "outcome"), registry=self._registry)
         self._ready = Gauge("embedft_engine_ready", "1 where the engine answers", ("base",), registry=self._registry)
         self._restarts = Gauge("embedft_engine_restarts", "Restarts since the server began", ("base",), registry=self._registry)
@@ -70,15 +76,18 @@ class Meters:
         return generate_latest(self._registry)
 
     def _refresh(self) -> None:
-        for gauge in (self._resident, self._error, self._lora):
+        for gauge in (self._resident, self._loaded, self._error, self._lora):
             gauge.clear()
         for resident in [*self._lifecycle.draining(), *self._lifecycle.live.values()]:
             base = resident.engine.name
             self._resident.labels(base, resident.name, resident.generation[:12]).set(0 if resident.retired else 1)
+            self._loaded.labels(base, resident.name).set(resident.loaded)
             if resident.report:
                 self._error.labels(base, resident.name).set(resident.report.error)
         for (name, outcome), count in list(self._lifecycle.loads.items()):
             self._loads.labels(name, outcome).set(count)
+        for name, count in list(self._lifecycle.evictions.items()):
+            self._evictions.labels(name).set(count)
         for engine in self._lifecycle.engines.values():
             self._ready.labels(engine.name).set(engine.supervisor.state == "ready")
             self._restarts.labels(engine.name).set(engine.supervisor.restarts)

@@ -19,15 +19,18 @@ from embedft.rag.answer import Source, cited, messages_of, sources_of
 from embedft.rag.engines import Labelled
 from embedft.rag.index import Found, VectorIndex
 from embedft.rag.search import Stages, search
-from serve.admin_routes import ADMIN_BODY, admin_only
+from serve.admin_routes import ADMIN_BODY
+from serve.admission import guessed
 from serve.body import read_body, unless_gone
 from serve.embedding import Preparers, Way, embed, unit, way_of
 from serve.engine import BASE
 from serve.gateway import Gateway
-from serve.generation_routes import Call, OwnedStream
+from serve.generation_routes import SALTED, Call, OwnedStream
 from serve.openapi import described
 from serve.routing import Choice, choose
 from serve.schemas import PutIndex, RagRequest
+from serve.visible import Visible, visible
+from serve.who import admin_only
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RERANKED = 20
@@ -85,14 +88,16 @@ def rag_routes(gateway: Gateway) -> APIRouter:
     only_admin = admin_only(gateway)
 
     @router.get("/v1/rag", summary="All indexes: served, and those that cannot be, with the reason")
-    def listed() -> Response:
-        rows = [{**view(index), **_reason(indexes, name)} for name, index in indexes.live.items()]
-        rows += [{"name": name, "state": "unserved", "refused": why} for name, why in indexes.refused.items() if name not in indexes.live]
+    def listed(request: Request) -> Response:
+        may = visible(gateway, request).tenant.may_search
+        rows = [{**view(index), **_reason(indexes, name)} for name, index in indexes.live.items() if may(name)]
+        refused = {name: why for name, why in indexes.refused.items() if name not in indexes.live and may(name)}
+        rows += [{"name": name, "state": "unserved", "refused": why} for name, why in refused.items()]
         return _json({"object": "list", "data": sorted(rows, key=lambda row: row["name"])})
 
     @router.get("/v1/rag/{index}", summary="One index")
-    def one(index: str) -> Response:
-        return _json({**view(indexes.get(index)), **_reason(indexes, index)})
+    def one(index: str, request: Request) -> Response:
+        return _json({**view(allowed(index, request)), **_reason(indexes, index)})
 
     put_body = described(PutIndex, "Load an index, or replace it by its newest version: one step, and a damaged one leaves the old serving")
 
@@ -110,7 +115,13 @@ def rag_routes(gateway: Gateway) -> APIRouter:
     )
     async def query(index: str, request: Request) -> Response:
         body = await read_body(request, RagRequest, limit=gateway.config.limits.body_bytes)
-        return await _query(gateway, request, indexes.get(index), body, preparers)
+        return await _query(visible(gateway, request), request, allowed(index, request), body, preparers)
+
+    def allowed(name: str, request: Request) -> VectorIndex:
+        tenant = visible(gateway, request).tenant
+        if tenant.may_search(name) and name in indexes.live:
+            return indexes.live[name]
+        raise IndexNotFound(name[:80], [known for known in indexes.live if tenant.may_search(known)])
 
     return router
 
@@ -140,14 +151,12 @@ class _Retrieved:
     map_recall: float | None = None
 
 
-async def _query(gateway: Gateway, request: Request, index: VectorIndex, body: RagRequest, preparers: Preparers) -> Response:
-    _check(gateway, body)
+async def _query(seen: Visible, request: Request, index: VectorIndex, body: RagRequest, preparers: Preparers) -> Response:
+    _check(seen.gateway, body)
     reader = None
     if body.answer:
-        reader = choose(
-            gateway.lifecycle, task="causal_lm", model=body.lm_model, adapter=body.lm_adapter, is_set=_is_set(body, "lm_adapter")
-        )
-    found = await unless_gone(request, _retrieve(gateway, index, body, preparers))
+        reader = choose(seen, task="causal_lm", model=body.lm_model, adapter=body.lm_adapter, is_set=_is_set(body, "lm_adapter"))
+    found = await unless_gone(request, _retrieve(seen, index, body, preparers))
     shown: dict[str, Any] = {
         "index": index.name,
         "version": index.version,
@@ -158,7 +167,7 @@ async def _query(gateway: Gateway, request: Request, index: VectorIndex, body: R
         shown["map_recall"] = round(found.map_recall, 4)
     if reader is None:
         return Response(to_json({"object": "rag.sources", **shown}), media_type="application/json", headers=found.headers)
-    return await _answer(gateway, request, body, reader, found, shown)
+    return await _answer(seen, request, body, reader, found, shown)
 
 
 def _check(gateway: Gateway, body: RagRequest) -> None:
@@ -171,68 +180,74 @@ def _check(gateway: Gateway, body: RagRequest) -> None:
         raise InputInvalid("stream_without_answer", "sources come whole: stream is for an answer", "stream")
 
 
-async def _retrieve(gateway: Gateway, index: VectorIndex, body: RagRequest, preparers: Preparers) -> _Retrieved:
+async def _retrieve(seen: Visible, index: VectorIndex, body: RagRequest, preparers: Preparers) -> _Retrieved:
     name = body.adapter if _is_set(body, "adapter") or body.model else index.adapter
     async with AsyncExitStack() as stack:
-        query, document = await _ways(gateway, stack, body.model, name, is_set=name is not None or _is_set(body, "adapter"))
+        query, document = await _ways(seen, stack, body.model, name, is_set=name is not None or _is_set(body, "adapter"))
         fitted = index.map_from(document.lineage) if body.mapped and document.lineage != index.lineage else None
         if body.fusion != "sparse" and fitted is None:
             index.check(lineage=document.lineage, made_by=query.label)  # before an engine works for nothing
-        adapter = query.resident.name if query.resident else None
-        with gateway.meters.measured(query.engine.name, adapter, "rag"):
+        adapter = seen.counted(query.resident)
+        async with seen.admitted(query.engine, adapter, route="rag", cost=guessed(len(body.question))) as ticket:
             made = await embed(query, [body.question], preparers, input_type="query", truncate=True)
-            gateway.meters.count_tokens(query.engine.name, adapter, {"prompt_tokens": made.tokens})
+            ticket.count({"prompt_tokens": made.tokens})
             labels = {"lineage": query.lineage, "documents": document.lineage, "made_by": query.label}
             vector = Labelled(made.rows[0].tolist(), **labels)
             wanted = max(body.k, RERANKED) if body.rerank_adapter else body.k
             stages = Stages(k=wanted, fusion=body.fusion, weight=float(body.weight), mapped=body.mapped)
             found = await asyncio.to_thread(search, index, body.question, vector, stages)
     if body.rerank_adapter and found:
-        found = await _reranked(gateway, body, found, preparers)
+        found = await _reranked(seen, body, found, preparers)
     headers = {"x-embedft-adapter": query.label, "x-embedft-base": query.engine.name, "x-embedft-lineage": query.lineage}
     headers["x-embedft-index"] = f"{index.name}@{index.version}"
     return _Retrieved(sources_of(found[: body.k]), headers, fitted.recall if fitted else None)
 
 
-async def _ways(gateway: Gateway, stack: AsyncExitStack, model: str | None, name: str | None, *, is_set: bool) -> tuple[Way, Way]:
+async def _ways(seen: Visible, stack: AsyncExitStack, model: str | None, name: str | None, *, is_set: bool) -> tuple[Way, Way]:
     """How `name` (None: the base) embeds queries and documents; it stays loaded as long as `stack` is open."""
-    choice = choose(gateway.lifecycle, task="embedding", model=model, adapter=name, is_set=is_set)
-    resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
+    choice = choose(seen, task="embedding", model=model, adapter=name, is_set=is_set)
+    resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
     query = way_of(choice.engine, resident, input_type="query", dimensions=None)
     return query, way_of(choice.engine, resident, input_type="document", dimensions=None)
 
 
-async def _reranked(gateway: Gateway, body: RagRequest, found: list[Found], preparers: Preparers) -> list[Found]:
+async def _reranked(seen: Visible, body: RagRequest, found: list[Found], preparers: Preparers) -> list[Found]:
     """What was found, in the order of another adapter's vectors; the scores are that adapter's."""
     async with AsyncExitStack() as stack:
-        query, document = await _ways(gateway, stack, None, body.rerank_adapter, is_set=True)
-        with gateway.meters.measured(query.engine.name, body.rerank_adapter, "rerank"):
+        query, document = await _ways(seen, stack, None, body.rerank_adapter, is_set=True)
+        texts = [hit.chunk.embedded or hit.chunk.text for hit in found]
+        adapter = seen.counted(query.resident)
+        async with seen.admitted(query.engine, adapter, route="rerank", cost=guessed(sum(map(len, texts)))) as ticket:
             asked = await embed(query, [body.question], preparers, input_type="query", truncate=True)
-            texts = [hit.chunk.embedded or hit.chunk.text for hit in found]
             made = await embed(document, texts, preparers, input_type="document", truncate=True)
+            ticket.count({"prompt_tokens": asked.tokens + made.tokens})
     scores = unit(made.rows) @ unit(asked.rows)[0]
     order = sorted(range(len(found)), key=lambda place: -scores[place])
     return [Found(found[place].row, float(scores[place]), found[place].chunk) for place in order]
 
 
 async def _answer(
-    gateway: Gateway, request: Request, body: RagRequest, reader: Choice, found: _Retrieved, shown: Mapping[str, Any]
+    seen: Visible, request: Request, body: RagRequest, reader: Choice, found: _Retrieved, shown: Mapping[str, Any]
 ) -> Response:
     async with AsyncExitStack() as stack:
-        resident = await stack.enter_async_context(gateway.lifecycle.lease(reader.adapter)) if reader.adapter else None
+        resident = await stack.enter_async_context(seen.lease(reader.adapter)) if reader.adapter else None
         reader.engine.supervisor.require_ready()
-        call = Call(gateway, reader, resident)
+        adapter = seen.counted(resident)
+        cost = guessed(sum(len(source.text) for source in found.sources), body.max_tokens)
+        ticket = await stack.enter_async_context(seen.admitted(reader.engine, adapter, route="rag", cost=cost))
+        call = Call(reader, resident, ticket)
         headers = {**found.headers, "x-embedft-lm-adapter": call.headers["x-embedft-adapter"], "x-embedft-lm-base": reader.engine.name}
         sent: dict[str, Any] = {"model": resident.id if resident else BASE, "messages": messages_of(body.question, found.sources)}
         sent |= {"max_tokens": body.max_tokens, "temperature": body.temperature}
-        outcome = stack.enter_context(gateway.meters.measured(reader.engine.name, call.adapter, "rag"))
+        if reader.engine.config.engine in SALTED:
+            sent["cache_salt"] = seen.gateway.tenants.salt(seen.tenant)
         if body.stream:
             sent |= {"stream": True, "stream_options": {"include_usage": True}}
             events = await stack.enter_async_context(reader.engine.client.stream("/v1/chat/completions", sent))
-            lines = call.relabelled(events, outcome, usage_wanted=False)
+            lines = call.relabelled(events, usage_wanted=False)
             return OwnedStream(_sources_first(shown, lines), stack.pop_all(), headers=headers)
         answer = await unless_gone(request, reader.engine.client.call("/v1/chat/completions", sent))
-        gateway.meters.count_tokens(reader.engine.name, call.adapter, answer.get("usage"))
+        ticket.count(answer.get("usage"))
     said = str(answer["choices"][0]["message"].get("content") or "")
     content = {"object": "rag.answer", **shown, "answer": said, "cited": cited(said, found.sources), "usage": answer.get("usage")}
     return Response(to_json(content), media_type="application/json", headers=headers)

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from pydantic_core import to_json
 
+from serve.admission import guessed
 from serve.body import read_body, unless_gone
 from serve.embedding import Preparers, embed, unit, way_of
 from serve.embedding_routes import check_size, together
@@ -20,6 +21,7 @@ from serve.gateway import Gateway
 from serve.openapi import described
 from serve.routing import asked, choose
 from serve.schemas import RerankRequest
+from serve.visible import visible
 
 
 def rerank_routes(gateway: Gateway) -> APIRouter:
@@ -32,18 +34,21 @@ def rerank_routes(gateway: Gateway) -> APIRouter:
     told = described(RerankRequest, "Documents in order of their relevance to a query")
     router.add_api_route("/v1/rerank", rerank, methods=["POST"], **told)
     for alias in ("/v2/rerank", "/rerank"):  # where Cohere's and infinity's clients look
-        router.add_api_route(alias, rerank, methods=["POST"], **{**told, "summary": "The same as /v1/rerank"})
+        router.add_api_route(alias, rerank, methods=["POST"], **told)
     return router
 
 
 async def _rerank(gateway: Gateway, request: Request, body: RerankRequest, preparers: Preparers) -> Response:
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
     check_size([body.query, *texts], gateway.config.limits)
-    name, is_set = asked(request, given=body.adapter, is_set="adapter" in body.model_fields_set)
-    choice = choose(gateway.lifecycle, task="embedding", model=body.model, adapter=name, is_set=is_set)
+    seen = visible(gateway, request)
+    name, is_set = asked(request, given=await seen.named(body.adapter), is_set="adapter" in body.model_fields_set)
+    choice = choose(seen, task="embedding", model=body.model, adapter=name, is_set=is_set)
     async with AsyncExitStack() as stack:
-        resident = await stack.enter_async_context(gateway.lifecycle.lease(choice.adapter)) if choice.adapter else None
-        stack.enter_context(gateway.meters.measured(choice.engine.name, resident.name if resident else None, "rerank"))
+        resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
+        cost = guessed(sum(map(len, [body.query, *texts])))
+        adapter = seen.counted(resident)
+        ticket = await stack.enter_async_context(seen.admitted(choice.engine, adapter, route="rerank", cost=cost))
         query_way = way_of(choice.engine, resident, input_type="query", dimensions=None)
         document_way = way_of(choice.engine, resident, input_type="document", dimensions=None)
         query, documents = await together(
@@ -53,7 +58,7 @@ async def _rerank(gateway: Gateway, request: Request, body: RerankRequest, prepa
             ]
         )
         tokens = query.tokens + documents.tokens
-        gateway.meters.count_tokens(choice.engine.name, resident.name if resident else None, {"prompt_tokens": tokens})
+        ticket.count({"prompt_tokens": tokens})
     headers = {
         "x-embedft-adapter": resident.id if resident else BASE,
         "x-embedft-base": choice.engine.name,

@@ -8,7 +8,7 @@ from embedft.errors import InputInvalid
 from embedft.model_folder import Task
 from serve.engine import Engine
 from serve.errors import ModelNotFound
-from serve.lifecycle import Lifecycle
+from serve.visible import Named, Visible
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Choice:
     adapter: str | None
 
 
-def asked(request: Request, *, given: str | None, is_set: bool) -> tuple[str | None, bool]:
+def asked(request: Request, *, given: Named, is_set: bool) -> tuple[str | None, bool]:
     """(adapter, whether one was named at all) out of the body's `adapter` and the query string's. 400 where they differ."""
     in_query = request.query_params.getlist("adapter")
     if len(set(in_query)) > 1:
@@ -28,21 +28,22 @@ def asked(request: Request, *, given: str | None, is_set: bool) -> tuple[str | N
         raise InputInvalid("invalid_parameter", "?adapter= is empty: name an adapter or leave it out", "adapter")
     if in_query and is_set and given != in_query[0]:
         raise InputInvalid("adapter_conflict", f"the body says adapter {given!r}, the query string {in_query[0]!r}", "adapter")
+    assert not isinstance(given, list)  # embeddings take lists apart themselves
     return (in_query[0], True) if in_query else (given, is_set)
 
 
-def choose(lifecycle: Lifecycle, *, task: Task, model: str | None, adapter: str | None, is_set: bool) -> Choice:
+def choose(seen: Visible, *, task: Task, model: str | None, adapter: str | None, is_set: bool) -> Choice:
     """Resolve a request. Raises ModelNotFound, AdapterNotFound, or InputInvalid adapter_conflict, model_required, wrong_task."""
-    base, by_model = _of_model(lifecycle, model)
+    base, by_model = _of_model(seen, model)
     if by_model is not None and is_set and adapter != by_model:
         raise InputInvalid(
             "adapter_conflict", f"model {model!r} names adapter {by_model!r}, `adapter` says {adapter!r}: say one", "adapter"
         )
     name = adapter if is_set else by_model
     if name is None:
-        engine = base or _only(lifecycle, task)
+        engine = base or _only(seen, task)
     else:
-        engine = lifecycle.get(name).engine
+        engine = seen.get(name).engine
         if base is not None and base is not engine:
             raise InputInvalid("adapter_conflict", f"adapter {name!r} is on base {engine.name!r}, not on {base.name!r}", "adapter")
     if engine.config.task != task:
@@ -51,24 +52,24 @@ def choose(lifecycle: Lifecycle, *, task: Task, model: str | None, adapter: str 
     return Choice(engine, name)
 
 
-def _of_model(lifecycle: Lifecycle, model: str | None) -> tuple[Engine | None, str | None]:
+def _of_model(seen: Visible, model: str | None) -> tuple[Engine | None, str | None]:
     """`model` as (base, adapter): a base's name, an adapter's name or `base:adapter`."""
     if model is None:
         return None, None
-    if model in lifecycle.engines:
-        return lifecycle.engines[model], None
+    if model in seen.engines:
+        return seen.engines[model], None
     base, colon, adapter = model.partition(":")
-    if colon and base in lifecycle.engines:
-        lifecycle.get(adapter)
-        return lifecycle.engines[base], adapter
-    if not colon and model.partition("@")[0] in lifecycle.live:
-        lifecycle.get(model)
+    if colon and base in seen.engines:
+        seen.get(adapter)
+        return seen.engines[base], adapter
+    if not colon and seen.knows(model):
+        seen.get(model)
         return None, model
-    raise ModelNotFound(model, [*lifecycle.engines, *lifecycle.live])
+    raise ModelNotFound(model, [*seen.engines, *seen.live, *seen.aliases])
 
 
-def _only(lifecycle: Lifecycle, task: Task) -> Engine:
-    fitting = [engine for engine in lifecycle.engines.values() if engine.config.task == task]
+def _only(seen: Visible, task: Task) -> Engine:
+    fitting = [engine for engine in seen.engines.values() if engine.config.task == task]
     if len(fitting) == 1:
         return fitting[0]
-    raise InputInvalid("model_required", f"name a `model`: there are {', '.join(lifecycle.engines)}", "model")
+    raise InputInvalid("model_required", f"name a `model`: there are {', '.join(seen.engines)}", "model")

@@ -80,7 +80,9 @@ def _listen(config: ServerConfig) -> socket.socket:
 
 def _announce(config: ServerConfig, gateway: Gateway, port: int) -> None:
     _say(f"starting on http://{config.host}:{port}: {', '.join(f'{base.name} ({base.engine})' for base in config.bases)}")
-    if not os.environ.get("EMBEDFT_ADMIN_TOKEN"):
+    if gateway.tenants.keyed:
+        _say(f"{len(config.tenants)} tenants with keys")
+    elif not os.environ.get("EMBEDFT_ADMIN_TOKEN"):
         _say(f"admin token: {gateway.admin_token}")
 
 

@@ -18,8 +18,23 @@ class _Body(BaseModel):
     user: StrictStr | None = None
 
 
+class MixMember(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    adapter: AdapterName
+    weight: Annotated[Number, Field(ge=-10, le=10)]
+
+
+class Mix(BaseModel):
+    """Several adapters' effects added up; weights are rounded to 0.01."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mix: Annotated[list[MixMember], Field(min_length=1, max_length=4)]
+
+
 class _Generation(_Body):
-    adapter: AdapterName | None = None
+    adapter: AdapterName | Mix | None = None
     max_tokens: Count | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -77,7 +92,7 @@ class ChatRequest(_Generation):
 
 class EmbeddingRequest(_Body):
     input: StrictStr | Ids | Annotated[list[StrictStr], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
-    adapter: AdapterName | list[AdapterName | None] | None = None
+    adapter: AdapterName | Mix | list[AdapterName | None] | None = None
     input_type: Literal["query", "document"] | None = None
     truncate: StrictBool = True
     dimensions: Count | None = None
@@ -108,7 +123,7 @@ class Document(BaseModel):
 class RerankRequest(_Body):
     query: StrictStr
     documents: Annotated[list[StrictStr | Document], Field(min_length=1)]
-    adapter: AdapterName | None = None
+    adapter: AdapterName | Mix | None = None
     top_n: Count | None = None
     return_documents: StrictBool = False
 
@@ -143,11 +158,23 @@ class _Admin(BaseModel):
 
 
 class PutAdapter(_Admin):
-    """`source`: 'store' or none for the store's current one, a generation, another name, or a folder under the store's root."""
+    """`source`: 'store' or none for the store's current one, a generation, another name, a folder under the store's root, or an
+    allowed hf://, s3://, gs:// or https:// place, whose content must be `generation` where that is given. `base`: of an adapter without
+    passport; plain PEFT makes its probes, and it is marked unproven.
+    """
 
     source: Annotated[StrictStr, Field(min_length=1, max_length=1024)] | None = None
     pin: StrictBool = False
     expected_generation: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{12,64}$")] | None = None
+
+    base: StrictStr | None = None
+    generation: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{12,64}$")] | None = None
+
+
+class PutAlias(_Admin):
+    """Adapter's name or `name@generation` → its share of the traffic, in whole numbers."""
+
+    variants: Annotated[dict[StrictStr, Annotated[StrictInt, Field(ge=0, le=1_000_000)]], Field(min_length=1, max_length=16)]
 
 
 class PutIndex(_Admin):

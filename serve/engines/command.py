@@ -20,7 +20,8 @@ KEY = "EMBEDFT_ENGINE_KEY"  # the bearer key, in the engine's environment only: 
 class EngineSettings:
     """What one engine is given. `cores` as in '0-1,4'; `max_length` in tokens; `kv_gib` is the KV cache, vLLM only.
 
-    None means: all cores, the base's own length and pooling, vLLM's own choice of cache (1 GiB on a CPU).
+    `max_cpu_loras`, `tool_parser`: vLLM only. None means: all cores, the base's own length and pooling, vLLM's own choice of cache
+    (1 GiB on a CPU).
     """
 
     max_loras: int = 4
@@ -29,6 +30,8 @@ class EngineSettings:
     max_length: int | None = None
     kv_gib: float | None = None
     pooling: "Pooling | None" = None
+    max_cpu_loras: int | None = None
+    tool_parser: str | None = None
 
 
 def engine_key() -> str:

@@ -171,6 +171,7 @@ class FakeEngine:
 
     async def _generate(self, body: dict[str, Any], choices: list[dict[str, Any]], *, chat: bool) -> Response:
         model, count = body["model"], body.get("max_tokens") or body.get("max_completion_tokens") or 16
+        self.event("generate", adapter=model, salt=body.get("cache_salt"))
         usage = {
             "prompt_tokens": 3 * len(choices),
             "completion_tokens": count * len(choices),

@@ -35,7 +35,11 @@ def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSe
     argv += ["--uds", str(socket)]
     argv += ["--dtype", str(compute_dtype()).removeprefix("torch."), "--max-model-len", str(length)]
     argv += ["--enable-lora", "--max-loras", str(settings.max_loras), "--max-lora-rank", str(lora_rank(settings.max_lora_rank))]
-    argv += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    argv += ["--disable-log-stats", "--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
+    if settings.max_cpu_loras:
+        argv += ["--max-cpu-loras", str(max(settings.max_cpu_loras, settings.max_loras))]
+    if settings.tool_parser:
+        argv += ["--enable-auto-tool-choice", "--tool-call-parser", settings.tool_parser]
     if info.quantization in {"nf4", "int8"}:
         argv += ["--quantization", "bitsandbytes", "--load-format", "bitsandbytes"]
     if task == "embedding":

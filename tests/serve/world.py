@@ -139,10 +139,12 @@ class World:
     words: Path
     store: AdapterStore
 
-    def start(self, *, wait: bool = True, latency: float | str = 0.0, token_latency: float = 0.0, **config: Any) -> Server:
+    def start(
+        self, *, wait: bool = True, latency: float | str = 0.0, token_latency: float = 0.0, base: Any = None, **config: Any
+    ) -> Server:
         bases = [
-            {"name": "texts", "model": str(self.texts), "task": "embedding", "engine": "fake"},
-            {"name": "words", "model": str(self.words), "task": "causal_lm", "engine": "fake"},
+            {"name": "texts", "model": str(self.texts), "task": "embedding", "engine": "fake", **(base or {})},
+            {"name": "words", "model": str(self.words), "task": "causal_lm", "engine": "fake", **(base or {})},
         ]
         events = self.folder / "events.jsonl"
         env = {"EMBEDFT_FAKE_EVENTS": str(events), "EMBEDFT_FAKE_LATENCY": str(latency), "EMBEDFT_FAKE_TOKEN_LATENCY": str(token_latency)}

@@ -28,9 +28,12 @@ class AdapterBank:
 
     def load(self, name: str, folder: Path) -> None:
         """Put the adapter of `folder` on the base. All or nothing. Raises AdapterExists, AdapterInvalid."""
+        self.put(name, *read(name, folder))
+
+    def put(self, name: str, config: Any, tensors: dict[str, Any]) -> None:
+        """The same with what `read` gave, which any thread may call."""
         if name in self._slots:
             raise AdapterExists(f"adapter {name!r} is already loaded: unload it first, or load it under another name")
-        config, tensors = _read(name, folder)
         config.base_model_name_or_path = self.base.model.name_or_path  # else PEFT warns that it differs
         slot = f"a{self._next}"
         self._next += 1
@@ -89,7 +92,8 @@ class AdapterBank:
         self.model = self.base.model
 
 
-def _read(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+def read(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """PEFT's config and tensors out of `folder`. AdapterInvalid where this engine cannot do what they ask for."""
     from peft import LoraConfig, PeftConfig
     from safetensors.torch import load_file
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.errors import AdapterError, EngineBusy, EngineFailed
-from serve.engines.peft.bank import AdapterBank
+from serve.engines.peft.bank import AdapterBank, read
 from serve.engines.peft.batch import Batch, Row
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class Worker:
         return self._names
 
     async def load(self, name: str, folder: Path) -> None:
-        await self._call(lambda: self.bank.load(name, folder))
+        config, tensors = await asyncio.to_thread(read, name, folder)  # the disk's time is not the model's
+        await self._call(lambda: self.bank.put(name, config, tensors))
 
     async def unload(self, name: str) -> None:
         """Raises EngineBusy while a sequence uses it, AdapterNotFound."""

@@ -1,0 +1,77 @@
+"""One JSON line a request: who, what, how long, how it ended. Texts are in it only where the server was told to log them. Pure ASGI."""
+
+import contextlib
+import json
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+QUIET = {"/health", "/ready", "/metrics"}
+
+
+class Record:
+    """What is known of one request so far; routes add to it. `texts`: its body is wanted too."""
+
+    def __init__(self, identity: str, *, texts: bool = False) -> None:
+        self.identity, self.texts = identity, texts
+        self.fields: dict[str, Any] = {}
+
+    def tell(self, **fields: Any) -> None:
+        self.fields.update({name: value for name, value in fields.items() if value is not None})
+
+
+class AccessLog:
+    """Gives every request an id (its own `x-request-id` where that is harmless), and writes its line when the answer has been sent."""
+
+    def __init__(self, app: ASGIApp, write: Callable[[str], None] | None = None, *, texts: bool = False) -> None:
+        self._app, self._write, self._texts = app, write or _to_stderr, texts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        record = Record(given if GIVEN_ID.fullmatch(given) else secrets.token_hex(8), texts=self._texts)
+        scope.setdefault("state", {})["record"] = record
+        began, status, sent = time.perf_counter(), 499, 0
+
+        async def told(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", record.identity.encode())]
+            elif message["type"] == "http.response.body":
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, told)
+        finally:
+            if scope["path"] not in QUIET or status >= 500:
+                self._write(line(scope, record, status=status, milliseconds=(time.perf_counter() - began) * 1000, sent=sent))
+
+
+def line(scope: Scope, record: Record, *, status: int, milliseconds: float, sent: int) -> str:
+    content = {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "id": record.identity,
+        "method": scope["method"],
+        "path": scope["path"][:200],
+        "status": status,
+        "ms": round(milliseconds, 1),
+        "bytes": sent,
+        **record.fields,
+    }
+    return json.dumps(content, ensure_ascii=True, default=str)
+
+
+def _to_stderr(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a full disk or a closed pipe ends no request
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

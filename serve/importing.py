@@ -1,0 +1,70 @@
+"""What a PUT names by `source` and is not in the store yet: fetched, checked, proven where nobody has, and then in the store."""
+
+import asyncio
+import shutil
+from pathlib import Path
+
+from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS
+from embedft.adapters.store import AdapterStore, check_folder
+from embedft.adapters.transfer import check_contents
+from embedft.errors import AdapterInvalid, GenerationConflict
+from embedft.files import HeaderInvalid, tensor_table
+from serve.engine import Engine
+from serve.errors import ModelNotFound
+from serve.prover import Prover
+from serve.remote import Sources, fetch
+from serve.sources import contained
+
+
+class Importer:
+    """Over the server's store, engines and rules."""
+
+    def __init__(self, store: AdapterStore, engines: dict[str, Engine], prover: Prover, rules: Sources) -> None:
+        self._store, self._engines, self._prover, self._rules = store, engines, prover, rules
+
+    async def source_of(self, name: str, source: str | None, *, base: str | None, generation: str | None) -> str | None:
+        """What the lifecycle can put: `source` itself where the store has it, else the generation of what was fetched.
+
+        `base` names the base of an adapter without passport; `generation` is what the content must be. Raises InputInvalid,
+        AdapterInvalid, ModelNotFound, GenerationConflict.
+        """
+        if source is None or ("://" not in source and base is None):
+            return source
+        if base is not None and base not in self._engines:
+            raise ModelNotFound(base, list(self._engines))
+        with self._store.stage() as stage:
+            if "://" in source:
+                await asyncio.to_thread(fetch, source, stage, self._rules, name=name)
+            else:
+                await asyncio.to_thread(_copied, contained(self._store.root, source), stage, name)
+            if not (stage / PASSPORT).is_file():
+                if base is None:
+                    raise AdapterInvalid(name, "it has no passport: name the `base` it was trained on, and plain PEFT makes its probes")
+                await asyncio.to_thread(_bare, stage, name)
+                await self._prover.prove("import", stage, name=name, engine=self._engines[base])
+            await asyncio.to_thread(check_contents, stage, name)
+            identity = await asyncio.to_thread(self._store.add, stage)
+        if generation and not identity.startswith(generation):
+            raise GenerationConflict(name, expected=generation, current=identity)
+        return identity
+
+
+def _copied(folder: Path, stage: Path, name: str) -> None:
+    check_folder(folder, name)
+    shutil.copytree(folder, stage, dirs_exist_ok=True)
+
+
+def _bare(stage: Path, name: str) -> None:
+    """Keep PEFT's two files, after a look at them, and nothing else."""
+    check_folder(stage, name)
+    for required in (CONFIG, WEIGHTS):
+        if not (stage / required).is_file():
+            raise AdapterInvalid(name, f"its folder lacks {required}")
+    try:
+        if not tensor_table(stage / WEIGHTS):
+            raise AdapterInvalid(name, f"{WEIGHTS} holds no tensors")
+    except HeaderInvalid as error:
+        raise AdapterInvalid(name, str(error)) from None
+    for path in stage.iterdir():
+        if path.name not in (CONFIG, WEIGHTS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,103 @@
+"""Weighted mixes: several adapters' effects added up into one exact adapter, made once, proven, and kept for a while. Knows no HTTP.
+
+Each tenant has mixes of its own, under names that nobody can ask for otherwise.
+"""
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedft.adapters.store import AdapterStore
+from embedft.errors import AdapterNotFound, EmbedftError, InputInvalid
+from serve.errors import RateLimited
+from serve.lifecycle import Lifecycle, Resident
+from serve.prover import Prover
+
+MAX_MEMBERS = 4
+PREFIX = "mix-"
+_ALIKE = ("task", "side", "prompts", "pooling", "normalize", "max_length", "template_hash")
+
+
+@dataclass
+class Kept:
+    tenant: str
+    used: float
+
+
+class Mixes:
+    """`quota` mixes a tenant; one that was not used for `seconds` is unloaded."""
+
+    def __init__(self, lifecycle: Lifecycle, store: AdapterStore, prover: Prover, *, quota: int, seconds: float) -> None:
+        self._lifecycle, self._store, self._prover = lifecycle, store, prover
+        self._quota, self._seconds = quota, seconds
+        self._kept: dict[str, Kept] = {}
+        self._making: dict[str, asyncio.Task[None]] = {}
+
+    def owned(self, name: str, tenant: str) -> bool:
+        return name in self._kept and self._kept[name].tenant == tenant
+
+    def is_mix(self, name: str) -> bool:
+        return name in self._kept
+
+    async def name_of(self, members: Sequence[tuple[Resident, float]], tenant: str) -> str:
+        """The name under which this mix is served, after it has been made and proven. Raises InputInvalid, RateLimited."""
+        rounded = sorted((resident.id, round(weight, 2)) for resident, weight in members)
+        name = PREFIX + hashlib.sha256(json.dumps([tenant, rounded]).encode()).hexdigest()[:20]
+        await self._expire()
+        if name not in self._lifecycle.live:
+            _check(members)
+            mine = [kept for kept in self._kept.values() if kept.tenant == tenant]
+            if name not in self._kept and len(mine) >= self._quota:
+                wait = max(1.0, min(kept.used for kept in mine) + self._seconds - time.monotonic())
+                raise RateLimited("mix", f"you have {len(mine)} mixes: at most {self._quota}", wait)
+            self._kept.setdefault(name, Kept(tenant, time.monotonic()))
+            task = self._making.get(name)
+            if task is None:
+                weighted = {resident.id: (resident, weight) for resident, weight in members}
+                task = self._making[name] = asyncio.create_task(self._make(name, list(weighted.values())))
+                task.add_done_callback(lambda done: (self._making.pop(name, None), done.cancelled() or done.exception()))
+            try:
+                await asyncio.shield(task)
+            except EmbedftError:
+                self._kept.pop(name, None)
+                raise
+        self._kept[name].used = time.monotonic()
+        return name
+
+    async def _make(self, name: str, members: list[tuple[Resident, float]]) -> None:
+        engine = members[0][0].engine
+        folders: list[tuple[Path, float]] = [(resident.folder, round(weight, 2)) for resident, weight in members]
+        with self._store.stage() as stage:
+            await self._prover.prove("mix", stage, name=name, engine=engine, members=folders)
+            identity = await asyncio.to_thread(self._store.add, stage)
+        await self._lifecycle.put(name, source=identity, named=False)
+
+    async def _expire(self) -> None:
+        for name in [
+            name for name, kept in self._kept.items() if time.monotonic() - kept.used > self._seconds and name not in self._making
+        ]:
+            del self._kept[name]
+            try:
+                await self._lifecycle.delete(name)
+            except AdapterNotFound:
+                continue
+
+
+def _check(members: Sequence[tuple[Resident, float]]) -> None:
+    first = members[0][0]
+    if not 1 <= len(members) <= MAX_MEMBERS or len({resident.id for resident, _ in members}) != len(members):
+        raise InputInvalid("mix_invalid", f"a mix has 1 to {MAX_MEMBERS} adapters, each once", "adapter")
+    if any(round(weight, 2) == 0 for _, weight in members):
+        raise InputInvalid("mix_invalid", "a weight is rounded to 0.01 and must not be 0", "adapter")
+    for resident, _ in members:
+        different = [field for field in _ALIKE if getattr(resident.passport, field) != getattr(first.passport, field)]
+        if resident.engine is not first.engine or different:
+            why = ", ".join(different) or "base"
+            raise InputInvalid("mix_incompatible", f"{first.name!r} and {resident.name!r} differ in {why}: they cannot be mixed", "adapter")
+    limit, rank = first.engine.config.max_lora_rank, sum(resident.passport.r for resident, _ in members)
+    if rank > limit:
+        raise InputInvalid("mix_rank", f"the mix has rank {rank}, this engine's limit is {limit} (max_lora_rank)", "adapter")

@@ -1,0 +1,149 @@
+"""Adapters from elsewhere: hf://repo@revision, s3://, gs:// and https://, from allowed places only, capped in bytes and time.
+
+A place is allowed by its prefix. An https host must resolve to public addresses (an allowed literal loopback address excepted), the
+connection goes to the very address that was checked, and no redirect is followed: a server cannot be sent to its own network.
+"""
+
+import ipaddress
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+
+from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS
+from embedft.adapters.probes import PROBES
+from embedft.errors import AdapterInvalid, InputInvalid
+
+NEEDED, WELCOME = (CONFIG, WEIGHTS), (PASSPORT, PROBES)
+SCHEMES = ("hf", "s3", "gs", "https", "http")
+
+
+class Sources(BaseModel):
+    """`allow`: prefixes such as hf://our-org/ or s3://bucket/adapters/. None: nothing is fetched from anywhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    allow: tuple[str, ...] = ()
+    max_bytes: PositiveInt = 2 << 30
+    seconds: PositiveFloat = 300.0
+
+
+def fetch(source: str, stage: Path, rules: Sources, *, name: str) -> None:
+    """The adapter's files at `source` into `stage`. InputInvalid source_refused; AdapterInvalid where they cannot be had."""
+    place = allowed(source, rules.allow)
+    until = time.monotonic() + rules.seconds
+    try:
+        if place.scheme == "hf":
+            _from_hub(place, stage, rules)
+        elif place.scheme in ("https", "http"):
+            _from_web(place, stage, rules, until)
+        else:
+            import fsspec
+
+            files, root = fsspec.core.url_to_fs(source)
+            copy_files(files, str(root), stage, max_bytes=rules.max_bytes, until=until)
+    except (InputInvalid, AdapterInvalid):
+        raise
+    except Exception as error:  # fsspec's backends and the hub raise what they like
+        raise AdapterInvalid(name, f"it cannot be fetched: {str(error).splitlines()[0][:300] or type(error).__name__}") from error
+
+
+def allowed(source: str, prefixes: Sequence[str]) -> SplitResult:
+    """`source` taken apart, if one of `prefixes` holds it: same scheme, same host, and a path below it."""
+    refused = InputInvalid("source_refused", "this place is not among the server's allowed sources", "source")
+    if len(source) > 1024 or any(ord(letter) <= 32 or ord(letter) > 126 or letter in "\\%" for letter in source):
+        raise refused
+    try:
+        place = urlsplit(source)
+        place.port  # noqa: B018  (raises where it is none)
+    except ValueError:
+        raise refused from None
+    path = PurePosixPath(place.path or "/")
+    plain = not (place.query or place.fragment or place.username or place.password) and ".." not in path.parts
+    if place.scheme not in SCHEMES or not plain:
+        raise refused
+    for prefix in map(urlsplit, prefixes):
+        if (prefix.scheme, prefix.netloc) == (place.scheme, place.netloc) and path.is_relative_to(prefix.path or "/"):
+            return place
+    raise refused
+
+
+def public_address(place: SplitResult) -> str:
+    """The address to connect to. A literal one has been allowed by name; what a name resolves to must be public."""
+    host = place.hostname or ""
+    refused = InputInvalid("source_refused", f"{host} is not a public address", "source")
+    try:
+        literal = ipaddress.ip_address(host)
+        return str(literal)
+    except ValueError:
+        pass
+    if place.scheme != "https":
+        raise refused
+    found = {entry[4][0] for entry in socket.getaddrinfo(host, place.port or 443, type=socket.SOCK_STREAM)}
+    if not found or not all(ipaddress.ip_address(address).is_global for address in found):
+        raise refused
+    return str(sorted(found)[0])
+
+
+def copy_files(files: Any, root: str, stage: Path, *, max_bytes: int, until: float) -> None:
+    """What an adapter needs out of an fsspec folder; sizes are summed up before the first byte is fetched."""
+    listed: dict[str, Any] = files.find(root, detail=True)
+    chosen = {name: f"{root.rstrip('/')}/{name}" for name in (*NEEDED, *WELCOME)}
+    sizes = {name: listed[path]["size"] for name, path in chosen.items() if path in listed}
+    _complete(sizes)
+    if sum(sizes.values()) > max_bytes:
+        raise InputInvalid("source_too_large", f"{sum(sizes.values())} bytes: at most {max_bytes}", "source")
+    for name in sizes:
+        if time.monotonic() > until:
+            raise TimeoutError("not done in time")
+        files.get_file(chosen[name], str(stage / name))
+
+
+def _from_hub(place: SplitResult, stage: Path, rules: Sources) -> None:
+    import huggingface_hub
+
+    repo, at, revision = f"{place.netloc}{place.path}".rstrip("/").partition("@")
+    if not at or not revision:
+        raise InputInvalid("source_refused", "name the revision: hf://user/repo@revision", "source")
+    info: Any = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings if file.rfilename in (*NEEDED, *WELCOME)}
+    _complete(sizes)
+    if sum(sizes.values()) > rules.max_bytes:
+        raise InputInvalid("source_too_large", f"{sum(sizes.values())} bytes: at most {rules.max_bytes}", "source")
+    for name in sizes:
+        huggingface_hub.hf_hub_download(repo, name, revision=info.sha, local_dir=str(stage))
+
+
+def _from_web(place: SplitResult, stage: Path, rules: Sources, until: float) -> None:
+    import httpx
+
+    address, left = public_address(place), rules.max_bytes
+    host = f"[{address}]" if ":" in address else address
+    port = f":{place.port}" if place.port else ""
+    with httpx.Client(follow_redirects=False, timeout=30, trust_env=False) as client:
+        for name in (*NEEDED, *WELCOME):
+            url = f"{place.scheme}://{host}{port}{place.path.rstrip('/')}/{name}"
+            options: dict[str, Any] = {"headers": {"host": place.netloc}, "extensions": {"sni_hostname": place.hostname}}
+            with client.stream("GET", url, **options) as answer:
+                if answer.status_code == 404 and name in WELCOME:
+                    continue
+                if answer.status_code != 200:
+                    raise ConnectionError(f"{name}: the server answered {answer.status_code}")
+                with (stage / name).open("wb") as file:
+                    for chunk in answer.iter_raw():
+                        left -= len(chunk)
+                        if left < 0:
+                            raise InputInvalid("source_too_large", f"more than {rules.max_bytes} bytes", "source")
+                        if time.monotonic() > until:
+                            raise TimeoutError(f"not done in {rules.seconds:.0f} s")
+                        file.write(chunk)
+
+
+def _complete(found: Any) -> None:
+    missing = [name for name in NEEDED if name not in found]
+    if missing:
+        raise FileNotFoundError(f"there is no {missing[0]} there")

@@ -1,0 +1,114 @@
+"""How many adapters one engine holds at a time: loaded when asked for, the least recently used makes room, never one in use.
+
+Requests for loaded adapters never wait here. When every slot is in use, the least recently used takes no new request until it is
+idle, so nothing starves: its own later requests wait their turn like the others'. Knows no names' meaning and no HTTP.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from embedft.errors import EngineBusy
+
+Load = Callable[[], Awaitable[None]]
+
+
+@dataclass(eq=False)
+class Seat:
+    """What may hold a slot. `leases` counts the requests that use it now; `idle` is set while there is none."""
+
+    pinned: bool = field(default=False, kw_only=True)
+    loaded: bool = field(default=False, kw_only=True)
+    leaving: bool = field(default=False, kw_only=True)
+    leases: int = field(default=0, kw_only=True)
+    used: float = field(default=0.0, kw_only=True)
+    idle: asyncio.Event = field(default_factory=asyncio.Event, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
+
+
+Unload = Callable[[Seat], Awaitable[None]]
+
+
+class SlotsPinned(EngineBusy):
+    code = "slots_pinned"
+
+
+class Slots:
+    """One engine's. `size` None: no limit. `lock` is the engine's: one adapter comes or goes at a time, in the order asked for."""
+
+    def __init__(self, size: int | None, lock: asyncio.Lock) -> None:
+        self.size, self._lock = size, lock
+        self.loaded: set[Seat] = set()
+        self._bringing: dict[Seat, asyncio.Task[None]] = {}
+        self._freed = asyncio.Event()
+
+    @asynccontextmanager
+    async def held(self, seat: Seat, *, load: Load, unload: Unload) -> AsyncGenerator[None]:
+        """`seat` loaded and kept so inside the block. Raises what `load` raises, SlotsPinned."""
+        while not seat.loaded or seat.leaving:
+            await self._brought(seat, load, unload)
+        seat.leases += 1
+        seat.used = time.monotonic()
+        seat.idle.clear()
+        try:
+            yield
+        finally:
+            seat.leases -= 1
+            if not seat.leases:
+                seat.idle.set()
+                self._freed.set()
+
+    async def _brought(self, seat: Seat, load: Load, unload: Unload) -> None:
+        """All who wait for one seat wait for one task, which goes on though any of them leaves."""
+        task = self._bringing.get(seat)
+        if task is None:
+            task = self._bringing[seat] = asyncio.create_task(self._bring(seat, load, unload))
+            task.add_done_callback(lambda done: (self._bringing.pop(seat, None), done.cancelled() or done.exception()))
+        await asyncio.shield(task)
+
+    async def _bring(self, seat: Seat, load: Load, unload: Unload) -> None:
+        async with self._lock:
+            if seat.loaded and not seat.leaving:
+                return
+            await self.make_room(unload)
+            await load()
+            self.came(seat)
+
+    def came(self, seat: Seat) -> None:
+        seat.loaded, seat.leaving, seat.used = True, False, time.monotonic()
+        self.loaded.add(seat)
+
+    def went(self, seat: Seat) -> None:
+        seat.loaded = seat.leaving = False
+        self.loaded.discard(seat)
+
+    def all_went(self) -> None:
+        """The engine's process is another: it holds nothing."""
+        for seat in list(self.loaded):
+            self.went(seat)
+
+    async def make_room(self, unload: Unload) -> None:
+        """Evict until one slot is free. The engine's lock must be held. SlotsPinned where only pinned ones are there."""
+        chosen: Seat | None = None
+        try:
+            while self.size is not None and len(self.loaded) >= self.size:
+                loose = [seat for seat in self.loaded if not seat.pinned]
+                if not loose:
+                    raise SlotsPinned(f"all {self.size} slots hold pinned adapters: unpin one, or raise `slots` of the base")
+                idle = [seat for seat in loose if not seat.leases]
+                if not idle:
+                    chosen = chosen or min(loose, key=lambda seat: seat.used)
+                    chosen.leaving = True
+                    self._freed.clear()
+                    await self._freed.wait()
+                    continue
+                victim = min(idle, key=lambda seat: seat.used)
+                self.went(victim)  # before it goes, so that no request takes it on the way out
+                await unload(victim)
+        finally:
+            if chosen:
+                chosen.leaving = False

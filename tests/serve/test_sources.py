@@ -1,0 +1,138 @@
+"""Adapters from elsewhere: only from allowed places, never into the server's own network, capped, and whole."""
+
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from embedft.errors import AdapterInvalid, InputInvalid
+from serve.remote import Sources, allowed, copy_files, fetch, public_address
+from tests.serve.world import World, fill_adapter
+
+ALLOW = ("hf://our/", "s3://bucket/adapters/", "https://files.example/a/", "http://127.0.0.1:1/")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "https://files.example.evil/a/x",
+        "https://files.example@evil/a/x",
+        "https://evil@files.example/a/x",
+        "https://files.example/a/../b",
+        "https://files.example/ab/x",
+        "https://files.example/a/%2e%2e/b",
+        "https://files.example:444/a/x",
+        "https://FILES.example/a/x\n",
+        "https://files.example/a/x?next=1",
+        "https://files.example\\@evil/a/x",
+        "http://files.example/a/x",
+        "http://169.254.169.254/latest",
+        "http://127.0.0.1:2/x",
+        "s3://bucket/other",
+        "s3://bucket2/adapters/x",
+        "file:///etc",
+        "memory://x",
+        "github://a:b@/x",
+        "simplecache::s3://bucket/adapters/x",
+        "hf://other/x@1",
+        "https://ｆiles.example/a/x",
+    ],
+)
+def test_a_place_that_is_not_allowed_is_refused(source: str) -> None:
+    with pytest.raises(InputInvalid) as caught:
+        allowed(source, ALLOW)
+    assert caught.value.code == "source_refused"
+
+
+def test_allowed_places_are_taken_apart() -> None:
+    assert allowed("https://files.example/a/x", ALLOW).hostname == "files.example"
+    assert allowed("s3://bucket/adapters/x", ALLOW).path == "/adapters/x"
+    with pytest.raises(InputInvalid):
+        allowed("https://files.example/a/x", ())
+
+
+def test_a_name_that_resolves_into_the_own_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolved(address: str) -> Any:
+        return lambda *_, **__: [(2, 1, 6, "", (address, 443))]
+
+    for address in ("127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "fd00::1", "0.0.0.0"):
+        monkeypatch.setattr("socket.getaddrinfo", resolved(address))
+        with pytest.raises(InputInvalid, match="public"):
+            public_address(allowed("https://files.example/a/x", ALLOW))
+    monkeypatch.setattr("socket.getaddrinfo", resolved("93.184.216.34"))
+    assert public_address(allowed("https://files.example/a/x", ALLOW)) == "93.184.216.34"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path_factory.mktemp("site")
+
+    class Pages(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given, directory=str(folder))
+
+        def do_GET(self) -> None:
+            if self.path.startswith("/sent"):
+                self.send_response(302)
+                self.send_header("location", "/good/adapter_config.json")
+                self.end_headers()
+            elif self.path.startswith("/slow"):
+                self.send_response(200)
+                self.end_headers()
+                for _ in range(100):
+                    time.sleep(0.05)
+                    self.wfile.write(b"x")
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            return
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", folder
+    server.shutdown()
+
+
+def test_an_adapter_is_fetched_whole_and_redirects_caps_and_deadlines_hold(
+    site: tuple[str, Path], shared_world: World, tmp_path: Path
+) -> None:
+    url, folder = site
+    (folder / "good").mkdir()
+    fill_adapter(folder / "good", "g", shared_world.texts, seed=1, scale=1.0, task="embedding")
+    (folder / "good" / "evil.bin").write_bytes(b"pickle")
+    rules = Sources(allow=(f"{url}/",), max_bytes=1 << 20, seconds=0.5)
+    fetch(f"{url}/good", tmp_path, rules, name="g")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "passport.json", "probes.safetensors"
+    }  # fmt: skip
+    assert (tmp_path / "passport.json").read_bytes() == (folder / "good" / "passport.json").read_bytes()
+    for path, match in (("sent", "302"), ("none", "404"), ("slow", "done in")):
+        with pytest.raises(AdapterInvalid, match=match):
+            fetch(f"{url}/{path}", tmp_path, rules, name="g")
+    with pytest.raises(InputInvalid, match="bytes"):
+        fetch(f"{url}/good", tmp_path, rules.model_copy(update={"max_bytes": 100}), name="g")
+
+
+def test_an_fsspec_folder_is_measured_before_a_byte_is_fetched(shared_world: World, tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    source = tmp_path / "source"
+    source.mkdir()
+    fill_adapter(source, "g", shared_world.texts, seed=1, scale=1.0, task="embedding")
+    for path in source.iterdir():
+        files.pipe_file(f"/bucket/g/{path.name}", path.read_bytes())
+    files.pipe_file("/bucket/g/../evil", b"x")
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    until = time.monotonic() + 5
+    copy_files(files, "/bucket/g", stage, max_bytes=1 << 20, until=until)
+    assert len(list(stage.iterdir())) == 4
+    with pytest.raises(InputInvalid, match="bytes"):
+        copy_files(files, "/bucket/g", stage, max_bytes=10, until=until)
+    with pytest.raises(FileNotFoundError):
+        copy_files(files, "/bucket/none", stage, max_bytes=10, until=until)
