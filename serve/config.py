@@ -12,7 +12,7 @@ from embedft.adapters.passport import Passport
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
 from embedft.errors import EmbedftError, UsageError
-from serve.engines.command import parse_cores
+from serve.engines.settings import parse_cores
 from serve.remote import Sources
 from serve.tenants import TenantEntry, read_keys
 

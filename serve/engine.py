@@ -9,7 +9,8 @@ from embedft.base import base_folder
 from embedft.encode import EncodeSettings, TextPreparer
 from embedft.model_folder import BaseInfo, describe
 from serve.config import BaseConfig, ServerConfig
-from serve.engines.command import KEY, EngineSettings, engine_command, engine_key
+from serve.engines.command import engine_command, engine_key
+from serve.engines.settings import KEY, EngineSettings
 from serve.proxy import EngineClient
 from serve.supervisor import Command, Supervisor
 

@@ -18,7 +18,8 @@ class PeftEngine:
     def __init__(self, mode: str, base: Path, task: Any) -> None:
         import httpx
 
-        from serve.engines.command import KEY, EngineSettings, engine_command
+        from serve.engines.command import engine_command
+        from serve.engines.settings import KEY, EngineSettings
 
         del mode
         self.task, self.names = task, list[str]()

@@ -125,6 +125,22 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def summary(run: dict[str, Any]) -> str:
+    """What the plugin is worth in vLLM: one line a workload."""
+    lines = ["| workload | base, requests/s | with adapters | stock vLLM | of the base | times stock |", "|---|---|---|---|---|---|"]
+    for row in (row for row in run["rows"] if row["way"] == "vllm plugin" and row["arrivals"] == "closed"):
+        cell = {key: row[key] for key in ("part", "N", "popularity")}
+        base, stock = _row(run, "vllm base", **cell), _row(run, "vllm stock", **cell)
+        shares = [ratio(run, "vllm plugin", way, **cell) for way in ("vllm base", "vllm stock")]
+        told = [_told(base), f"{row['throughput']:.2f}", _told(stock), *map(_number, shares)]
+        lines.append(f"| {row['part']}, {row['N']} adapters, {row['popularity']} | " + " | ".join(told) + " |")
+    return "\n".join(lines)
+
+
+def _told(row: Any) -> str:
+    return "" if row is None else f"{row['throughput']:.2f}"
+
+
 def _throughput_lines(run: dict[str, Any], part: str) -> dict[str, list[tuple[int, float]]]:
     rows = [r for r in run["rows"] if (r["part"], r["popularity"], r["arrivals"]) == (part, "zipf", "closed")]
     return {way: [(r["N"], r["throughput"]) for r in rows if r["way"] == way] for way in ORDER}

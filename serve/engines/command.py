@@ -5,33 +5,13 @@ Every engine is a child process that speaks vLLM's HTTP on a Unix socket and cal
 
 import secrets
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from serve.engines.settings import KEY, EngineKind, EngineSettings, parse_cores
 
 if TYPE_CHECKING:
-    from embedft.model_folder import Pooling, Task
-
-EngineKind = Literal["vllm", "peft", "fake"]
-KEY = "EMBEDFT_ENGINE_KEY"  # the bearer key, in the engine's environment only: never in its arguments
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What one engine is given. `cores` as in '0-1,4'; `max_length` in tokens; `kv_gib` is the KV cache, vLLM only.
-
-    `max_cpu_loras`, `tool_parser`: vLLM only. None means: all cores, the base's own length and pooling, vLLM's own choice of cache
-    (1 GiB on a CPU).
-    """
-
-    max_loras: int = 4
-    max_lora_rank: int = 16
-    cores: str | None = None
-    max_length: int | None = None
-    kv_gib: float | None = None
-    pooling: "Pooling | None" = None
-    max_cpu_loras: int | None = None
-    tool_parser: str | None = None
+    from embedft.model_folder import Task
 
 
 def engine_key() -> str:
@@ -62,12 +42,3 @@ def engine_command(
             env["OMP_NUM_THREADS"] = str(len(parse_cores(settings.cores)))
         env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
     return argv, env
-
-
-def parse_cores(text: str) -> set[int]:
-    """'0-2,5' → {0, 1, 2, 5}."""
-    cores: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        cores.update(range(int(first), int(last or first) + 1))
-    return cores

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from embedft.base import compute_dtype
 from embedft.errors import EngineFailed
 from embedft.model_folder import BaseInfo, describe, read_json
-from serve.engines.command import KEY, EngineSettings, parse_cores
+from serve.engines.settings import KEY, EngineSettings, parse_cores
 
 if TYPE_CHECKING:
     from embedft.model_folder import Task

@@ -17,7 +17,7 @@ from typing import Any
 
 from embedft.int8 import dequantized
 from serve import vllm_cpu_lora
-from serve.engines.command import parse_cores
+from serve.engines.settings import parse_cores
 
 
 def main() -> None:

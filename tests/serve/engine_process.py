@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from serve.engines.command import KEY, EngineKind, EngineSettings, engine_command
+from serve.engines.command import engine_command
+from serve.engines.settings import KEY, EngineKind, EngineSettings
 
 START_SECONDS = 400
 

@@ -11,10 +11,11 @@ import torch
 from embedft.base import BaseSpec, load_base
 from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineFailed
 from embedft.model_folder import describe
-from serve.engines.command import KEY, EngineSettings, engine_command, parse_cores
+from serve.engines.command import engine_command
 from serve.engines.peft.bank import AdapterBank
 from serve.engines.peft.sampling import Sampling, choose, token_logprobs
 from serve.engines.peft.text import Detokenizer
+from serve.engines.settings import KEY, EngineSettings, parse_cores
 from serve.engines.vllm import check_base, lora_rank
 from serve.engines.vllm_server import match_modules
 from tests.fixtures_embedding import tiny_encoder

@@ -5,7 +5,7 @@ import os
 import signal
 from pathlib import Path
 
-from serve.engines.command import KEY, parse_cores
+from serve.engines.settings import KEY, parse_cores
 
 
 def main() -> None:

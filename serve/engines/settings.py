@@ -1,0 +1,37 @@
+"""What one engine process is given, as the gateway and the engines both read it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from embedft.model_folder import Pooling
+
+EngineKind = Literal["vllm", "peft", "fake"]
+KEY = "EMBEDFT_ENGINE_KEY"  # the bearer key, in the engine's environment only: never in its arguments
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What one engine is given. `cores` as in '0-1,4'; `max_length` in tokens; `kv_gib` is the KV cache, vLLM only.
+
+    `max_cpu_loras`, `tool_parser`: vLLM only. None means: all cores, the base's own length and pooling, vLLM's own choice of cache
+    (1 GiB on a CPU).
+    """
+
+    max_loras: int = 4
+    max_lora_rank: int = 16
+    cores: str | None = None
+    max_length: int | None = None
+    kv_gib: float | None = None
+    pooling: "Pooling | None" = None
+    max_cpu_loras: int | None = None
+    tool_parser: str | None = None
+
+
+def parse_cores(text: str) -> set[int]:
+    """'0-2,5' → {0, 1, 2, 5}."""
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
