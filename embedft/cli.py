@@ -123,6 +123,9 @@ def _adapters(commands: Any) -> None:
         if name in {"import", "pull"}:
             action.add_argument("source", metavar="FOLDER" if name == "import" else "PLACE")
             action.add_argument("--name", help="the name to store it under (default: its own)")
+        if name == "import":
+            action.add_argument("--base", metavar="BASE", help="of an adapter without passport: plain PEFT makes its probes over this base")
+            action.add_argument("--task", choices=("embedding", "causal_lm"), help="what that base is for")
         if name in {"export", "push"}:
             action.add_argument("place", metavar="OUT" if name == "export" else "PLACE")
         if name == "export":
@@ -193,7 +196,12 @@ def _serve(commands: Any) -> None:
     serve.add_argument(
         "--indexes", type=Path, metavar="DIR", help="a folder of RAG indexes to answer from (embedft rag index --out DIR/NAME)"
     )
+    serve.add_argument("--keys", type=Path, metavar="FILE", help="the tenants' keys file (embedft key TENANT)")
     _store_option(serve)
+    key = _command(commands, "key", _new_key, "make a tenant's API key, and the entry for the server's keys file")
+    key.add_argument("tenant", metavar="TENANT")
+    key.add_argument("--admin", action="store_true", help="may change what is served, and sees everything")
+    key.add_argument("--use", metavar="NAME", action="append", default=[], help="an adapter it may use, or a pattern; repeatable")
 
 
 def _rag(commands: Any) -> None:
@@ -292,7 +300,15 @@ def _adapters_verify(arguments: argparse.Namespace) -> int:
 def _adapters_import(arguments: argparse.Namespace) -> None:
     from embedft.adapters.transfer import import_folder
 
-    identity = import_folder(_store(arguments), Path(arguments.source), name=arguments.name)
+    store = _store(arguments)
+    if arguments.base:
+        if not (arguments.name and arguments.task):
+            raise UsageError("an adapter without passport needs --name and --task beside --base")
+        from serve.proving import import_unproven
+
+        identity = import_unproven(store, Path(arguments.source), name=arguments.name, base=arguments.base, task=arguments.task)
+    else:
+        identity = import_folder(store, Path(arguments.source), name=arguments.name)
     _print(arguments, {"generation": identity}, title="imported")
 
 
@@ -430,8 +446,23 @@ def _run_server(arguments: argparse.Namespace) -> int:
     from serve.run import run
 
     options = {"engine": arguments.engine, "host": arguments.host, "port": arguments.port, "indexes": arguments.indexes}
+    options["keys"] = arguments.keys
     config = load_config(arguments.config, store=_store(arguments), **options)
     return run(config)
+
+
+def _new_key(arguments: argparse.Namespace) -> None:
+    from serve.tenants import entry_for, new_key
+
+    key, digest = new_key()
+    entry = entry_for(arguments.tenant, digest, admin=arguments.admin, adapters=arguments.use)
+    if arguments.json:
+        print(json.dumps({"key": key, "entry": entry}))
+        return
+    print(
+        f"give this to {arguments.tenant}; it is shown once and kept nowhere:\n\n    {key}\n\nand this into the keys file, under tenants:\n"
+    )
+    print(f"  - {json.dumps(entry)}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

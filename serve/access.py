@@ -11,6 +11,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.tracing import Trace
+
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 QUIET = {"/health", "/ready", "/metrics"}
 
@@ -29,8 +31,10 @@ class Record:
 class AccessLog:
     """Gives every request an id (its own `x-request-id` where that is harmless), and writes its line when the answer has been sent."""
 
-    def __init__(self, app: ASGIApp, write: Callable[[str], None] | None = None, *, texts: bool = False) -> None:
-        self._app, self._write, self._texts = app, write or _to_stderr, texts
+    def __init__(
+        self, app: ASGIApp, write: Callable[[str], None] | None = None, *, texts: bool = False, trace: Trace | None = None
+    ) -> None:
+        self._app, self._write, self._texts, self._trace = app, write or _to_stderr, texts, trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,6 +44,7 @@ class AccessLog:
         record = Record(given if GIVEN_ID.fullmatch(given) else secrets.token_hex(8), texts=self._texts)
         scope.setdefault("state", {})["record"] = record
         began, status, sent = time.perf_counter(), 499, 0
+        at = time.time_ns()
 
         async def told(message: Message) -> None:
             nonlocal status, sent
@@ -53,8 +58,13 @@ class AccessLog:
         try:
             await self._app(scope, receive, told)
         finally:
+            took = time.perf_counter() - began
             if scope["path"] not in QUIET or status >= 500:
-                self._write(line(scope, record, status=status, milliseconds=(time.perf_counter() - began) * 1000, sent=sent))
+                self._write(line(scope, record, status=status, milliseconds=took * 1000, sent=sent))
+                if self._trace:
+                    shown = {name: value for name, value in record.fields.items() if name != "body"}
+                    route = getattr(scope.get("route"), "path", "unknown")
+                    self._trace(f"{scope['method']} {route}", at, at + int(took * 1e9), {"id": record.identity, "status": status, **shown})
 
 
 def line(scope: Scope, record: Record, *, status: int, milliseconds: float, sent: int) -> str:

@@ -19,6 +19,7 @@ from serve.generation_routes import generation_routes
 from serve.openapi import complete
 from serve.rerank_routes import rerank_routes
 from serve.status_routes import model_routes, status_routes
+from serve.tracing import tracing
 from serve.who import known
 
 
@@ -42,7 +43,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     _errors(app, gateway)
     complete(app)
     app.add_middleware(Door, config=gateway.config)
-    app.add_middleware(AccessLog, write=None if gateway.config.access_log else _nothing, texts=gateway.config.log_texts)
+    app.add_middleware(AccessLog, write=None if gateway.config.access_log else _nothing, texts=gateway.config.log_texts, trace=tracing())
     return app
 
 

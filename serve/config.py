@@ -111,6 +111,7 @@ def load_config(
     host: str = "127.0.0.1",
     port: int = 8000,
     indexes: Path | None = None,
+    keys: Path | None = None,
 ) -> ServerConfig:
     """The YAML file's settings, or the bases that the store's adapters need. `engine` is for the bases that name none.
 
@@ -120,6 +121,8 @@ def load_config(
     content = {"adapters": str(store.root), "host": host, "port": port, **content}
     if indexes is not None:
         content["indexes"] = str(indexes.resolve())
+    if keys is not None:
+        content["keys"] = str(keys.resolve())
     if "tenants" in content:
         raise UsageError(f"{path}: tenants stand in a file of their own: keys: FILE")
     for key in ("adapters", "indexes", "keys"):

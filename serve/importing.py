@@ -4,14 +4,14 @@ import asyncio
 import shutil
 from pathlib import Path
 
-from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS
+from embedft.adapters.passport import PASSPORT
 from embedft.adapters.store import AdapterStore, check_folder
 from embedft.adapters.transfer import check_contents
 from embedft.errors import AdapterInvalid, GenerationConflict
-from embedft.files import HeaderInvalid, tensor_table
 from serve.engine import Engine
 from serve.errors import ModelNotFound
 from serve.prover import Prover
+from serve.proving import strip
 from serve.remote import Sources, fetch
 from serve.sources import contained
 
@@ -40,7 +40,7 @@ class Importer:
             if not (stage / PASSPORT).is_file():
                 if base is None:
                     raise AdapterInvalid(name, "it has no passport: name the `base` it was trained on, and plain PEFT makes its probes")
-                await asyncio.to_thread(_bare, stage, name)
+                await asyncio.to_thread(strip, stage, name)
                 await self._prover.prove("import", stage, name=name, engine=self._engines[base])
             await asyncio.to_thread(check_contents, stage, name)
             identity = await asyncio.to_thread(self._store.add, stage)
@@ -52,19 +52,3 @@ class Importer:
 def _copied(folder: Path, stage: Path, name: str) -> None:
     check_folder(folder, name)
     shutil.copytree(folder, stage, dirs_exist_ok=True)
-
-
-def _bare(stage: Path, name: str) -> None:
-    """Keep PEFT's two files, after a look at them, and nothing else."""
-    check_folder(stage, name)
-    for required in (CONFIG, WEIGHTS):
-        if not (stage / required).is_file():
-            raise AdapterInvalid(name, f"its folder lacks {required}")
-    try:
-        if not tensor_table(stage / WEIGHTS):
-            raise AdapterInvalid(name, f"{WEIGHTS} holds no tensors")
-    except HeaderInvalid as error:
-        raise AdapterInvalid(name, str(error)) from None
-    for path in stage.iterdir():
-        if path.name not in (CONFIG, WEIGHTS):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -6,6 +6,7 @@ or prints what is wrong as {"code", "message"} on its last line and ends with 1.
 """
 
 import json
+import shutil
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from embedft.adapters.passport import CONFIG, WEIGHTS, BaseIdentity, Passport, read_passport
-from embedft.errors import AdapterInvalid, EmbedftError
+from embedft.adapters.store import AdapterStore, check_folder
+from embedft.errors import AdapterInvalid, EmbedftError, UsageError
+from embedft.files import HeaderInvalid, tensor_table
 
 
 def main(path: Path) -> int:
@@ -67,6 +70,38 @@ def run(job: dict[str, Any]) -> None:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         unproven=like is None or any(read_passport(Path(member)).unproven for member, _ in job["members"]),
     ).write(folder)
+
+
+def import_unproven(store: AdapterStore, source: Path, *, name: str, base: str, task: Any) -> str:
+    """An adapter folder without passport into the store, proven in this process; its generation. `base`: a built-in, folder or hub id."""
+    from embedft.base import BaseSpec, base_folder
+
+    if not source.is_dir():
+        raise UsageError(f"{source} is not a folder")
+    check_folder(source, name)
+    folder = base_folder(BaseSpec(base))
+    with store.stage() as stage:
+        shutil.copytree(source, stage, dirs_exist_ok=True)
+        strip(stage, name)
+        model = folder.name if Path(base).is_dir() else base
+        run({"kind": "import", "folder": str(stage), "base": str(folder), "task": task, "name": name, "model": model})
+        return store.put(stage, name)
+
+
+def strip(stage: Path, name: str) -> None:
+    """Keep PEFT's two files, after a look at them, and nothing else."""
+    check_folder(stage, name)
+    for required in (CONFIG, WEIGHTS):
+        if not (stage / required).is_file():
+            raise AdapterInvalid(name, f"its folder lacks {required}")
+    try:
+        if not tensor_table(stage / WEIGHTS):
+            raise AdapterInvalid(name, f"{WEIGHTS} holds no tensors")
+    except HeaderInvalid as error:
+        raise AdapterInvalid(name, str(error)) from None
+    for path in stage.iterdir():
+        if path.name not in (CONFIG, WEIGHTS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _config(folder: Path, name: str) -> tuple[int, float, str]:

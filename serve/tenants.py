@@ -153,6 +153,15 @@ def new_key() -> tuple[str, str]:
     return key, hashlib.sha256(key.encode()).hexdigest()
 
 
+def entry_for(tenant: str, digest: str, *, admin: bool, adapters: Sequence[str]) -> dict[str, Any]:
+    """The keys file's entry, as plain data. UsageError where the name is none."""
+    try:
+        entry = TenantEntry(tenant=tenant, key_sha256=digest, admin=admin, adapters=tuple(adapters))
+    except ValidationError:
+        raise UsageError(f"{tenant!r} is no tenant's name: 1 to 64 letters, digits, '.', '_' or '-'") from None
+    return entry.model_dump(mode="json", exclude_unset=True, exclude_defaults=True)
+
+
 def _hashed(authorization: str) -> bytes:
     scheme, _, given = authorization.partition(" ")
     return hashlib.sha256(given.strip().encode() if scheme.lower() == "bearer" else b"").digest()

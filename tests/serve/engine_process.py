@@ -98,6 +98,53 @@ def random_adapter(folder: Path, base: Path, task: Any, *, seed: int, scale: flo
     return folder
 
 
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "rank pattern": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 4}},
+    "alpha pattern": {"alpha_pattern": {"down_proj": 64, "layers.0.self_attn.v_proj": 2}},
+    "rsLoRA with patterns": {"use_rslora": True, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"o_proj": 3}},
+    "one layer": {"layers_to_transform": [1]},
+    "one of a fused three": {"target_modules": ["q_proj"]},
+    "one of a fused two": {"target_modules": ["up_proj", "o_proj"]},
+    "some left out": {"exclude_modules": r".*layers\.0.*"},
+    "added tokens": {"trainable_token_indices": [5, 6]},
+    "whole embeddings": {"modules_to_save": ["embed_tokens"]},
+    "biases": {"bias": "lora_only"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+}
+
+
+def featured_adapter(folder: Path, base: Path, *, seed: int, **config: Any) -> Path:
+    """A causal LM's adapter as PEFT itself writes it, with every trained tensor moved far from where it began."""
+    import peft
+    import torch
+
+    from embedft.base import load_model
+
+    torch.manual_seed(seed)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": targets, "task_type": "CAUSAL_LM", **config}
+    model: Any = peft.get_peft_model(load_model(base, task="causal_lm"), peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and "lora_A" not in name:
+                weight += torch.randn_like(weight) * 0.2
+    model.peft_config["default"].base_model_name_or_path = "test"
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def plain_peft(base: Path, adapter: Path) -> Any:
+    """The base with the adapter as PEFT's own loader puts it there."""
+    import peft
+
+    from embedft.base import load_model
+
+    return peft.PeftModel.from_pretrained(load_model(base, task="causal_lm"), str(adapter)).eval()
+
+
 def solo(base: Path, task: Any, adapter: Path | None) -> Any:
     """The base, alone or with the one adapter, in this process."""
     from embedft.base import load_model

@@ -20,7 +20,7 @@ from serve.engines.vllm import check_base, lora_rank
 from serve.engines.vllm_server import match_modules
 from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama, tiny_tokenizer
-from tests.serve.engine_process import random_adapter
+from tests.serve.engine_process import FEATURES, featured_adapter, plain_peft, random_adapter
 
 
 def test_cores_are_read_as_vllm_reads_them() -> None:
@@ -110,6 +110,31 @@ def test_an_adapter_that_would_change_other_rows_is_refused(tmp_path: Path) -> N
             bank.load("a", folder)
         assert bank.names == []
         assert bank.model is base.model
+
+
+@pytest.fixture(scope="module")
+def plain_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("plain") / "base")
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_a_lora_can_ask_for_is_done_as_peft_does_it_or_refused(tmp_path: Path, plain_llama: Path, feature: str) -> None:
+    """No third outcome: never loaded and wrong, never loaded and without effect."""
+    folder = featured_adapter(tmp_path / "a", plain_llama, seed=1, **FEATURES[feature])
+    base = load_base(BaseSpec(str(plain_llama)), task="causal_lm")
+    bank, ids = AdapterBank(base), torch.tensor([[5, 6, 7, 8]])
+    before = base.model(input_ids=ids).logits
+    try:
+        bank.load("a", folder)
+    except AdapterInvalid:
+        assert feature in {"dora", "added tokens", "whole embeddings", "biases", "PiSSA"}
+        assert torch.equal(base.model(input_ids=ids).logits, before)
+        return
+    wanted = plain_peft(plain_llama, folder)(input_ids=ids).logits
+    mixed = bank.model(input_ids=ids.repeat(2, 1), **bank.rows(["a", None])).logits
+    assert torch.allclose(mixed[0], wanted[0], atol=1e-4)
+    assert torch.allclose(mixed[1], before[0], atol=1e-4)
+    assert not torch.allclose(wanted, before, atol=1e-2)
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:

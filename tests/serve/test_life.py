@@ -191,6 +191,33 @@ def test_a_full_disk_is_said_and_what_serves_goes_on(server: Server, world: Worl
     assert not [path for path in world.store.root.iterdir() if path.name.startswith(".aliases")]
 
 
+def test_a_vanished_store_is_said_and_what_is_loaded_goes_on(server: Server, world: World) -> None:
+    assert ask(server, "x0").status_code == 200
+    away = world.folder / "away"
+    world.store.root.rename(away)
+    try:
+        assert ask(server, "x0").status_code == 200
+        names = {row["name"] for row in server.client.get("/v1/adapters").json()["data"]}
+        assert set(NAMES) <= names
+        refused(server.put("x0", {"source": "nix"}), 400, "source_refused")
+        refused(server.put("new"), 404, "adapter_not_found")
+    finally:
+        if world.store.root.exists():
+            shutil.rmtree(world.store.root)
+        away.rename(world.store.root)
+    for name in NAMES:
+        assert ask(server, name).status_code == 200
+
+
+def test_a_half_written_adapter_is_neither_listed_nor_served(server: Server, world: World) -> None:
+    half = world.store.root / "objects" / ".stage-left"
+    half.mkdir()
+    (half / "adapter_config.json").write_text('{"peft_type": "LO')
+    assert "stage" not in server.client.get("/v1/adapters").text
+    refused(server.put("half", {"source": "objects/.stage-left"}), 422, "adapter_invalid")
+    shutil.rmtree(half)
+
+
 def test_25_bad_loads_in_a_row_disturb_nobody(server: Server, world: World) -> None:
     root, bad = world.store.root, list[tuple[str, str]]()
     for number, kind in enumerate(["pickle", "device", "link", "header", "zip", "foreign", "scaled"]):

@@ -10,6 +10,7 @@ from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound
 if TYPE_CHECKING:
     from embedft.base import Base
 
+HARMLESS_INITS = ("gaussian", "eva", "orthogonal")  # PiSSA, OLoRA, LoftQ and CorDA subtract what they start from
 BASE = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
 
 
@@ -104,6 +105,8 @@ def read(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
         raise AdapterInvalid(name, "this engine mixes plain LoRA adapters: no DoRA, no modules_to_save; convert it to LoRA first")
     if config.bias != "none" or config.trainable_token_indices:
         raise AdapterInvalid(name, "it changes biases or token embeddings of the base, which all other rows would see")
+    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in HARMLESS_INITS:
+        raise AdapterInvalid(name, f"{config.init_lora_weights} starts from a changed base, which other rows would see: convert it to LoRA")
     config.inference_mode = True
     config.init_lora_weights = True  # drawn cheaply, then overwritten; PiSSA and its like would rewrite base tensors
     return config, load_file(str(folder / WEIGHTS))
