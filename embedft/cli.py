@@ -66,11 +66,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the recipe, dotted: train.lr=1e-4")
         command.add_argument("--dry-run", action="store_true", help="one real step; prints time, peak memory and trainable parameters")
         command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+        if task == "embedding":
+            command.add_argument("--force", action="store_true", help="take the adapter even if it forgets more than eval.guard allows")
         _store_option(command)
     command = _command(commands, "eval", _eval, "score an adapter against its base on a data set")
     command.add_argument("adapter", metavar="ADAPTER", help="a name in the store, or an adapter folder")
     command.add_argument("--data", metavar="DATA", required=True, help="a BEIR folder, or a file of rows")
     command.add_argument("--base", metavar="FOLDER", help="the base, where it was trained on a folder of yours")
+    command.add_argument("--against", metavar="ADAPTER", help="another embedding adapter, on the same queries")
+    command.add_argument("--mteb", action="store_true", help="MTEB's own evaluator scores it too")
     _store_option(command)
     _adapters(commands)
     _recipes(commands)
@@ -222,7 +226,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if recipe.task == "embedding":
         from embedft.embedding.train import train as train_embedding
 
-        outcome = train_embedding(recipe, store=_store(arguments), **options)
+        outcome = train_embedding(recipe, store=_store(arguments), force=arguments.force, **options)
     else:
         from embedft.causal_lm.train import train as train_causal_lm
 
@@ -248,10 +252,16 @@ def _eval(arguments: argparse.Namespace) -> None:
     given = Path(arguments.adapter)
     folder = given if given.is_dir() else store.folder(arguments.adapter)
     if read_passport(folder).task == "embedding":
-        from embedft.embedding.evaluate import evaluate_adapter
+        from embedft.embedding.proof import evaluate_adapter as evaluate_embedding
+
+        options = {"against": arguments.against, "mteb": arguments.mteb}
+        metrics = evaluate_embedding(folder, arguments.data, store, base=arguments.base, **options)
     else:
-        from embedft.causal_lm.evaluate import evaluate_adapter
-    metrics = evaluate_adapter(folder, arguments.data, store, base=arguments.base)
+        from embedft.causal_lm.evaluate import evaluate_adapter as evaluate_language
+
+        if arguments.against or arguments.mteb:
+            raise UsageError(f"{arguments.adapter} is a language model's adapter: --against and --mteb are for embedding adapters")
+        metrics = evaluate_language(folder, arguments.data, store, base=arguments.base)
     if arguments.json:
         print(json.dumps(metrics))
     else:
@@ -510,15 +520,40 @@ def _print(arguments: argparse.Namespace, content: Mapping[str, Any], *, title: 
 
 
 def _scores(metrics: Mapping[str, Any], *, title: str) -> None:
-    """The quality table: one row each for base, BM25 and adapter, then the gain's 95 % interval."""
-    rows = [{"": side, **{k: f"{v:.4f}" for k, v in metrics[side].items()}} for side in ("base", "bm25", "adapter") if metrics.get(side)]
+    """The quality table: one row for each side, the gain's 95 % interval, and what else the evaluation found."""
+    sides = [side for side in ("base", "bm25", "adapter", "fused") if metrics.get(side)]
+    rows = [{"": "bm25 + adapter" if side == "fused" else side, **{k: f"{v:.4f}" for k, v in metrics[side].items()}} for side in sides]
     print(title)
     if rows:
         _table(rows)
     if metrics.get("gain_ci95"):
-        low, high = metrics["gain_ci95"]
-        verdict = "better than the base" if low > 0 else "worse than the base" if high < 0 else "no proven difference from the base"
-        print(f"gain over the base, 95 % interval: {low:+.4f} … {high:+.4f}: {verdict}")
+        print(f"gain over the base, 95 % interval: {_verdict(metrics['gain_ci95'], 'the base')}")
+    if bm25 := metrics.get("intervals", {}).get("adapter - bm25"):
+        print(f"gain over BM25, 95 % interval: {_verdict(bm25, 'BM25')}")
+    for name, part in metrics.get("strata", {}).items():
+        scores = ", ".join(f"{side} {part[side]:.3f}" for side in ("base", "bm25", "adapter"))
+        print(f"{part['queries']} queries of {name} word overlap with their documents: {scores}")
+    _further(metrics)
+
+
+def _further(metrics: Mapping[str, Any]) -> None:
+    if index := metrics.get("index"):
+        cost = f"{index['documents']:,} documents, {index['bytes'] / 2**20:.1f} MiB, {index['seconds']:.0f} s of encoding"
+        kept = "an index made with it" if index["again"] else "query-only: an index of the base's vectors serves it as it is, saving"
+        print(f"{kept} {'takes ' if index['again'] else ''}{cost}")
+    if against := metrics.get("against"):
+        score, label = against[metrics["metric"]], f"{against['name']} (side {against['side']})"
+        print(f"against {label}, {score:.4f}, 95 % interval: {_verdict(against['difference_ci95'], against['name'])}")
+    if mteb := metrics.get("mteb"):
+        print("MTEB's own evaluator: " + ", ".join(f"{name} {value:.6f}" for name, value in mteb.items()))
+    if guard := metrics.get("guard"):
+        print(f"general set ({guard['data']}, {guard['queries']} queries): base {guard['base']:.4f}, adapter {guard['adapter']:.4f}")
+
+
+def _verdict(interval: Sequence[float], other: str) -> str:
+    low, high = interval
+    verdict = f"better than {other}" if low > 0 else f"worse than {other}" if high < 0 else f"no proven difference from {other}"
+    return f"{low:+.4f} … {high:+.4f}: {verdict}"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> None:

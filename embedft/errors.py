@@ -7,7 +7,7 @@
     ├── BaseError: BaseNotFound, BaseMismatch, QuantizationUnsupported
     ├── AdapterError: AdapterNotFound, AdapterInvalid, AdapterExists, GenerationConflict, ProbesFailed
     ├── MethodUnsupported
-    ├── TrainingInterrupted, ResumeRefused
+    ├── TrainingInterrupted, ResumeRefused, Forgotten
     ├── RagError: IndexNotFound, IndexInvalid, LineageMismatch, DocumentsUnusable
     └── ServingError: InputInvalid, NotAuthorized, EngineFailed, EngineBusy
 
@@ -142,6 +142,20 @@ class TrainingInterrupted(EmbedftError):
 
 class ResumeRefused(EmbedftError):
     code = "resume_refused"
+
+
+class Forgotten(EmbedftError):
+    """A trained adapter lost too much on the general set: it is saved at `path`, and its name was not moved to it."""
+
+    code = "forgotten"
+
+    def __init__(self, name: str, *, path: str, data: str, base: float, adapter: float, bound: float) -> None:
+        self.path = path
+        super().__init__(
+            f"adapter {name!r} loses {base - adapter:.3f} on the general set {data} ({base:.3f} → {adapter:.3f}; at most {bound:g} may be "
+            f"lost): it is saved in {path}, but {name!r} was not moved to it: train less (train.epochs, train.lr, adapter.r), allow more "
+            "(eval.guard.drop), or take it as it is with --force"
+        )
 
 
 class RagError(EmbedftError):

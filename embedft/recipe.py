@@ -63,11 +63,24 @@ class Prompts(Section):
     document: str = ""
 
 
+class AlsoTrain(Section):
+    """A further training set. Of `weight` 2 every row is shown twice an epoch, of 0.5 every epoch another half."""
+
+    train: str
+    weight: PositiveFloat = 1.0
+
+
 class EmbeddingData(Section):
-    """`train` and `eval`: a file, a BEIR folder or hf://name[:config][@revision]. `limit`: first rows only."""
+    """`train`, `eval` and `dev`: a file, a BEIR folder or hf://name[:config][@revision]. `limit`: first rows only.
+
+    `dev` chooses the best checkpoint (None: a part of the training queries, held out). `weight` and `also`: several sets in one run.
+    """
 
     train: str
     eval: str | None = None
+    dev: str | None = None
+    weight: PositiveFloat = 1.0
+    also: tuple[AlsoTrain, ...] = ()
     format: Literal["pairs", "beir"] | None = None
     prompts: Prompts = Prompts()
     limit: PositiveInt | None = None
@@ -91,7 +104,10 @@ class LossSection(Section):
 
 
 class TrainSection(Section):
-    """`lr` per optimizer step, `warmup` a share of all steps, `checkpoint_every` in steps (None: only when stopped)."""
+    """`lr` per optimizer step, `warmup` a share of all steps, `checkpoint_every` in steps (None: only when stopped).
+
+    `trackers` get loss and settings of the run; TensorBoard's files are written under the store's runs/.
+    """
 
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
@@ -106,11 +122,34 @@ class TrainSection(Section):
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     checkpoint_every: PositiveInt | None = None
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+
+
+class EmbeddingTrain(TrainSection):
+    """`evaluate_every` so many steps `eval.metric` is taken on the dev queries, and the best weights are published.
+
+    `patience`: stop after so many evaluations without a better one.
+    """
+
+    evaluate_every: PositiveInt | None = None
+    patience: PositiveInt | None = None
 
 
 class CausalLMTrain(TrainSection):
     batch: PositiveInt = 16
     max_length: PositiveInt = 512
+
+
+class GuardSection(Section):
+    """A general set that an adapter must not spoil: `data` is pydocs (short functions of the standard library) or a retrieval set.
+
+    An adapter that loses more than `drop` of `eval.metric` there is saved, but its name does not move to it without --force.
+    """
+
+    data: str = "pydocs"
+    drop: NonNegativeFloat = 0.05
+    queries: PositiveInt = 200
+    documents: PositiveInt = 400
 
 
 class EmbeddingEval(Section):
@@ -121,6 +160,7 @@ class EmbeddingEval(Section):
     queries: PositiveInt | None = None
     documents: PositiveInt | None = None
     keep_texts: bool = False
+    guard: GuardSection | None = GuardSection()
 
 
 class CausalLMEval(Section):
@@ -137,8 +177,8 @@ class _Recipe(Section):
     def resolved_yaml(self) -> str:
         """The recipe with every default written out and data paths shortened to their last two parts."""
         content = self.model_dump(mode="json")
-        for key in ("train", "eval"):
-            content["data"][key] = _portable(content["data"][key])
+        for section, key, _ in _data_paths(content):
+            section[key] = _portable(section[key])
         if Path(content["base"]["model"]).is_absolute():
             content["base"]["model"] = Path(content["base"]["model"]).name
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -154,7 +194,7 @@ class EmbeddingRecipe(_Recipe):
     adapter: EmbeddingAdapterSection = EmbeddingAdapterSection()
     data: EmbeddingData
     loss: LossSection = LossSection()
-    train: TrainSection = TrainSection()
+    train: EmbeddingTrain = EmbeddingTrain()
     eval: EmbeddingEval = EmbeddingEval()
 
 
@@ -261,14 +301,30 @@ def _number(text: str) -> Any:
 
 def _resolve_paths(content: dict[str, Any], folder: Path, overrides: Iterable[str]) -> None:
     overridden = {override.partition("=")[0] for override in overrides}
-    for section, key in (("data", "train"), ("data", "eval"), ("base", "model")):
-        part = content.get(section)
-        value = cast("dict[str, Any]", part).get(key) if isinstance(part, dict) else None
-        if not isinstance(value, str) or value.startswith("hf://"):
-            continue
-        path = (Path.cwd() if f"{section}.{key}" in overridden else folder) / Path(value).expanduser()
-        if section == "data" or path.exists():
-            cast("dict[str, Any]", part)[key] = str(path.resolve())
+    for section, key, dotted in _data_paths(content):
+        value, given_here = section[key], any(dotted == name or dotted.startswith(f"{name}.") for name in overridden)
+        if isinstance(value, str) and not value.startswith("hf://"):
+            section[key] = str(((Path.cwd() if given_here else folder) / Path(value).expanduser()).resolve())
+    base: Any = content.get("base")
+    if isinstance(base, dict) and isinstance(model := cast("dict[str, Any]", base).get("model"), str):
+        path = (Path.cwd() if "base.model" in overridden else folder) / Path(model).expanduser()
+        if path.exists():
+            base["model"] = str(path.resolve())
+
+
+def _data_paths(content: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
+    """Every place of a recipe's mapping that names data, as (section, key, dotted key)."""
+    data, evaluation = content.get("data"), content.get("eval")
+    found: list[tuple[dict[str, Any], str, str]] = []
+    if isinstance(data, dict):
+        mapping = cast("dict[str, Any]", data)
+        found += [(mapping, key, f"data.{key}") for key in ("train", "eval", "dev") if mapping.get(key)]
+        also: Any = mapping.get("also") or ()
+        found += [(part, "train", "data.also.train") for part in also if isinstance(part, dict) and "train" in part]
+    guard: Any = cast("dict[str, Any]", evaluation).get("guard") if isinstance(evaluation, dict) else None
+    if isinstance(guard, dict) and cast("dict[str, Any]", guard).get("data", "pydocs") != "pydocs":
+        found.append((cast("dict[str, Any]", guard), "data", "eval.guard.data"))
+    return found
 
 
 def _fault(item: Any, content: dict[str, Any]) -> str:

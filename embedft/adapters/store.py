@@ -2,6 +2,7 @@
 
 ROOT/objects/<generation>/     an adapter folder, immutable
 ROOT/names/<name>.json         {"generation", "history": [generation, …]}, newest last
+ROOT/held/<name>.json          {"generation"}: trained under that name, and held back from it
 """
 
 import json
@@ -32,7 +33,7 @@ class AdapterStore:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = (root or default_root()).resolve()
-        self._objects, self._names = self.root / "objects", self.root / "names"
+        self._objects, self._names, self._held = self.root / "objects", self.root / "names", self.root / "held"
 
     @contextmanager
     def stage(self) -> Generator[Path]:
@@ -61,6 +62,19 @@ class AdapterStore:
             if not (self._objects / identity).is_dir():
                 publish_folder(staged, self._objects / identity)
         return identity
+
+    def hold(self, staged: Path, name: str) -> str:
+        """Keep a staged folder that was made for `name` without moving the name to it; the last one held is kept. Its generation."""
+        check_name(name)
+        identity = self.add(staged)
+        self._held.mkdir(parents=True, exist_ok=True)
+        write_text(self._held / f"{name}.json", json.dumps({"generation": identity}) + "\n")
+        return identity
+
+    def held(self, name: str) -> str | None:
+        """The generation that is held back from `name`."""
+        path = self._held / f"{name}.json"
+        return str(json.loads(path.read_text(encoding="utf-8"))["generation"]) if path.is_file() else None
 
     def point(self, name: str, generation: str, *, expected: str | None = None) -> str:
         """Let `name` be a generation that the store already holds (a rollback). Returns the full generation."""
@@ -121,14 +135,16 @@ class AdapterStore:
         if name not in self.damaged():
             self.history(name)
         with locked(self.root / ".lock"):
-            (self._names / f"{name}.json").unlink(missing_ok=True)
+            for folder in (self._names, self._held):
+                (folder / f"{name}.json").unlink(missing_ok=True)
 
     def collect(self, *, leased: Collection[str] = ()) -> list[str]:
-        """Delete objects that no name points at, now or in its history, and nobody leases; returns their generations."""
+        """Delete objects that no name points at, now or in its history, none holds and nobody leases; returns their generations."""
         with locked(self.root / ".lock"):
             if broken := self.damaged():
                 raise AdapterInvalid(next(iter(broken)), "nothing is deleted while its pointer is damaged: mend or remove it first")
             named = {identity for name in self.names() for identity in self.history(name)}
+            named |= {self.held(path.stem) or "" for path in self._held.glob("*.json")}
             unused = [path for path in self._objects.glob("[0-9a-f]*") if path.name not in named and path.name not in leased]
             for path in unused:
                 shutil.rmtree(path)

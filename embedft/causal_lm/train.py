@@ -136,7 +136,7 @@ def _dry_run(base: Base, examples: list[Example], recipe: CausalLMRecipe) -> Dry
     import tempfile
 
     model = _seeded_adapter(base, recipe)
-    settings = recipe.train.model_copy(update={"max_steps": 2, "checkpoint_every": None})
+    settings = recipe.train.model_copy(update={"max_steps": 2, "checkpoint_every": None, "trackers": ()})
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(model, base, examples, settings, folder=Path(folder))
         steps = steps_an_epoch(len(examples), recipe.train)

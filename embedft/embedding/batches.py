@@ -9,7 +9,7 @@ WINDOW = 16  # batches sorted by length together: more pads less and mixes less
 
 
 class BatchPlan:
-    """Batches of row indices for each epoch; the same seed and epoch give the same batches.
+    """Batches of row indices for each epoch; the same seed and epoch give the same batches. A row of weight 2 comes twice an epoch.
 
     In a batch no query meets a second document that answers it, neither as a document nor as a negative, and no query
     or document occurs twice; a row that would break this waits for a later batch. `exclusive=False` lifts all that, for
@@ -31,6 +31,9 @@ class BatchPlan:
         answers = {query: frozenset(numbers[text] for text in texts) for query, texts in examples.relevant.items()}
         self._answers = [answers[row.query] if exclusive else nothing for row in examples.rows]
         self._lengths = [len(row.document) for row in examples.rows]
+        self._weights: dict[float, list[int]] = {}
+        for number, row in enumerate(examples.rows):
+            self._weights.setdefault(row.weight, []).append(number)
         self._count = len(self._plan(0))
 
     def set_epoch(self, epoch: int) -> None:
@@ -48,7 +51,7 @@ class BatchPlan:
     def _plan(self, epoch: int) -> list[list[int]]:
         """Full batches in random order, then those that the last rows fill only in part; a batch of one teaches nothing."""
         generator = random.Random(f"{self.seed}-{epoch}")
-        order = list(range(len(self._documents)))
+        order = self._shown(generator)
         generator.shuffle(order)
         size = self.window * self.batch_size
         full: list[list[int]] = []
@@ -62,6 +65,15 @@ class BatchPlan:
         generator.shuffle(full)
         partial = list(self._rest(waiting))
         return full + [batch for batch in partial if len(batch) > 1]
+
+    def _shown(self, generator: random.Random) -> list[int]:
+        """The rows of one epoch: as often as their weight says; of a weight's fraction, others every time, but always as many."""
+        if set(self._weights) == {1.0}:
+            return list(range(len(self._documents)))
+        order: list[int] = []
+        for weight, rows in self._weights.items():
+            order += rows * int(weight) + generator.sample(rows, round((weight - int(weight)) * len(rows)))
+        return order
 
     def _fill(self, rows: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         """As many full batches as the rows give, in their order; the rows left over."""
@@ -80,19 +92,15 @@ class BatchPlan:
 
     def _take(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
         """The first rows that may share a batch, and the others."""
-        batch: list[int] = []
+        taken: list[int] = []  # positions
         documents: set[int] = set()
         answers: set[int] = set()
         for position, row in enumerate(rows):
-            if len(batch) == self.batch_size:
-                return batch, self._after(rows, batch, position)
+            if len(taken) == self.batch_size:
+                break
             if documents.isdisjoint(self._answers[row]) and answers.isdisjoint(self._documents[row]):
-                batch.append(row)
+                taken.append(position)
                 documents |= self._documents[row]
                 answers |= self._answers[row]
-        return batch, self._after(rows, batch, len(rows))
-
-    @staticmethod
-    def _after(rows: Sequence[int], batch: Sequence[int], position: int) -> list[int]:
-        taken = set(batch)
-        return [row for row in rows[:position] if row not in taken] + list(rows[position:])
+        gone = set(taken)
+        return [rows[position] for position in taken], [row for position, row in enumerate(rows) if position not in gone]

@@ -58,7 +58,7 @@ def _texts(path: Path, problems: list[str], *, titled: bool) -> dict[str, str]:
             problems.append(f"{row.where}: _id is {identifier!r}; expected non-empty text")
         elif identifier in texts:
             problems.append(f"{row.where}: _id {identifier!r} occurs twice; expected distinct ids")
-        elif not isinstance(text, str) or not (text.strip() or title):
+        elif not isinstance(text, str) or not (text.strip() or title or titled):
             problems.append(f"{row.where}: text is {'empty' if isinstance(text, str) else repr(text)}; expected text")
         else:
             texts[identifier] = f"{title} {text}".strip() if title else text.strip()

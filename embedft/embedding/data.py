@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embedft.embedding.beir import is_beir, read_beir, splits
@@ -49,13 +49,13 @@ def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool, t
     `scored` and `taught`: what the loss takes, as `parse` has it.
     """
     problems: list[str] = []
-    rows = _examples(data.train, data.limit, problems, scored=scored, taught=taught, format=data.format)
+    rows = _all_examples(data, problems, scored=scored, taught=taught)
     source = data.eval or (data.train if is_beir(data.train) else None)
     if source is None and scored:
         problems.append("data.eval: a loss of scored pairs needs its own evaluation data; expected pairs or a BEIR folder")
     if source is None:
         rows, held = _hold_out(rows)
-        retrieval = _of_pairs(held, extra_documents=[row.document for row in rows])
+        retrieval = of_pairs(held, extra_documents=[row.document for row in rows])
     else:
         retrieval = load_retrieval(source, problems, format=data.format if source == data.train else None)
     if problems:
@@ -82,7 +82,7 @@ def load_retrieval(source: str, problems: list[str] | None = None, *, format: st
         retrieval = _retrieval(queries, beir.documents, beir.relevant)
     else:
         rows = list(parse(read_rows(source, faults, split="test"), faults, scored=False))
-        retrieval = _of_pairs(rows, extra_documents=[text for row in rows for text in row.negatives])
+        retrieval = of_pairs(rows, extra_documents=[text for row in rows for text in row.negatives])
     if problems is None and faults:
         raise DataError(faults)
     return retrieval
@@ -94,7 +94,17 @@ def make_examples(rows: Iterable[Example]) -> Examples:
     relevant: dict[str, set[str]] = {}
     for row in kept:
         relevant.setdefault(row.query, set()).add(row.document)
-    content = [[row.query, row.document, row.negatives, row.score, *([row.scores] if row.scores else [])] for row in kept]
+    content = [
+        [
+            row.query,
+            row.document,
+            row.negatives,
+            row.score,
+            *([row.scores] if row.scores else []),
+            *([row.weight] if row.weight != 1 else []),
+        ]
+        for row in kept
+    ]
     return Examples(kept, {query: frozenset(texts) for query, texts in relevant.items()}, _hash(content))
 
 
@@ -111,9 +121,9 @@ def reduce_to(retrieval: RetrievalSet, *, queries: int | None, documents: int | 
     return _retrieval({identifier: retrieval.queries[identifier] for identifier in chosen}, texts, relevant)
 
 
-def data_hash(examples: Examples, retrieval: RetrievalSet) -> str:
+def data_hash(examples: Examples, *sets: RetrievalSet) -> str:
     """64 hex digits for a passport: the same rows and the same evaluation give the same hash."""
-    return _hash([examples.hash, retrieval.hash])
+    return _hash([examples.hash, *(given.hash for given in sets)])
 
 
 def _as_beir(source: str, format: str | None) -> bool:
@@ -122,6 +132,32 @@ def _as_beir(source: str, format: str | None) -> bool:
             [f"{Path(source).name}: data.format is beir, but this is no folder; expected corpus.jsonl, queries.jsonl and qrels/"]
         )
     return is_beir(source)
+
+
+def _all_examples(data: EmbeddingData, problems: list[str], *, scored: bool, taught: bool) -> list[Example]:
+    """The rows of every training set, each with its set's weight."""
+    rows: list[Example] = []
+    for source, weight in ((data.train, data.weight), *((part.train, part.weight) for part in data.also)):
+        found = _examples(source, data.limit, problems, scored=scored, taught=taught, format=data.format)
+        rows += found if weight == 1 else [replace(row, weight=weight) for row in found]
+    return rows
+
+
+def split_dev(examples: Examples, dev: str | None) -> tuple[Examples, RetrievalSet]:
+    """The queries that choose the best checkpoint: `dev`, or a part of the training queries. Training does not see them."""
+    if dev is not None:
+        retrieval = load_retrieval(dev)
+        asked = set(retrieval.queries.values())
+        rest = [row for row in examples.rows if row.query not in asked]
+    else:
+        rest, held = _hold_out(examples.rows)
+        if any(row.score is not None for row in held):
+            raise DataError(["data.dev: a loss of scored pairs needs its own dev data; expected pairs or a BEIR folder"])
+        retrieval = of_pairs(held, extra_documents=[row.document for row in rest])
+    kept = make_examples(rest)
+    if len(kept) < 2:
+        raise DataError([f"data.dev: {len(kept)} training rows besides the dev queries; expected at least 2"])
+    return kept, retrieval
 
 
 def _examples(
@@ -134,7 +170,7 @@ def _examples(
             [f"{Path(source).name}: a BEIR folder holds relevant pairs, and this loss takes scored ones; expected rows with a score"]
         )
     beir = read_beir(Path(source), "train", problems)
-    pairs = [(query, document) for query, grades in beir.relevant.items() for document in grades]
+    pairs = [(query, document) for query, grades in beir.relevant.items() for document in grades if beir.documents[document]]
     return [Example(beir.queries[query], beir.documents[document]) for query, document in pairs[:limit]]
 
 
@@ -145,8 +181,8 @@ def _hold_out(rows: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     return [row for row in rows if row.query not in held], [row for row in rows if row.query in held]
 
 
-def _of_pairs(rows: Sequence[Example], *, extra_documents: Iterable[str]) -> RetrievalSet:
-    """Equal texts become one query or one document."""
+def of_pairs(rows: Sequence[Example], *, extra_documents: Iterable[str]) -> RetrievalSet:
+    """Pairs and further documents as a retrieval set; equal texts become one query or one document."""
     queries = {text: f"q{number}" for number, text in enumerate(dict.fromkeys(row.query for row in rows))}
     texts = dict.fromkeys([row.document for row in rows])
     texts.update(dict.fromkeys(extra_documents))

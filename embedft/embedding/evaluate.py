@@ -3,11 +3,12 @@
 nDCG: linear gains and the log2 discount (Järvelin and Kekäläinen 2002, as trec_eval computes it); MRR@10: Craswell 2009.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +16,16 @@ from numpy.typing import NDArray
 from embedft.embedding.data import RetrievalSet
 from embedft.encode import Encoder, EncodeSettings
 
-if TYPE_CHECKING:
-    from embedft.adapters.store import AdapterStore
-
 METRICS = ("ndcg@10", "mrr@10", "hit@1", "hit@5", "hit@10", "recall@10")
 DEPTH = 10
+POOL = 100  # documents of each ranking that a fusion looks at
+FUSION = 60  # reciprocal rank fusion's constant (Cormack et al. 2009)
 _DISCOUNTS = 1.0 / np.log2(np.arange(2, DEPTH + 2))
 
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """`per_query[metric]` (queries,) in the order of `ids`; `metrics` are their means; `ranked` the ids of the best documents."""
+    """`per_query[metric]` (queries,) in the order of `ids`; `metrics` are their means; `ranked` the ids of the best POOL documents."""
 
     ids: tuple[str, ...]
     metrics: Mapping[str, float]
@@ -51,12 +51,12 @@ def evaluate_retrieval(
 
 
 def rank(queries: NDArray[np.float32], documents: NDArray[np.float32], ids: Sequence[str]) -> list[list[str]]:
-    """(q, d) and (n, d) vectors → for each query the ids of its DEPTH nearest documents by cosine, best first."""
+    """(q, d) and (n, d) vectors → for each query the ids of its POOL nearest documents by cosine, best first."""
     best: list[list[str]] = []
     documents = _unit(documents)
     for start in range(0, len(queries), 256):
         scores = _unit(queries[start : start + 256]) @ documents.T  # (256, n)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :POOL]
         best.extend([ids[int(column)] for column in row] for row in order)
     return best
 
@@ -68,7 +68,7 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def bm25_baseline(data: RetrievalSet) -> RetrievalResult:
     """BM25 (Robertson's, bm25s' defaults) over words split at underscores, English stop words left out."""
     ids = list(data.documents)
-    ranked = bm25_top(list(data.queries.values()), list(data.documents.values()), depth=DEPTH)
+    ranked = bm25_top(list(data.queries.values()), list(data.documents.values()), depth=POOL)
     return score(data, [[ids[row] for row in rows] for rows in ranked])
 
 
@@ -83,6 +83,18 @@ def bm25_top(queries: Sequence[str], documents: Sequence[str], *, depth: int) ->
     index.index(words(documents), show_progress=False)
     found, scores = index.retrieve(words(queries), k=min(depth, len(documents)), show_progress=False)
     return [[int(row) for row, value in zip(rows, values, strict=True) if value > 0] for rows, values in zip(found, scores, strict=True)]
+
+
+def fuse(data: RetrievalSet, *results: RetrievalResult) -> RetrievalResult:
+    """Reciprocal rank fusion of several rankings of the same queries."""
+    fused: list[list[str]] = []
+    for lists in zip(*(result.ranked for result in results), strict=True):
+        sums: dict[str, float] = {}
+        for ranked in lists:
+            for place, identifier in enumerate(ranked):
+                sums[identifier] = sums.get(identifier, 0.0) + 1 / (FUSION + 1 + place)
+        fused.append(sorted(sums, key=lambda identifier: (-sums[identifier], identifier))[:POOL])
+    return score(data, fused)
 
 
 def score(data: RetrievalSet, ranked: Sequence[Sequence[str]]) -> RetrievalResult:
@@ -108,58 +120,29 @@ def _scores(relevant: Mapping[str, int], best: Sequence[str]) -> dict[str, float
     }
 
 
-def comparison(results: Mapping[str, RetrievalResult], *, metric: str, seed: int = 7) -> dict[str, Any]:
-    """The metrics block of a passport: the figures of base, bm25 and adapter, and the 95 % interval of the adapter's gain in `metric`."""
-    from embedft.training.statistics import paired_bootstrap
+@dataclass(frozen=True)
+class Towers:
+    """`results`: base, bm25, adapter, and fused (adapter with bm25). `index`: what indexing the documents takes."""
 
-    base, adapter = results["base"], results["adapter"]
-    low, high = paired_bootstrap(base.per_query[metric], adapter.per_query[metric], seed=seed)
-    figures = {name: dict(results[name].metrics) for name in ("base", "bm25", "adapter")}
-    return {"metric": metric, "queries": len(base.ids), **figures, "gain_ci95": [low, high]}
+    results: Mapping[str, RetrievalResult]
+    index: Mapping[str, float | int | bool]
 
 
-def compare_towers(
-    model: Any, folder: Path, settings: EncodeSettings, data: RetrievalSet, *, side: str, batch_size: int
-) -> dict[str, RetrievalResult]:
-    """base, bm25 and adapter on the same queries, from one PEFT model: the base is the adapter switched off."""
-    encoder = Encoder(model, folder, settings)
-    off = model.disable_adapter() if side == "query" else None
-    adapter = evaluate_retrieval(encoder, data, batch_size=batch_size, for_documents=off)
-    with model.disable_adapter():
-        base = evaluate_retrieval(encoder, data, batch_size=batch_size)
-    return {"base": base, "bm25": bm25_baseline(data), "adapter": adapter}
+def compare_towers(model: Any, folder: Path, settings: EncodeSettings, data: RetrievalSet, *, side: str, batch_size: int) -> Towers:
+    """base, bm25 and adapter on the same queries, from one PEFT model: the base is the adapter switched off.
 
-
-def evaluate_adapter(
-    name: str | Path,
-    data: str,
-    store: "AdapterStore",
-    *,
-    base: str | Path | None = None,
-    metric: str = "ndcg@10",
-    queries: int | None = None,
-    documents: int | None = None,
-    batch_size: int = 64,
-) -> dict[str, Any]:
-    """Base, BM25 and a stored adapter (or an adapter folder) on other data: what `embedft eval` prints.
-
-    `base` names the base's folder where the passport's name (a local folder's) does not lead to it.
-    Raises DataError, AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
+    The documents of a query-only adapter are the base's, so they are encoded once.
     """
-    from embedft.adapters.passport import read_passport
-    from embedft.base import load_model
-    from embedft.embedding.data import load_retrieval, reduce_to
-    from embedft.errors import AdapterInvalid
-    from embedft.methods import load_adapter
-    from embedft.verify import trained_base
-
-    retrieval = reduce_to(load_retrieval(data), queries=queries, documents=documents)
-    folder = Path(name) if Path(name).is_dir() else store.folder(str(name))
-    passport = read_passport(folder)
-    if passport.task != "embedding" or passport.pooling is None or passport.normalize is None:
-        raise AdapterInvalid(passport.name, "it is no embedding adapter, so it ranks nothing")
-    source = trained_base(passport, base)
-    model = load_adapter(load_model(source, task="embedding"), folder)
-    settings = EncodeSettings(passport.pooling, passport.normalize, passport.max_length, passport.prompts)
-    results = compare_towers(model, source, settings, retrieval, side=passport.side, batch_size=batch_size)
-    return comparison(results, metric=metric)
+    encoder, ids = Encoder(model, folder, settings), list(data.documents)
+    queries, texts = list(data.queries.values()), list(data.documents.values())
+    with model.disable_adapter():
+        base_queries = encoder.encode(queries, input_type="query", batch_size=batch_size)
+        began = time.perf_counter()
+        base_documents = encoder.encode(texts, input_type="document", batch_size=batch_size)
+        seconds = time.perf_counter() - began
+    adapted_queries = encoder.encode(queries, input_type="query", batch_size=batch_size)
+    documents = base_documents if side == "query" else encoder.encode(texts, input_type="document", batch_size=batch_size)
+    base, bm25 = score(data, rank(base_queries, base_documents, ids)), bm25_baseline(data)
+    adapter = score(data, rank(adapted_queries, documents, ids))
+    index = {"documents": len(ids), "seconds": round(seconds, 3), "bytes": int(documents.nbytes), "again": side != "query"}
+    return Towers({"base": base, "bm25": bm25, "adapter": adapter, "fused": fuse(data, bm25, adapter)}, index)

@@ -115,8 +115,8 @@ def _read(source: str) -> tuple[tuple[Example, ...], list[str]]:
     problems: list[str] = []
     if is_beir(source):
         beir = read_beir(Path(source), "train", problems)
-        rows = [Example(beir.queries[q], beir.documents[d]) for q, grades in beir.relevant.items() for d in grades]
-        documents = list(dict.fromkeys(beir.documents.values()))
+        rows = [Example(beir.queries[q], beir.documents[d]) for q, grades in beir.relevant.items() for d in grades if beir.documents[d]]
+        documents = list(dict.fromkeys(text for text in beir.documents.values() if text))
     else:
         rows = list(parse(read_rows(source, problems), problems, scored=False))
         documents = list(dict.fromkeys(text for row in rows for text in (row.document, *row.negatives)))

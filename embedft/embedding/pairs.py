@@ -18,7 +18,7 @@ EXPECTED = f"a query column ({', '.join(QUERY[:3])}) and a document column ({', 
 class Example:
     """One query with one relevant document; `score` only where the loss takes scored pairs.
 
-    `scores`: a teacher's, of the document and then of each negative; only where the loss distils.
+    `scores`: a teacher's, of the document and then of each negative; only where the loss distils. `weight`: of its data set.
     """
 
     query: str
@@ -26,6 +26,7 @@ class Example:
     negatives: tuple[str, ...] = ()
     score: float | None = None
     scores: tuple[float, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

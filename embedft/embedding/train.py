@@ -8,26 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.base import Base, BaseSpec, load_base
 from embedft.embedding.batches import WINDOW, BatchPlan
-from embedft.embedding.data import Examples, data_hash, load_data
-from embedft.embedding.evaluate import RetrievalResult, compare_towers, comparison
+from embedft.embedding.data import Examples, RetrievalSet, data_hash, load_data, split_dev
+from embedft.embedding.evaluate import compare_towers, evaluate_retrieval
+from embedft.embedding.guard import forgetting
 from embedft.embedding.losses import Loss, loss_named
-from embedft.encode import EncodeSettings, TextPreparer
-from embedft.errors import BaseError, DataError, RecipeError
+from embedft.embedding.proof import comparison, per_query
+from embedft.encode import Encoder, EncodeSettings, TextPreparer
+from embedft.errors import BaseError, DataError, Forgotten, RecipeError
 from embedft.recipe import EmbeddingRecipe
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
+    from embedft.training.best import BestCheckpoint
     from embedft.training.measure import AdapterResult, DryRunReport
 
 _SAMPLES = ("Return the number of items.", "  two  spaces, and\na line's end ", "naïve Straße 東京 42", "x" * 600)
 
 
 def train(
-    recipe: EmbeddingRecipe, *, store: "AdapterStore", resume: bool = False, dry_run: bool = False, progress: bool = True
+    recipe: EmbeddingRecipe,
+    *,
+    store: "AdapterStore",
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+    force: bool = False,
 ) -> "AdapterResult | DryRunReport":
     """Train, evaluate against base and BM25, and put the adapter into the store under `recipe.name`.
 
-    Raises DataError and MethodUnsupported before a model loads; BaseNotFound, ResumeRefused, TrainingInterrupted.
+    `force`: even if it forgets too much. Raises DataError and MethodUnsupported before a model loads; BaseNotFound, ResumeRefused,
+    TrainingInterrupted, and Forgotten after the adapter was saved.
     """
     from transformers import set_seed
 
@@ -40,6 +50,9 @@ def train(
     loss = loss_named(recipe.loss.name)
     examples, retrieval = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
     _check_negatives(examples, loss)
+    dev = None
+    if recipe.train.evaluate_every is not None:
+        examples, dev = split_dev(examples, recipe.data.dev)
     base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision), task="embedding")
     settings = settings_for(recipe, base)
     _check_tokenizer(base, settings)
@@ -50,30 +63,59 @@ def train(
     steps = ceil(len(plan) / recipe.train.accumulate)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            short = recipe.train.model_copy(update={"max_steps": 2})
+            short = recipe.train.model_copy(update={"max_steps": 2, "trackers": ()})
             short_recipe = recipe.model_copy(update={"train": short})
             trainer = make_trainer(model, base, settings, examples, short_recipe, plan=plan, output=Path(folder))
             return rehearse(trainer, recipe.train, name=recipe.name, examples=len(examples), steps_per_epoch=steps)
-    identity = data_hash(examples, retrieval)
+    identity = data_hash(examples, retrieval) if dev is None else data_hash(examples, retrieval, dev)
     run = open_run(recipe, root=store.root, data_hash=identity, base_fingerprint=base.info.fingerprint, resume=resume)
     trainer = make_trainer(model, base, settings, examples, recipe, plan=plan, output=run.folder)
+    best = best_checkpoint(trainer, model, base, settings, recipe, dev, folder=run.folder) if dev else None
     with PeakMemory() as peak:
         seconds = fit(trainer, run, name=recipe.name, progress=progress)
+    chosen = {"best": best.restore(trainer.model, name=recipe.name)} if best else {}
     model.eval()
-    results = compare_towers(model, base.folder, settings, retrieval, side=recipe.adapter.side, batch_size=recipe.eval.batch)
+    options: Any = {"side": recipe.adapter.side, "batch_size": recipe.eval.batch}
+    towers = compare_towers(model, base.folder, settings, retrieval, **options)
+    metric, spec = recipe.eval.metric, recipe.eval.guard
+    guard = forgetting(model, base.folder, settings, spec, metric=metric, **options) if spec else None
+    held = bool(guard and guard["held"] and not force)
     published = Published(
-        metrics=comparison(results, metric=recipe.eval.metric),
+        metrics=comparison(towers, retrieval, metric=metric) | chosen | ({"guard": guard} if guard else {}),
+        held=held,
         data_hash=identity,
         max_length=settings.max_length,
         seconds=seconds,
         peak_bytes=peak.bytes,
         settings=settings,
         dimensions=(base.info.hidden_size, *sorted(set(recipe.loss.dimensions), reverse=True)),
-        rows=per_query(results, retrieval.queries if recipe.eval.keep_texts else None),
+        rows=per_query(towers.results, retrieval.queries if recipe.eval.keep_texts else None),
     )
     result = publish(model, base, recipe, store=store, published=published)
     run.discard()
+    if guard and held:
+        raise Forgotten(
+            recipe.name, path=result.path, data=guard["data"], base=guard["base"], adapter=guard["adapter"], bound=guard["bound"]
+        )
     return result
+
+
+def best_checkpoint(
+    trainer: Any, model: Any, base: Base, settings: EncodeSettings, recipe: EmbeddingRecipe, dev: RetrievalSet, *, folder: Path
+) -> "BestCheckpoint":
+    """Let the trainer evaluate on the dev queries as it goes, and keep the best weights."""
+    from embedft.training.best import BestCheckpoint
+
+    encoder = Encoder(model, base.folder, settings)
+
+    def evaluate() -> float:
+        off = model.disable_adapter() if recipe.adapter.side == "query" else None
+        return evaluate_retrieval(encoder, dev, batch_size=recipe.eval.batch, for_documents=off).metrics[recipe.eval.metric]
+
+    assert recipe.train.evaluate_every is not None
+    best = BestCheckpoint(folder / "best", evaluate, every=recipe.train.evaluate_every, patience=recipe.train.patience)
+    trainer.add_callback(best)
+    return best
 
 
 def plan_for(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, model: Any) -> BatchPlan:
@@ -171,18 +213,6 @@ def training_columns(examples: Examples, loss: Loss) -> dict[str, list[Any]]:
     if loss.takes == "distilled":
         columns["label"] = [list(row.scores[: 1 + examples.negatives]) for row in rows]
     return columns
-
-
-def per_query(results: dict[str, RetrievalResult], texts: Any = None) -> list[dict[str, Any]]:
-    """What eval/ keeps of each query: its id, the scores of base, bm25 and adapter, the adapter's ranking; the text only if asked."""
-    rows: list[dict[str, Any]] = []
-    for index, identifier in enumerate(results["base"].ids):
-        row: dict[str, Any] = {"id": identifier}
-        for name, result in results.items():
-            row[name] = {metric: round(float(values[index]), 6) for metric, values in result.per_query.items()}
-        row["ranked"] = list(results["adapter"].ranked[index])
-        rows.append(row if texts is None else row | {"texts": {"query": texts[identifier]}})
-    return rows
 
 
 def _check_negatives(examples: Examples, loss: Loss) -> None:

@@ -31,6 +31,7 @@ class Published:
     """What a trainer knows of its run beyond the weights. `rows`: eval/, one object a query or row; texts apart, under `texts`.
 
     `settings` for embedding adapters, `template_hash` for language models'. `data_hash` 64 hex; `seconds` of training.
+    `held`: save it, but do not move the name to it.
     """
 
     metrics: Mapping[str, Any]
@@ -41,6 +42,7 @@ class Published:
     template_hash: str | None = None
     settings: "EncodeSettings | None" = None
     dimensions: tuple[int, ...] = ()
+    held: bool = False
     rows: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
 
@@ -65,7 +67,7 @@ def publish(
         (folder / "recipe.yaml").write_text(recipe.resolved_yaml(), encoding="utf-8")
         (folder / "README.md").write_text(model_card(passport), encoding="utf-8")
         _write_rows(folder / "eval", published.rows)
-        generation = store.put(folder, recipe.name)
+        generation = (store.hold if published.held else store.put)(folder, recipe.name)
     return AdapterResult(
         name=recipe.name,
         path=str(store.folder(generation)),

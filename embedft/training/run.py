@@ -74,13 +74,16 @@ def _refuse_changes(name: str, then: dict[str, Any], now: dict[str, Any]) -> Non
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
+    changes += [
+        f"the run's {key} was {then['machine'].get(key)!r}, is now {value!r}"
+        for key, value in now["machine"].items()
+        if then["machine"].get(key) != value
+    ]
     for what in ("data", "base"):
         if then[what] != now[what]:
             changes.append(f"the {what} changed ({then[what][:12]}… → {now[what][:12]}…)")
     if changes:
         raise ResumeRefused(f"{name!r} cannot resume: " + "; ".join(changes) + ": undo that, or start without --resume")
-    if then["machine"] != now["machine"]:
-        sys.stderr.write(f"note: resuming on {now['machine']}, begun on {then['machine']}: the last bits may differ\n")
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

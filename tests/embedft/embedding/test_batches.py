@@ -1,6 +1,7 @@
 """What may share a batch, and what batches cost."""
 
 import random
+from collections import Counter
 
 from embedft.embedding.batches import BatchPlan
 from embedft.embedding.data import make_examples
@@ -61,3 +62,15 @@ def test_a_batch_of_one_is_left_out_and_more_rows_than_there_are_is_one_batch() 
 def test_losses_of_scored_pairs_may_compare_a_querys_documents() -> None:
     examples = make_examples([Example("q", f"d{i}", score=float(i)) for i in range(8)])
     assert [len(batch) for batch in BatchPlan(examples, batch=8, seed=7, exclusive=False)] == [8]
+
+
+def test_a_weight_says_how_often_a_row_is_shown_and_a_half_is_another_every_epoch() -> None:
+    rows = [Example(f"q{i}", f"d{i}", weight=weight) for i, weight in enumerate([2.0] * 20 + [1.0] * 20 + [0.5] * 20)]
+    plan, _ = plan_of(rows, batch=5)
+    epochs = [Counter(i for batch in plan.of_epoch(epoch) for i in batch) for epoch in range(2)]
+    for shown in epochs:
+        assert {shown[i] for i in range(20)} == {2}
+        assert {shown[i] for i in range(20, 40)} == {1}
+        assert sum(shown[i] for i in range(40, 60)) == 10
+    assert set(epochs[0]) != set(epochs[1])
+    assert all(len(set(batch)) == len(batch) for batch in plan), "a row never meets itself"

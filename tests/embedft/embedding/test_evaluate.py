@@ -7,7 +7,8 @@ import pytest
 
 from embedft.base import load_model
 from embedft.embedding.data import RetrievalSet, load_retrieval
-from embedft.embedding.evaluate import METRICS, bm25_baseline, comparison, evaluate_retrieval, score
+from embedft.embedding.evaluate import METRICS, Towers, bm25_baseline, evaluate_retrieval, fuse, score
+from embedft.embedding.proof import comparison
 from embedft.encode import Encoder, EncodeSettings
 from tests.fixtures_embedding import planted_rows, tiny_encoder, write_beir, write_rows
 
@@ -63,7 +64,9 @@ def test_a_comparison_holds_three_rows_and_the_interval_of_the_gain(tmp_path: Pa
     data = load_retrieval(write_beir(tmp_path / "beir", train=8, test=32))
     worst = score(data, [[] for _ in data.queries])
     best = score(data, [list(data.relevant[query]) for query in data.queries])
-    made = comparison({"base": worst, "bm25": bm25_baseline(data), "adapter": best}, metric="mrr@10")
+    bm25 = bm25_baseline(data)
+    towers = Towers({"base": worst, "bm25": bm25, "adapter": best, "fused": fuse(data, bm25, best)}, {})
+    made = comparison(towers, data, metric="mrr@10")
     assert made["gain_ci95"] == [1.0, 1.0]
     assert made["queries"] == 32
     assert made["base"]["mrr@10"] == 0.0

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,13 @@ import pytest
 from embedft.adapters.passport import read_passport
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, base_folder, load_base, load_model
-from embedft.embedding.evaluate import evaluate_adapter
 from embedft.embedding.losses import LOSSES
+from embedft.embedding.proof import evaluate_adapter
 from embedft.embedding.train import train
 from embedft.encode import Encoder, EncodeSettings
-from embedft.errors import BaseError, DataError, MethodUnsupported, ResumeRefused, TrainingInterrupted
+from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError, ResumeRefused, TrainingInterrupted
 from embedft.methods import load_adapter
-from embedft.recipe import EmbeddingRecipe, parse_recipe
+from embedft.recipe import EmbeddingRecipe, load_recipe, parse_recipe
 from embedft.training.measure import AdapterResult, DryRunReport
 from tests.fixtures_embedding import another, planted_rows, tiny_decoder, tiny_encoder, write_beir, write_rows
 
@@ -66,6 +69,7 @@ def make(bases: dict[str, str], beir: str) -> Make:
             "base": {"model": bases.get(base, base), "quantization": sections.pop("quantization", "none")},
             "data": {"train": beir} | (data or {}),
             "train": {"batch": 16, "lr": 5e-3, "epochs": 3, "max_length": 16} | sections.pop("train", {}),
+            "eval": {"guard": None} | sections.pop("eval", {}),
         }
         made = parse_recipe(content | sections)
         assert isinstance(made, EmbeddingRecipe)
@@ -151,14 +155,26 @@ def test_a_tiny_nf4_base_evaluates_and_then_trains_on(make: Make, store: Adapter
 PADDED, PACKED, PART = {"dropout": 0.1}, {}, {"layers": 1}  # dropout keeps a model from running packed
 
 
-@pytest.mark.parametrize(("adapter", "stop"), [(PADDED, 5), (PACKED, 5), (PART, 17), ({"side": "query"}, 14)])
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+RESUMED = [
+    *((q, adapter, stop, {}) for q in ("none", "nf4") for adapter, stop in ((PADDED, 5), (PACKED, 5), (PART, 17), ({"side": "query"}, 14))),
+    ("int8", {}, 5, {}),
+    ("nf4", {}, 9, {"evaluate_every": 4}),
+]
+
+
+@pytest.mark.parametrize(("quantization", "adapter", "stop", "section"), RESUMED)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    quantization: str, adapter: dict[str, Any], stop: int, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantization: str,
+    adapter: dict[str, Any],
+    stop: int,
+    section: dict[str, Any],
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from embedft.training.interrupt import InterruptGuard
 
-    recipe = make("mean", quantization=quantization, adapter=adapter, train={"epochs": 2})
+    recipe = make("mean", quantization=quantization, adapter=adapter, train={"epochs": 2} | section)
     whole, broken = AdapterStore(tmp_path / "whole"), AdapterStore(tmp_path / "broken")
     trained(recipe, whole)
     on_step_end = InterruptGuard.on_step_end
@@ -183,6 +199,94 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert whole.current("tiny") == broken.current("tiny")
     with pytest.raises(ResumeRefused):
         trained(recipe, broken, resume=True)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from embedft.adapters.store import AdapterStore
+from embedft.embedding.train import train
+from embedft.recipe import load_recipe
+from embedft.training.progress import ProgressETA
+
+def killed(self, args, state, control, **rest):
+    if state.global_step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ProgressETA.on_step_end = killed
+train(load_recipe(sys.argv[1]), store=AdapterStore(Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_killed_run_goes_on_to_the_same_adapter_and_only_under_the_same_recipe_data_and_threads(
+    quantization: str, make: Make, beir: str, tmp_path: Path
+) -> None:
+    import torch
+
+    given = make("mean", quantization=quantization, train={"epochs": 1, "checkpoint_every": 3}).model_dump(mode="json")
+    copied = shutil.copytree(beir, tmp_path / "data")
+    given["data"]["train"] = str(copied)
+    (tmp_path / "tiny.yaml").write_text(json.dumps(given))
+    recipe = load_recipe(tmp_path / "tiny.yaml")
+    assert isinstance(recipe, EmbeddingRecipe)
+    whole, broken = AdapterStore(tmp_path / "whole"), AdapterStore(tmp_path / "broken")
+    trained(recipe, whole)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    argv = [sys.executable, "-c", KILLED, str(tmp_path / "tiny.yaml"), str(broken.root)]
+    child = subprocess.run(argv, env=environment, capture_output=True, timeout=100, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
+    torch.set_num_threads(2)
+    with pytest.raises(ResumeRefused, match="the run's threads was 1, is now 2"):
+        trained(recipe, broken, resume=True)
+    torch.set_num_threads(1)
+    with pytest.raises(ResumeRefused, match=r"train\.lr was 0\.005, is now 0\.01"):
+        trained(recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": 0.01})}), broken, resume=True)
+    rows = (copied / "queries.jsonl").read_text()
+    (copied / "queries.jsonl").write_text(rows.replace('"text": "', '"text": "find ', 1))
+    with pytest.raises(ResumeRefused, match="the data changed"):
+        trained(recipe, broken, resume=True)
+    (copied / "queries.jsonl").write_text(rows)
+    trained(recipe, broken, resume=True)
+    one, other = weights(whole), weights(broken)
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_the_best_weights_on_the_dev_queries_are_published_and_patience_ends_the_run(
+    make: Make, bases: dict[str, str], store: AdapterStore
+) -> None:
+    from embedft.embedding.data import load_data, split_dev
+    from embedft.embedding.evaluate import evaluate_retrieval
+    from embedft.verify import settings_of
+
+    recipe = make(train={"epochs": 12, "lr": 3e-2, "evaluate_every": 5, "patience": 2})
+    result = trained(recipe, store)
+    best: Any = result.metrics["best"]
+    scores = {step: score for step, score in best["history"]}
+    assert best["score"] == scores[best["step"]] == max(scores.values())
+    assert list(scores)[-1] == best["step"] + 10 < 12 * 11, "two evaluations without a better one end it"
+    examples, dev = split_dev(load_data(recipe.data, recipe.eval, scored=False)[0], None)
+    assert not set(dev.queries.values()) & {row.query for row in examples.rows}
+    folder = Path(bases["mean"])
+    model = load_adapter(load_model(folder, task="embedding"), Path(result.path))
+    encoder = Encoder(model, folder, settings_of(read_passport(Path(result.path))))
+    assert evaluate_retrieval(encoder, dev).metrics["ndcg@10"] == pytest.approx(best["score"])
+
+
+def test_trackers_get_the_loss_and_one_that_is_not_installed_is_named(
+    make: Make, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trained(make(train={"epochs": 1, "trackers": ["tensorboard"]}), store)
+    events = reader.EventAccumulator(str(store.root / "runs" / "tiny")).Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert len(losses) >= 2
+    assert all(loss > 0 for loss in losses)
+    monkeypatch.setattr("embedft.training.arguments.find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match="mlflow is not installed: pip install mlflow"):
+        trained(make(train={"trackers": ["mlflow"]}), store)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +353,7 @@ def test_scores_of_every_query_are_kept_and_texts_only_when_asked(make: Make, st
     for folder in folders:
         rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
         assert len(rows) == 48
-        assert set(rows[0]) == {"id", "base", "bm25", "adapter", "ranked"}
+        assert set(rows[0]) == {"id", "base", "bm25", "adapter", "fused", "ranked"}
     assert not (folders[0] / "texts.jsonl").exists()
     assert set(json.loads((folders[1] / "texts.jsonl").read_text().splitlines()[0])) == {"id", "query"}
 

@@ -1,0 +1,154 @@
+"""What an evaluation proves: strata, one adapter against another, MTEB's evaluator, and the forgetting guard."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.adapters.store import AdapterStore
+from embedft.cli import main
+from embedft.embedding.data import RetrievalSet
+from embedft.embedding.evaluate import Towers, fuse, score
+from embedft.embedding.guard import general_set
+from embedft.embedding.proof import comparison, evaluate_adapter, overlaps
+from embedft.embedding.train import train
+from embedft.errors import AdapterNotFound, Forgotten
+from embedft.recipe import GuardSection, parse_recipe
+from tests.fixtures_embedding import TOPICS, planted_rows, text, tiny_encoder, write_beir, write_rows
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("proof")
+
+
+@pytest.fixture(scope="module")
+def base(root: Path) -> str:
+    return str(tiny_encoder(root / "base", pooling="mean"))
+
+
+@pytest.fixture(scope="module")
+def beir(root: Path) -> str:
+    return write_beir(root / "beir", train=96, test=48)
+
+
+def recipe_of(base: str, beir: str, name: str, **sections: Any) -> Any:
+    train_section = {"batch": 16, "lr": 5e-3, "epochs": 2, "max_length": 16} | sections.pop("train", {})
+    content = {"task": "embedding", "name": name, "base": {"model": base}, "data": {"train": beir}, "eval": {"guard": None}}
+    return parse_recipe(content | {"train": train_section} | sections)
+
+
+@pytest.fixture(scope="module")
+def store(root: Path, base: str, beir: str) -> AdapterStore:
+    """`both` and `query`: the same recipe on either side."""
+    store = AdapterStore(root / "store")
+    for side in ("both", "query"):
+        train(recipe_of(base, beir, side, adapter={"side": side}), store=store, progress=False)
+    return store
+
+
+def test_strata_go_by_the_words_that_a_query_shares_with_its_documents() -> None:
+    queries = {"a": "purple elephants dance", "b": "the purple elephants", "c": "quiet purple rain"}
+    documents = {"1": "Elephants that dance are purple.", "2": "no word of it", "3": "rain on a roof"}
+    relevant = {"a": {"1": 1, "2": 1}, "b": {"2": 1}, "c": {"3": 1}}
+    data = RetrievalSet(queries, documents, relevant, "")
+    assert overlaps(data).tolist() == [1.0, 0.0, 1 / 3]
+    worst = score(data, [[], [], []])
+    bm25 = score(data, [["1"], [], ["1", "3"]])
+    adapter = score(data, [["1", "2"], ["2"], ["3"]])
+    made = comparison(
+        Towers({"base": worst, "bm25": bm25, "adapter": adapter, "fused": fuse(data, bm25, adapter)}, {}), data, metric="mrr@10"
+    )
+    assert {name: part["queries"] for name, part in made["strata"].items()} == {"low": 1, "middle": 1, "high": 1}
+    assert made["strata"]["low"] == {"queries": 1, "base": 0.0, "bm25": 0.0, "adapter": 1.0, "fused": 1.0, "gain_ci95": [1.0, 1.0]}
+    assert made["strata"]["middle"]["bm25"] == 0.5
+    assert made["intervals"]["adapter - base"] == made["gain_ci95"]
+    assert made["intervals"]["adapter - bm25"][1] == 1.0
+
+
+def test_a_fusion_puts_first_what_both_rankings_put_high() -> None:
+    data = RetrievalSet({"a": "x"}, dict.fromkeys("1234", ""), {"a": {"2": 1}}, "")
+    fused = fuse(data, score(data, [["1", "2", "3"]]), score(data, [["4", "2"]]))
+    assert fused.ranked[0][0] == "2"
+    assert fused.metrics["mrr@10"] == 1.0
+
+
+def test_mtebs_own_evaluator_agrees_for_either_side(store: AdapterStore, beir: str, base: str) -> None:
+    pytest.importorskip("mteb")
+    figures: dict[str, Any] = {}
+    for name in ("both", "query"):
+        made = evaluate_adapter(name, beir, store, base=base, mteb=True)
+        figures[name] = made["adapter"]["ndcg@10"]
+        assert 0.1 < figures[name] < 0.999, "a score that could not differ shows nothing"
+        for metric, value in made["mteb"].items():
+            assert value == pytest.approx(made["adapter"][metric], abs=1e-6), (name, metric)
+    assert figures["both"] != figures["query"]
+
+
+def test_a_query_only_adapter_is_held_against_one_that_moves_documents_too(
+    store: AdapterStore, beir: str, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = evaluate_adapter("query", beir, store, base=base, against="both")
+    alone = evaluate_adapter("both", beir, store, base=base)
+    against = made["against"]
+    assert (made["side"], against["side"]) == ("query", "both")
+    assert against["ndcg@10"] == pytest.approx(alone["adapter"]["ndcg@10"])
+    low, high = against["difference_ci95"]
+    assert low <= made["adapter"]["ndcg@10"] - alone["adapter"]["ndcg@10"] <= high
+    assert made["index"]["again"] is False
+    assert alone["index"]["again"] is True
+    assert made["index"]["documents"] == TOPICS
+    assert made["index"]["bytes"] == TOPICS * 64 * 4
+    command = ["eval", "query", "--data", beir, "--base", base, "--against", "both", "--adapters", str(store.root)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "query-only: an index of the base's vectors serves it as it is" in said
+    assert "against both (side both)" in said
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["against"]["name"] == "both"
+
+
+@pytest.fixture(scope="module")
+def english(root: Path, base: str) -> str:
+    """A 'general set' that the planted task spoils: queries that are their documents' own words, so that the base is near perfect."""
+    rows = [
+        {"query": text("document", topic, 16 * k + topic), "document": text("document", topic, -1)} for topic in range(16) for k in (0, 1)
+    ]
+    return write_rows(root / "general.jsonl", rows)
+
+
+def test_an_adapter_that_forgets_is_saved_and_does_not_become_current_without_force(
+    base: str, beir: str, english: str, root: Path, tmp_path: Path
+) -> None:
+    wrong = write_rows(tmp_path / "wrong.jsonl", planted_rows(96) + [
+        {"query": text("document", i % TOPICS, i), "document": text("document", (i + 5) % TOPICS, -1)} for i in range(96)
+    ])  # fmt: skip
+    store = AdapterStore(tmp_path / "store")
+    sections: dict[str, Any] = {"data": {"train": wrong, "eval": beir}, "eval": {"guard": {"data": english, "drop": 0.1}}}
+    recipe = recipe_of(base, beir, "spoilt", train={"epochs": 3}, **sections)
+    with pytest.raises(Forgotten, match=r"loses 0\.\d+ on the general set general\.jsonl") as caught:
+        train(recipe, store=store, progress=False)
+    assert caught.value.exit_code == 1
+    saved = Path(caught.value.path)
+    assert (saved / "adapter_model.safetensors").is_file()
+    with pytest.raises(AdapterNotFound):
+        store.current("spoilt")
+    assert store.collect() == [], "what is held back is kept"
+    assert store.passport(saved.name).metrics["guard"]["held"] is True
+    assert not (store.root / ".training" / "spoilt").exists()
+    train(recipe, store=store, progress=False, force=True)
+    assert store.current("spoilt") == saved.name
+
+
+def test_a_harmless_adapter_passes_the_guard_and_its_report_says_so(base: str, beir: str, store: AdapterStore) -> None:
+    result: Any = train(recipe_of(base, beir, "harmless", eval={"guard": {"queries": 20}}), store=store, progress=False)
+    guard = result.metrics["guard"]
+    assert (guard["data"], guard["queries"], guard["held"], guard["bound"]) == ("pydocs", 20, False, 0.05)
+
+
+def test_the_general_set_is_made_of_this_pythons_own_library() -> None:
+    data = general_set(GuardSection())
+    assert len(data.queries) == len(data.documents) == 200
+    assert all(len(found) == 1 for found in data.relevant.values())
+    assert general_set(GuardSection()).hash == data.hash
