@@ -40,6 +40,36 @@ def demo_text(demo: dict[str, Any]) -> str:
     )
 
 
+def retrieval_table(results: dict[str, dict[str, Any]]) -> str:
+    head = (
+        "| data | queries · documents | base | BM25 | adapter | query-only adapter | BM25 + adapter | adapter − base | adapter − BM25 |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
+    )
+    rows: list[str] = []
+    for name, result in results.items():
+        both, metric = result["adapters"]["both"], result["metric"]
+        query = result["adapters"].get("query")
+        intervals = [f"{low:+.3f} … {high:+.3f}" for low, high in (both["intervals"][f"adapter - {side}"] for side in ("base", "bm25"))]
+        scores = [f"{result[side][metric]:.3f}" for side in ("base", "bm25")] + [f"{both['adapter'][metric]:.3f}"]
+        scores += [f"{query['adapter'][metric]:.3f}" if query else "–", f"{both['fused'][metric]:.3f}"]
+        label = f"[{name}](benchmarks/results/retrieval_{name}.json)"
+        rows.append("| " + " | ".join([label, f"{result['queries']:,} · {result['documents']:,}", *scores, *intervals]) + " |")
+    return head + "\n".join(rows)
+
+
+def speed_table(report: dict[str, Any]) -> str:
+    head = "| longest text | sentence-transformers | ours, all layers | ours, last two layers | ours, query-only |\n|---|---|---|---|---|\n"
+    rows: list[str] = []
+    for length, part in sorted(report["lengths"].items(), key=lambda item: int(item[0])):
+        sides = part["sides"]
+        cells = [f"{sides['stock']['pairs_per_second']:.1f} pairs/s"]
+        cells += [
+            f"{sides[side]['pairs_per_second']:.1f} ({sides[side]['times_stock']:.1f}×)" for side in ("ours", "ours_last2", "ours_query")
+        ]
+        rows.append("| " + " | ".join([f"{length} tokens", *cells]) + " |")
+    return head + "\n".join(rows)
+
+
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo-table": ("demo.json", demo_table),
     "demo-text": ("demo.json", demo_text),
@@ -49,7 +79,8 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 def rendered(text: str) -> str:
     """The README with every block made anew."""
     for name, (source, render) in BLOCKS.items():
-        content = render(json.loads((RESULTS / source).read_text(encoding="utf-8")))
+        files = {path.stem.partition("_")[2]: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(source))}
+        content = render(files if "*" in source else next(iter(files.values())))
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
         if not pattern.search(text):
             raise SystemExit(f"README.md has no block {name}")

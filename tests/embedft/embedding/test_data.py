@@ -21,6 +21,18 @@ def load(source: str, *, eval: str | None = None, scored: bool = False, **caps: 
     return load_data(EmbeddingData(train=source, eval=eval), EmbeddingEval(**caps), scored=scored)
 
 
+def test_several_weighted_sets_are_one_training_set(tmp_path: Path) -> None:
+    first, second = (write_rows(tmp_path / f"{i}.jsonl", planted_rows(16, start=160 * i)) for i in (1, 2))
+    beir = write_beir(tmp_path / "beir")
+    also = [{"train": second, "weight": 0.5}]
+    examples, _ = load_data(EmbeddingData.model_validate({"train": first, "eval": beir, "also": also}), EmbeddingEval(), scored=False)
+    assert [row.weight for row in examples.rows] == [1.0] * 16 + [0.5] * 16
+    even, _ = load_data(
+        EmbeddingData.model_validate({"train": first, "eval": beir, "also": [{"train": second}]}), EmbeddingEval(), scored=False
+    )
+    assert even.hash != examples.hash
+
+
 def problems(source: str, **options: Any) -> list[str]:
     with pytest.raises(DataError) as caught:
         load(source, **options)

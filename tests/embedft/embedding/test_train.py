@@ -254,22 +254,24 @@ def test_a_killed_run_goes_on_to_the_same_adapter_and_only_under_the_same_recipe
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
 def test_the_best_weights_on_the_dev_queries_are_published_and_patience_ends_the_run(
-    make: Make, bases: dict[str, str], store: AdapterStore
+    quantization: str, make: Make, store: AdapterStore
 ) -> None:
+    """FACTS: elsewhere, going back to the best weights overwrites an int8 base and fails silently on an NF4 one."""
     from embedft.embedding.data import load_data, split_dev
     from embedft.embedding.evaluate import evaluate_retrieval
     from embedft.verify import settings_of
 
-    recipe = make(train={"epochs": 12, "lr": 3e-2, "evaluate_every": 5, "patience": 2})
+    recipe = make(quantization=quantization, train={"epochs": 12, "lr": 3e-2, "evaluate_every": 5, "patience": 2})
     result = trained(recipe, store)
     best: Any = result.metrics["best"]
-    scores = {step: score for step, score in best["history"]}
+    scores = dict(best["history"])
     assert best["score"] == scores[best["step"]] == max(scores.values())
     assert list(scores)[-1] == best["step"] + 10 < 12 * 11, "two evaluations without a better one end it"
     examples, dev = split_dev(load_data(recipe.data, recipe.eval, scored=False)[0], None)
     assert not set(dev.queries.values()) & {row.query for row in examples.rows}
-    folder = Path(bases["mean"])
+    folder = base_folder(BaseSpec(recipe.base.model, quantization))
     model = load_adapter(load_model(folder, task="embedding"), Path(result.path))
     encoder = Encoder(model, folder, settings_of(read_passport(Path(result.path))))
     assert evaluate_retrieval(encoder, dev).metrics["ndcg@10"] == pytest.approx(best["score"])
@@ -326,6 +328,34 @@ def test_each_loss_falls_while_it_trains(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) >= 3
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_gradients_of_the_cached_loss_are_those_of_the_plain_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from embedft.embedding.data import load_data
+    from embedft.embedding.train import make_trainer, plan_for, settings_for
+    from embedft.methods import attach
+
+    monkeypatch.setattr("embedft.embedding.losses.MINI_BATCH", 3)
+    found: list[dict[str, torch.Tensor]] = []
+    for name in ("mnrl", "cached_mnrl"):
+        recipe = make(loss={"name": name})
+        examples, _ = load_data(recipe.data, recipe.eval, scored=False)
+        base = load_base(BaseSpec(recipe.base.model), task="embedding")
+        torch.manual_seed(1)
+        model = attach(base, recipe.adapter, task="embedding")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        plan = plan_for(examples, recipe, loss=LOSSES[name], model=model)
+        trainer = make_trainer(model, base, settings_for(recipe, base), examples, recipe, plan=plan, output=tmp_path)
+        trainer.compute_loss(trainer.model, {"rows": torch.arange(16)}).backward()
+        found.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, gradient in found[0].items():
+        assert gradient.norm() > 0
+        assert (gradient - found[1][key]).norm() <= 1e-6 * gradient.norm(), key
 
 
 def test_a_query_only_adapter_leaves_documents_to_the_base(make: Make, bases: dict[str, str], store: AdapterStore) -> None:
