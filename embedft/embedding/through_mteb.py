@@ -1,5 +1,6 @@
 """The same adapter through MTEB's own evaluator, offline: its search and its scores, on our retrieval set. Knows no recipe."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,21 +8,24 @@ from embedft.embedding.data import RetrievalSet
 from embedft.encode import Encoder, EncodeSettings
 from embedft.errors import BaseError
 
-SCORES = {"ndcg@10": "ndcg_at_10", "mrr@10": "mrr_at_10", "recall@10": "recall_at_10"}
+SCORES = {"ndcg@10": "ndcg_cut_10", "recall@10": "recall_10", "hit@1": "success_1", "hit@5": "success_5", "hit@10": "success_10"}
 
 
 def through_mteb(
     model: Any, folder: Path, settings: EncodeSettings, data: RetrievalSet, *, side: str, batch_size: int = 64
 ) -> dict[str, float]:
-    """nDCG@10, MRR@10 and recall@10 by mteb.evaluate. MTEB breaks ties in its own way: equal documents may cost an agreement to 1e-6."""
+    """nDCG@10, recall@10 and hits by mteb.evaluate, from its scores of every query: its means are rounded to five places.
+
+    MTEB breaks ties in its own way, so documents with equal vectors may be ranked differently.
+    """
     try:
         import mteb
     except ImportError:
         raise BaseError("--mteb needs the package mteb: pip install 'embedft[mteb]'") from None
     encoder = _Encoder(Encoder(model, folder, settings), side=side, batch_size=batch_size)
-    found: Any = mteb.evaluate(encoder, _task(data), cache=None, co2_tracker=False, show_progress_bar=False)  # pyright: ignore
-    scores = found.task_results[0].scores["test"][0]
-    return {name: float(scores[theirs]) for name, theirs in SCORES.items()}
+    task = _task(data)
+    mteb.evaluate(encoder, task, cache=None, co2_tracker=False, show_progress_bar=False)  # pyright: ignore
+    return {name: sum(row[theirs] for row in task.scores.values()) / len(task.scores) for name, theirs in SCORES.items()}
 
 
 def _task(data: RetrievalSet) -> Any:
@@ -38,6 +42,11 @@ def _task(data: RetrievalSet) -> Any:
             eval_langs=["eng-Latn"],
             main_score="ndcg_at_10",
         )
+        scores: Mapping[str, Mapping[str, float]]  # of every query
+
+        def task_specific_scores(self, scores: Any, *_: Any, **__: Any) -> dict[str, float]:
+            self.scores = scores
+            return {}
 
     task: Any = Given()
     columns = {
