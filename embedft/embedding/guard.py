@@ -1,6 +1,7 @@
 """The forgetting guard: what an adapter costs on a general set that it was not trained for. Trains and stores nothing."""
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def general_set(guard: GuardSection) -> RetrievalSet:
     """The given set, or first sentences of docstrings → short functions of Python's own library: the same on the same Python."""
     if guard.data != "pydocs":
         return reduce_to(load_retrieval(guard.data), queries=guard.queries, documents=guard.documents)
+    return _pydocs(guard.queries)
+
+
+@lru_cache(maxsize=1)
+def _pydocs(queries: int) -> RetrievalSet:
     from embedft.installed import STDLIB, functions_in, read_source, source_files
 
     pairs: dict[str, str] = {}
@@ -47,5 +53,5 @@ def general_set(guard: GuardSection) -> RetrievalSet:
                 pairs.setdefault(function.summary, function.code)
     if len(pairs) < 20:
         raise BaseError("eval.guard: this Python has no sources to make a general set of: name one in eval.guard.data, or set it to null")
-    chosen = sorted(pairs, key=lambda summary: hashlib.sha256(summary.encode()).hexdigest())[: guard.queries]
+    chosen = sorted(pairs, key=lambda summary: hashlib.sha256(summary.encode()).hexdigest())[:queries]
     return of_pairs([Example(summary, pairs[summary]) for summary in chosen], extra_documents=())

@@ -15,7 +15,7 @@ from embedft.embedding.proof import comparison, evaluate_adapter, overlaps
 from embedft.embedding.train import train
 from embedft.errors import AdapterNotFound, Forgotten
 from embedft.recipe import GuardSection, parse_recipe
-from tests.fixtures_embedding import TOPICS, planted_rows, text, tiny_encoder, write_beir, write_rows
+from tests.fixtures_embedding import TOPICS, text, tiny_encoder, write_beir, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -110,23 +110,20 @@ def test_a_query_only_adapter_is_held_against_one_that_moves_documents_too(
 
 
 @pytest.fixture(scope="module")
-def english(root: Path, base: str) -> str:
-    """A 'general set' that the planted task spoils: queries that are their documents' own words, so that the base is near perfect."""
-    rows = [
-        {"query": text("document", topic, 16 * k + topic), "document": text("document", topic, -1)} for topic in range(16) for k in (0, 1)
-    ]
-    return write_rows(root / "general.jsonl", rows)
+def general(root: Path) -> str:
+    """Each query is its document's own text: what no base fails, and an adapter that moves queries elsewhere does."""
+    same = [text("document", topic, -1) for topic in range(TOPICS)]
+    return write_rows(root / "general.jsonl", [{"query": words, "document": words} for words in same])
 
 
 def test_an_adapter_that_forgets_is_saved_and_does_not_become_current_without_force(
-    base: str, beir: str, english: str, root: Path, tmp_path: Path
+    base: str, beir: str, general: str, root: Path, tmp_path: Path
 ) -> None:
-    wrong = write_rows(tmp_path / "wrong.jsonl", planted_rows(96) + [
-        {"query": text("document", i % TOPICS, i), "document": text("document", (i + 5) % TOPICS, -1)} for i in range(96)
-    ])  # fmt: skip
+    swapped = [{"query": text("document", i % TOPICS, i), "document": text("document", (i + 5) % TOPICS, -1)} for i in range(16 * TOPICS)]
+    wrong = write_rows(tmp_path / "wrong.jsonl", swapped)
     store = AdapterStore(tmp_path / "store")
-    sections: dict[str, Any] = {"data": {"train": wrong, "eval": beir}, "eval": {"guard": {"data": english, "drop": 0.1}}}
-    recipe = recipe_of(base, beir, "spoilt", train={"epochs": 3}, **sections)
+    sections: dict[str, Any] = {"data": {"train": wrong, "eval": beir}, "eval": {"guard": {"data": general, "drop": 0.1}}}
+    recipe = recipe_of(base, beir, "spoilt", adapter={"side": "query"}, train={"lr": 1e-2}, **sections)
     with pytest.raises(Forgotten, match=r"loses 0\.\d+ on the general set general\.jsonl") as caught:
         train(recipe, store=store, progress=False)
     assert caught.value.exit_code == 1
