@@ -12,11 +12,10 @@ from embedft.adapters.passport import Passport
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
 from embedft.errors import EmbedftError, UsageError
-from serve.engines.settings import parse_cores
+from serve.engines.settings import EngineKind, parse_cores
 from serve.remote import Sources
 from serve.tenants import TenantEntry, read_keys
 
-EngineKind = Literal["vllm", "peft", "fake"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -28,12 +27,13 @@ class BaseConfig(_Section):
     """One base in one engine. `name` is what clients put into `model`; `places`: how many requests the engine is given at once.
 
     `slots`: how many adapters it holds at once; none: all of them. vLLM has its own LRU beneath (`max_loras` on the device).
+    A cross_encoder reranks, has no adapters and an engine of its own kind.
     `tool_parser`: how vLLM finds the base's own tool calls in its text.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     model: str
-    task: Literal["embedding", "causal_lm"]
+    task: Literal["embedding", "causal_lm", "cross_encoder"]
     quantization: str = "none"
     revision: str | None = None
     engine: EngineKind | None = None
@@ -135,7 +135,9 @@ def load_config(
         problems = [f"{'.'.join(map(str, item['loc'])) or 'server'}: {item['msg']}" for item in error.errors()]
         raise UsageError(f"{path or 'server'}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from None
     default = engine or default_engine()
-    bases = tuple(base.model_copy(update={"engine": base.engine or default}) for base in config.bases)
+    bases = tuple(
+        base.model_copy(update={"engine": "cross" if base.task == "cross_encoder" else base.engine or default}) for base in config.bases
+    )
     return config.model_copy(update={"bases": with_cores(bases, free_cores())})
 
 

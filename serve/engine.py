@@ -87,7 +87,9 @@ def create_engine(base: BaseConfig, server: ServerConfig, folder: Path, *, prepa
 
 async def warm_up(engine: Engine) -> None:
     """The first answer of a fresh engine may take tens of seconds: have it before anyone waits for it."""
-    if engine.config.task == "embedding":
+    if engine.config.task == "cross_encoder":
+        await engine.client.call("/v1/score", {"query": "warm", "documents": ["up"]})
+    elif engine.config.task == "embedding":
         ids = engine.preparer(engine.plain_settings()).prepare(["warm up"]).ids
         await engine.client.call("/v1/embeddings", {"model": BASE, "input": ids, "encoding_format": "float"})
     else:

@@ -1,6 +1,6 @@
 """/v1/rerank in the shape of Cohere, Jina and infinity: documents in order of their relevance to a query.
 
-The scores are cosines of an embedding base's or adapter's vectors; query and documents get the prompts of their kind.
+By an embedding base or adapter: cosines of its vectors, query and documents with the prompts of their kind. By a cross-encoder: its scores.
 """
 
 import time
@@ -12,16 +12,17 @@ from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from pydantic_core import to_json
 
+from embedft.errors import InputInvalid
 from serve.admission import guessed
 from serve.body import read_body, unless_gone
 from serve.embedding import Preparers, embed, unit, way_of
 from serve.embedding_routes import check_size, together
-from serve.engine import BASE
+from serve.engine import BASE, Engine
 from serve.gateway import Gateway
 from serve.openapi import described
 from serve.routing import asked, choose
 from serve.schemas import RerankRequest
-from serve.visible import visible
+from serve.visible import Visible, visible
 
 
 def rerank_routes(gateway: Gateway) -> APIRouter:
@@ -42,6 +43,9 @@ async def _rerank(gateway: Gateway, request: Request, body: RerankRequest, prepa
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
     check_size([body.query, *texts], gateway.config.limits)
     seen = visible(gateway, request)
+    crossed = seen.engines.get(body.model or "")
+    if crossed and crossed.config.task == "cross_encoder":
+        return await _crossed(seen, crossed, request, body, texts)
     name, is_set = asked(request, given=await seen.named(body.adapter), is_set="adapter" in body.model_fields_set)
     choice = choose(seen, task="embedding", model=body.model, adapter=name, is_set=is_set)
     async with AsyncExitStack() as stack:
@@ -64,14 +68,35 @@ async def _rerank(gateway: Gateway, request: Request, body: RerankRequest, prepa
         "x-embedft-base": choice.engine.name,
         "x-embedft-lineage": query_way.lineage,
     }
+    scores = unit(documents.rows) @ unit(query.rows)[0]
+    return _answer(
+        resident.name if resident else choice.engine.name, scores, texts, body, headers, tokens, query.truncated + documents.truncated
+    )
+
+
+async def _crossed(seen: Visible, engine: Engine, request: Request, body: RerankRequest, texts: list[str]) -> Response:
+    if "adapter" in request.query_params or body.adapter is not None:
+        raise InputInvalid("adapter_conflict", f"{engine.name!r} is a cross-encoder, which has no adapters", "adapter")
+    async with seen.admitted(engine, None, route="rerank", cost=guessed(sum(len(body.query) + len(text) for text in texts))) as ticket:
+        engine.supervisor.require_ready()
+        made = await engine.client.call("/v1/score", {"query": body.query, "documents": texts})
+        ticket.count({"prompt_tokens": made["tokens"]})
+    scores = np.asarray(made["scores"], dtype=np.float32)
+    headers = {"x-embedft-adapter": BASE, "x-embedft-base": engine.name}
+    return _answer(engine.name, scores, texts, body, headers, made["tokens"], made["truncated"])
+
+
+def _answer(
+    model: str, scores: NDArray[np.float32], texts: list[str], body: RerankRequest, headers: dict[str, str], tokens: int, truncated: int
+) -> Response:
     content = {
         "id": f"rerank-{uuid.uuid4().hex}",
         "object": "rerank",
         "created": int(time.time()),
-        "model": resident.name if resident else choice.engine.name,
-        "results": _ordered(unit(documents.rows) @ unit(query.rows)[0], texts, body),
+        "model": model,
+        "results": _ordered(scores, texts, body),
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        "truncated": query.truncated + documents.truncated,
+        "truncated": truncated,
     }
     return Response(to_json(content), media_type="application/json", headers=headers)
 

@@ -47,7 +47,7 @@ def choose(seen: Visible, *, task: Task, model: str | None, adapter: str | None,
         if base is not None and base is not engine:
             raise InputInvalid("adapter_conflict", f"adapter {name!r} is on base {engine.name!r}, not on {base.name!r}", "adapter")
     if engine.config.task != task:
-        can = "embeds" if engine.config.task == "embedding" else "generates"
+        can = {"embedding": "embeds", "causal_lm": "generates", "cross_encoder": "reranks"}[engine.config.task]
         raise InputInvalid("wrong_task", f"base {engine.name!r} only {can}: ask another base for this", "model")
     return Choice(engine, name)
 

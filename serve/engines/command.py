@@ -6,12 +6,9 @@ Every engine is a child process that speaks vLLM's HTTP on a Unix socket and cal
 import secrets
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from serve.engines.settings import KEY, EngineKind, EngineSettings, parse_cores
-
-if TYPE_CHECKING:
-    from embedft.model_folder import Task
+from embedft.errors import EngineFailed
+from serve.engines.settings import KEY, EngineKind, EngineSettings, Work, parse_cores
 
 
 def engine_key() -> str:
@@ -20,7 +17,7 @@ def engine_key() -> str:
 
 
 def engine_command(
-    kind: EngineKind, *, folder: Path, task: "Task", socket: Path, settings: EngineSettings, key: str | None = None
+    kind: EngineKind, *, folder: Path, task: Work, socket: Path, settings: EngineSettings, key: str | None = None
 ) -> tuple[list[str], dict[str, str]]:
     """(argv, env) of an engine over the base in `folder`; `env` holds only what is added to the parent's environment.
 
@@ -30,10 +27,12 @@ def engine_command(
     if kind == "vllm":
         from serve.engines.vllm import vllm_command
 
+        if task == "cross_encoder":
+            raise EngineFailed("a cross-encoder has an engine of its own kind: leave `engine` out")
         return vllm_command(folder=folder, task=task, socket=socket, settings=settings, key=key)
     argv = [sys.executable, "-m", f"serve.engines.{kind}", "--socket", str(socket), "--task", task]
     env = {KEY: key}
-    if kind == "peft":
+    if kind in ("peft", "cross"):
         argv += ["--folder", str(folder)]
         argv += ["--max-length", str(settings.max_length)] if settings.max_length else []
         argv += ["--pooling", settings.pooling] if settings.pooling else []

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from embedft.model_folder import Pooling
 
-EngineKind = Literal["vllm", "peft", "fake"]
+EngineKind = Literal["vllm", "peft", "fake", "cross"]
+Work = Literal["embedding", "causal_lm", "cross_encoder"]
 KEY = "EMBEDFT_ENGINE_KEY"  # the bearer key, in the engine's environment only: never in its arguments
 
 

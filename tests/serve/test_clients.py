@@ -20,6 +20,7 @@ from embedft.cli import main
 from embedft.encode import Encoder, EncodeSettings
 from embedft.model_folder import describe
 from serve.proving import run
+from tests.fixtures_embedding import text as fact
 from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import featured_adapter, random_adapter, solo
@@ -54,6 +55,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
     bases = [
         {"name": "words", "model": str(llama), "task": "causal_lm", "engine": "peft"},
         {"name": "texts", "model": str(texts), "task": "embedding", "engine": "peft"},
+        {"name": "cross", "model": str(cross_encoder(folder / "cross", texts)), "task": "cross_encoder"},
     ]
     server = launch({"bases": bases}, folder=folder, store=store.root)
     server.wait_ready(120)
@@ -142,6 +144,42 @@ def test_llama_indexs_classes_work_unchanged(real: Real) -> None:
     embedding: Any = OpenAIEmbedding(model_name="e", api_base=url, api_key="none")
     direct = real.server.post("/v1/embeddings", {"model": "e", "input": [QUESTION]}).json()["data"][0]["embedding"]
     np.testing.assert_allclose(embedding.get_text_embedding(QUESTION), direct, atol=1e-6)
+
+
+def cross_encoder(folder: Path, like: Path) -> Path:
+    """A random BERT with one label, and the tokenizer of `like`."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(5)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=400, max_position_embeddings=64, num_labels=1, initializer_range=0.4, **shape)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
+    return folder
+
+
+def test_a_cross_encoder_reranks_by_its_own_scores(real: Real) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = real.server.log.parent / "cross"
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    query, texts = "find : find", [fact("document", topic, 0) for topic in range(5)]
+    pairs = tokenizer([query] * 5, texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        alone = AutoModelForSequenceClassification.from_pretrained(folder).eval()(**pairs).logits[:, 0].sigmoid()
+    body = {"model": "cross", "query": query, "documents": texts}
+    answer = real.server.post("/v1/rerank", {**body, "top_n": 3})
+    results = answer.json()["results"]
+    assert [row["index"] for row in results] == alone.argsort(descending=True)[:3].tolist()
+    np.testing.assert_allclose([row["relevance_score"] for row in results], alone.sort(descending=True).values[:3], atol=1e-4)
+    long = real.server.post("/v1/rerank", {**body, "documents": ["find " * 100]}).json()
+    assert long["truncated"] == 1
+    assert long["usage"]["total_tokens"] == 64
+    refused(real.server.post("/v1/rerank", {**body, "query": "find " * 100}), 400, "input_too_long")
+    refused(real.server.post("/v1/rerank", {**body, "adapter": "e"}), 400, "adapter_conflict")
+    refused(real.server.post("/v1/embeddings", {"model": "cross", "input": "x"}), 400, "wrong_task")
 
 
 def logprobs(real: Real, adapter: Any) -> list[float]:
