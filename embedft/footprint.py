@@ -57,7 +57,7 @@ def _measure(base: Path, adapters: Sequence[Path], *, task: Task, way: Way) -> F
         for tensor in model.state_dict().values():
             tensor.sum()  # a mapped file takes memory only once it is read
     _settle()
-    return Footprint(way, len(adapters), sum(_bytes(model) for model in models), process.memory_full_info().pss - before)
+    return Footprint(way, len(adapters), sum(tensor_bytes(model) for model in models), process.memory_full_info().pss - before)
 
 
 def _settle() -> None:
@@ -81,7 +81,7 @@ def _shared(base: Path, adapters: Sequence[Path], task: Task) -> list[Any]:
     return [model]
 
 
-def _bytes(model: Any) -> int:
+def tensor_bytes(model: Any) -> int:
     """Bytes of a model's parameters and buffers, each storage once, and of bitsandbytes' quantization states."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
     states = [parameter.quant_state for parameter in model.parameters() if getattr(parameter, "quant_state", None) is not None]

@@ -1,16 +1,19 @@
 """What a model folder says of itself: its fingerprint, its quantization, how it pools. Reads files only; loads no weights."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from embedft.compressed import scheme_of
 from embedft.errors import BaseNotFound
 from embedft.files import hash_tensors
 
 Task = Literal["embedding", "causal_lm"]
 Pooling = Literal["mean", "cls", "lasttoken"]
+PLAIN = "plain"
 RECORD = "embedft.json"  # in a quantized folder: its scheme and its parent's fingerprint
 
 
@@ -30,12 +33,14 @@ class BaseInfo:
 
 
 def quantization_of(folder: Path) -> str:
-    """'none', 'nf4', 'int8' or the config's own quant_method."""
+    """'none', 'nf4', 'int8', 'w4a16', 'w8a8' or the config's own quant_method."""
     quantization = read_json(folder / "config.json").get("quantization_config")
     if not quantization:
         return "none"
     if quantization.get("quant_method") == "bitsandbytes":
         return "nf4" if quantization.get("load_in_4bit") else "int8"
+    if quantization.get("quant_method") == "compressed-tensors":
+        return scheme_of(quantization)
     return str(quantization.get("quant_method", "unknown"))
 
 
@@ -75,6 +80,24 @@ def describe(folder: Path) -> BaseInfo:
         max_length=_max_length(folder, config),
         hidden_size=int(config["hidden_size"]),
     )
+
+
+def template_hash(source: str | None) -> str:
+    """sha256 (64 hex) of a chat template's Jinja; None is plain text."""
+    return hashlib.sha256((source or PLAIN).encode()).hexdigest()
+
+
+def own_template(folder: Path) -> str | None:
+    """The chat template that a base folder brings, as engines render by it."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    given: Any = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(given, list):  # several, by name
+        entries = cast("list[dict[str, str]]", given)
+        given = next((entry["template"] for entry in entries if entry.get("name") == "default"), None)
+    return given or None
 
 
 def _pooling(folder: Path, *, decoder: bool) -> tuple[Pooling, bool]:

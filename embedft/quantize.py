@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from embedft.compressed import BITS, compress
 from embedft.errors import QuantizationUnsupported
 from embedft.files import publish_folder, staged_folder
 from embedft.model_folder import RECORD, describe, fingerprint, quantization_of
 
-SCHEMES = ("nf4", "int8")
+SCHEMES = ("nf4", "int8", "w4a16", "w8a8")
+CALIBRATION_LINES = 512
 # Left in full precision: the output embedding, and a pooler that sentence embeddings never use.
 SKIPPED = ("lm_head", "pooler")
 _COPIED = (
@@ -29,21 +31,25 @@ _COPIED = (
 )
 
 
-def quantize(source: Path, out: Path, *, scheme: str) -> Path:
+def quantize(source: Path, out: Path, *, scheme: str, calibration: Path | None = None) -> Path:
     """Write `source` quantized to `out` (whole or not at all) and return `out`.
 
-    nf4: bitsandbytes NormalFloat-4 with double quantization (QLoRA, arXiv 2305.14314); int8: LLM.int8() (arXiv 2208.07339).
+    nf4: bitsandbytes NormalFloat-4 with double quantization (QLoRA, arXiv 2305.14314); int8: LLM.int8() (arXiv 2208.07339);
+    w4a16 and w8a8: compressed-tensors. `calibration`: a text file, by whose lines w4a16 is rounded (GPTQ, arXiv 2210.17323).
     Raises QuantizationUnsupported for another scheme, an already quantized source or an `out` that holds files.
     """
     if scheme not in SCHEMES:
-        raise QuantizationUnsupported(f"no scheme {scheme!r}: there are {', '.join(SCHEMES)}")
+        other = "gptq and awq kernels are gptqmodel's, which does not install here: " if scheme in {"gptq", "awq"} else ""
+        raise QuantizationUnsupported(f"no scheme {scheme!r}: {other}there are {', '.join(SCHEMES)}")
+    if calibration is not None and scheme != "w4a16":
+        raise QuantizationUnsupported(f"{scheme} takes no calibration: it is for w4a16")
     if quantization_of(source) != "none":
         raise QuantizationUnsupported(f"{source} is already {quantization_of(source)}: start from the unquantized weights")
     if out.exists() and any(out.iterdir()):
         raise QuantizationUnsupported(f"{out} is not empty: name a new folder")
     with staged_folder(out.parent) as stage:
-        _write_weights(source, stage, scheme)
-        _copy_rest(source, stage)
+        _write_compressed(source, stage, scheme, calibration) if scheme in BITS else _write_weights(source, stage, scheme)
+        copy_rest(source, stage)
         record = {"scheme": scheme, "parent": fingerprint(source), "source": source.name}
         (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         try:
@@ -76,7 +82,34 @@ def _write_weights(source: Path, stage: Path, scheme: str) -> None:
     model.save_pretrained(stage)
 
 
-def _copy_rest(source: Path, stage: Path) -> None:
+def _write_compressed(source: Path, stage: Path, scheme: str, calibration: Path | None) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM if describe(source).kind == "decoder" else AutoModel
+    model = loader.from_pretrained(source, dtype=torch.float32).eval()
+    dtype = AutoConfig.from_pretrained(source).dtype or torch.float32
+    compress(model, stage, scheme=scheme, skipped=SKIPPED, dtype=dtype, batches=_batches(source, calibration) if calibration else ())
+
+
+def _batches(source: Path, calibration: Path) -> list[dict[str, Any]]:
+    """The first lines of a text file, as the model is given them."""
+    from transformers import AutoTokenizer
+
+    if not calibration.is_file():
+        raise QuantizationUnsupported(f"{calibration}: there is no such file of calibration texts, one a line")
+    lines = [line.strip() for line in calibration.read_text(encoding="utf-8").splitlines() if line.strip()][:CALIBRATION_LINES]
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    made: list[dict[str, Any]] = []
+    for first in range(0, len(lines), 16):
+        given = tokenizer(lines[first : first + 16], padding=True, truncation=True, max_length=256, return_tensors="pt")
+        made.append({key: given[key] for key in ("input_ids", "attention_mask")})
+    return made
+
+
+def copy_rest(source: Path, stage: Path) -> None:
+    """Tokenizer, pooling and the like: all of a base folder that is no weight and no config."""
     for pattern in _COPIED:
         for path in source.glob(pattern):
             if path.is_file() and not (stage / path.name).exists():

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 from embedft.errors import RecipeError
 
-Quantization = Literal["none", "int8", "nf4"]
+Quantization = Literal["none", "int8", "nf4", "w4a16", "w8a8"]
 
 
 class Section(BaseModel):
@@ -38,13 +38,15 @@ class EmbeddingBaseSection(BaseSection):
 
 
 class AdapterSection(Section):
-    """`alpha` None means 2 r. `targets`: 'all-linear' or a list of module name suffixes."""
+    """`r`: the rank, or the number of virtual tokens. `alpha` None means 2 r. `targets`: 'all-linear' or a list of module name
+    suffixes. `options`: the method's own (embedft.methods.table)."""
 
     method: str = "lora"
     r: PositiveInt = 16
     alpha: PositiveInt | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    options: dict[str, bool | int | float | str] = {}
 
     @property
     def scale_alpha(self) -> int:
@@ -87,9 +89,12 @@ class EmbeddingData(Section):
 
 
 class CausalLMData(Section):
+    """`validation`: rows that say which step was best; apart from `eval`, by which the run is judged."""
+
     train: str
     eval: str | None = None
     format: Literal["prompt_completion", "messages", "alpaca"] | None = None
+    validation: str | None = None
     template: str | None = None
     train_on_inputs: bool = False
     limit: PositiveInt | None = None
@@ -118,7 +123,7 @@ class TrainSection(Section):
     seed: int = 7
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     checkpoint_every: PositiveInt | None = None
@@ -136,6 +141,14 @@ class EmbeddingTrain(TrainSection):
 
 
 class CausalLMTrain(TrainSection):
+    """`packing`: several examples a row of `max_length` tokens, none seeing another; `batch` then counts such rows.
+    `evaluate_every` steps the loss on `data.validation` is taken: the best step's adapter is published, and after `patience`
+    evaluations without a better one the run ends."""
+
+    packing: bool = False
+    gradient_checkpointing: bool = False
+    evaluate_every: PositiveInt | None = None
+    patience: PositiveInt | None = None
     batch: PositiveInt = 16
     max_length: PositiveInt = 512
 
@@ -164,7 +177,7 @@ class EmbeddingEval(Section):
 
 
 class CausalLMEval(Section):
-    metric: Literal["exact_match", "token_f1", "bits_per_character"] = "exact_match"
+    metric: Literal["exact_match", "token_f1", "bleu", "chrf", "bits_per_character"] = "exact_match"
     batch: PositiveInt = 32
     rows: PositiveInt | None = None
     max_new_tokens: PositiveInt = 32
@@ -318,7 +331,7 @@ def _data_paths(content: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]
     found: list[tuple[dict[str, Any], str, str]] = []
     if isinstance(data, dict):
         mapping = cast("dict[str, Any]", data)
-        found += [(mapping, key, f"data.{key}") for key in ("train", "eval", "dev") if mapping.get(key)]
+        found += [(mapping, key, f"data.{key}") for key in ("train", "eval", "dev", "validation") if mapping.get(key)]
         also: Any = mapping.get("also") or ()
         found += [(part, "train", "data.also.train") for part in also if isinstance(part, dict) and "train" in part]
     guard: Any = cast("dict[str, Any]", evaluation).get("guard") if isinstance(evaluation, dict) else None

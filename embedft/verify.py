@@ -1,7 +1,8 @@
 """Record an adapter's effect on the probes, and replay it, in this process: on a freshly loaded base, from files alone."""
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from embedft.base import BaseSpec, base_folder, load_model
 from embedft.encode import Encoder, EncodeSettings, TextPreparer
 from embedft.errors import AdapterInvalid, BaseMismatch
 from embedft.methods import load_adapter
+from embedft.methods.prompts import is_prompted
 from embedft.model_folder import Task, fingerprint
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Outputs = list[npt.NDArray[np.float32]]
+
+VIRTUAL = "virtual tokens"
 
 
 def candidates(folder: Path, tokenizer: Any, *, settings: EncodeSettings | None) -> list[Probe]:
@@ -138,32 +142,57 @@ def as_record(recorded: RecordedProbes, task: Task) -> ProbeRecord:
 
 
 def module_types(model: Any) -> list[str]:
-    """Adapted module types, named by their path within a layer: `self_attn.q_proj`, `attention.output.dense`."""
-    return sorted({_type(name) for name, _ in _adapter_tensors(model)})
+    """What of an adapter can be left out: module types, named by their path within a layer (`self_attn.q_proj`,
+    `attention.output.dense`), or its virtual tokens."""
+    return sorted({kind for kind, _ in _parts(model)})
 
 
 @contextmanager
 def dropped(model: Any, kind: str) -> Generator[None]:
-    """The adapter without its tensors of one module type, inside the block."""
-    import torch
+    """The adapter without its part on one module type, inside the block: there the base alone answers."""
+    parts = [part for name, part in _parts(model) if name == kind]
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part())
+        yield
 
-    tensors = [tensor for name, tensor in _adapter_tensors(model) if _type(name) == kind]
-    kept = [tensor.detach().clone() for tensor in tensors]
-    with torch.no_grad():
-        for tensor in tensors:
-            tensor.zero_()
+
+def _parts(model: Any) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]]]]:
+    """(module type, how to switch it off) of each adapted layer, whatever the method is."""
+    from peft.tuners.adaption_prompt.layer import AdaptedAttention
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if is_prompted(model):
+        yield VIRTUAL, model.disable_adapter
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield _type(name), partial(_set, module, "_disable_adapters", True)
+        elif isinstance(module, AdaptedAttention):
+            yield _type(name), partial(_zeroed, module.adaption_gate)
+
+
+@contextmanager
+def _set(module: Any, name: str, value: Any) -> Generator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, kept, strict=True):
-                tensor.copy_(value)
+        setattr(module, name, before)
 
 
-def _adapter_tensors(model: Any) -> Iterator[tuple[str, Any]]:
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            yield name.partition(".lora_")[0], parameter
+@contextmanager
+def _zeroed(parameter: Any) -> Generator[None]:
+    import torch
+
+    with torch.no_grad():
+        kept = parameter.detach().clone()
+        parameter.zero_()
+        try:
+            yield
+        finally:
+            parameter.copy_(kept)
 
 
 def _type(module: str) -> str:

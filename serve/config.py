@@ -12,6 +12,7 @@ from embedft.adapters.passport import Passport
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
 from embedft.errors import EmbedftError, UsageError
+from embedft.methods.table import METHODS
 from serve.engines.settings import EngineKind, parse_cores
 from serve.remote import Sources
 from serve.tenants import TenantEntry, read_keys
@@ -38,7 +39,7 @@ class BaseConfig(_Section):
     revision: str | None = None
     engine: EngineKind | None = None
     max_loras: PositiveInt = 8
-    max_lora_rank: PositiveInt = 16
+    max_lora_rank: PositiveInt = 64
     cores: str | None = None
     max_length: PositiveInt | None = None
     kv_gib: PositiveFloat | None = None
@@ -175,6 +176,10 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+def _is_lora(passport: Passport) -> bool:
+    return passport.method in METHODS and METHODS[passport.method].vllm
+
+
 def bases_of(store: AdapterStore) -> list[dict[str, Any]]:
     """One base for each fingerprint that an adapter of the store was trained on, with the largest rank among them."""
     found: dict[str, list[Passport]] = {}
@@ -188,7 +193,7 @@ def bases_of(store: AdapterStore) -> list[dict[str, Any]]:
         raise UsageError(f"the store {store.root} holds no adapter, so no base to serve: train one, or name bases in a CONFIG file")
     bases: list[dict[str, Any]] = []
     for passports in found.values():
-        base, rank = passports[0].base, max(passport.r for passport in passports)
+        base, rank = passports[0].base, max((passport.r for passport in passports if _is_lora(passport)), default=16)
         name = Path(base.model).name
         if any(other["name"] == name for other in bases):
             name = f"{name}-{base.quantization}-{base.fingerprint[:6]}"

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from embedft.base import base_folder
 from embedft.encode import EncodeSettings, TextPreparer
-from embedft.model_folder import BaseInfo, describe
+from embedft.model_folder import BaseInfo, describe, own_template, template_hash
 from serve.config import BaseConfig, ServerConfig
 from serve.engines.command import engine_command, engine_key
 from serve.engines.settings import KEY, EngineSettings
@@ -41,6 +42,11 @@ class Engine:
         """What a passport may call this base: no path of this machine."""
         model = self.config.model
         return Path(model).name if Path(model).expanduser().is_dir() or Path(model).is_absolute() else model
+
+    @cached_property
+    def template_hash(self) -> str:
+        """Of the chat template that it renders by: the base's own."""
+        return template_hash(own_template(self.folder))
 
     def plain_settings(self) -> EncodeSettings:
         """How the base's own vectors are made: no prompts."""

@@ -22,6 +22,7 @@ from embedft.errors import (
     NotAuthorized,
     ProbesFailed,
     ServingError,
+    TemplateMismatch,
     UsageError,
 )
 
@@ -93,6 +94,7 @@ STATUS: dict[type[EmbedftError], int] = {
     ModelNotFound: 404,
     AdapterNotFound: 404,
     BaseMismatch: 409,
+    TemplateMismatch: 409,
     GenerationConflict: 409,
     IndexNotFound: 404,
     LineageMismatch: 409,

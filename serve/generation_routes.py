@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from pydantic_core import from_json, to_json
 from starlette.types import Receive, Scope, Send
 
-from embedft.errors import EmbedftError, InputInvalid
+from embedft.errors import EmbedftError, InputInvalid, TemplateMismatch
 from serve.admission import Ticket, guessed
 from serve.body import read_body, unless_gone
 from serve.config import Limits
@@ -54,6 +54,8 @@ async def _generate(gateway: Gateway, request: Request, body: ChatRequest | Comp
         budget = await stack.enter_async_context(seen.limited(cost))
         resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
         choice.engine.supervisor.require_ready()
+        if resident and route == "chat":
+            check_template(resident)
         fields = body.model_dump(exclude_unset=True, exclude_none=True, exclude=OURS)
         sent = {**fields, "model": resident.id if resident else BASE}
         if choice.engine.config.engine in SALTED:
@@ -116,6 +118,13 @@ class OwnedStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._owned:
             await super().__call__(scope, receive, send)
+
+
+def check_template(resident: Resident) -> None:
+    """TemplateMismatch where the engine would render a chat otherwise than the trainer did."""
+    learnt = resident.passport.template_hash
+    if learnt and learnt != resident.engine.template_hash:
+        raise TemplateMismatch(resident.name)
 
 
 def cost_of(body: ChatRequest | CompletionRequest) -> int:

@@ -16,7 +16,8 @@ from embedft.adapters.passport import CONFIG, WEIGHTS, Passport, generation, rea
 from embedft.adapters.probes import ProbeReport
 from embedft.adapters.store import GENERATION, AdapterStore, check_name
 from embedft.adapters.transfer import check_contents
-from embedft.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, EmbedftError, GenerationConflict, ProbesFailed
+from embedft.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, EmbedftError, GenerationConflict, MethodUnsupported, ProbesFailed
+from embedft.methods import method_named
 from serve.engine import Engine
 from serve.errors import AdapterUnavailable, NotReady
 from serve.probing import probe
@@ -198,7 +199,7 @@ class Lifecycle:
                     await slots.make_room(self._evict)
                     await self._install(resident)
                     slots.came(resident)
-            except (AdapterInvalid, ProbesFailed) as error:
+            except (AdapterInvalid, MethodUnsupported, ProbesFailed) as error:
                 self.live.pop(resident.name, None)
                 self._held.pop(resident.id, None)
                 self.refused[resident.name] = str(error)
@@ -335,7 +336,11 @@ def _state(folder: Path) -> tuple[tuple[str, int, int, int], ...] | None:
 def _check_fit(name: str, passport: Passport, engine: Engine) -> None:
     if passport.base.fingerprint != engine.info.fingerprint:
         raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=engine.info.fingerprint)
-    if passport.r > engine.config.max_lora_rank:
+    method = method_named(passport.method)
+    if engine.config.engine == "vllm" and not method.vllm:
+        remedy = f"convert it first: embedft adapters convert {name} --to lora" if method.to_lora != "no" else "it has no LoRA form"
+        raise MethodUnsupported(method.name, where="by vLLM", why=f"{remedy}; or serve it by the peft engine (embedft serve --engine peft)")
+    if method.vllm and passport.r > engine.config.max_lora_rank:
         limit = engine.config.max_lora_rank
         raise AdapterInvalid(name, f"its rank {passport.r} is above this engine's {limit}: raise max_lora_rank of the base")
     if passport.task == "embedding" and passport.pooling != engine.info.pooling:

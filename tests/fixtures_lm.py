@@ -28,8 +28,8 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def tiny_llama(folder: Path, *, template: bool = True, seed: int = 0) -> Path:
-    """Write a random 2-layer Llama (hidden 128, heads of 64) and a byte-level BPE tokenizer to `folder`."""
+def tiny_llama(folder: Path, *, template: bool = True, seed: int = 0, layers: int = 2) -> Path:
+    """Write a random Llama of `layers` layers (hidden 128, heads of 64) and a byte-level BPE tokenizer to `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,7 +39,7 @@ def tiny_llama(folder: Path, *, template: bool = True, seed: int = 0) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=64,

@@ -1,6 +1,7 @@
-"""Examples → batches: padded on the left to the longest of the batch, and of like lengths."""
+"""Examples → batches: padded on the left to the longest of the batch, and of like lengths; or packed, several in a row."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class Collate:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         length = max(len(example.ids) for example in examples)
-        kept = min(length, 1 + max(_tail(example) for example in examples))
+        kept = min(length, 1 + max(learnt_tail(example) for example in examples))
         ids = torch.tensor([[self._pad_id] * (length - len(e.ids)) + list(e.ids) for e in examples])
         mask = torch.tensor([[0] * (length - len(e.ids)) + [1] * len(e.ids) for e in examples])
         labels = torch.tensor([([IGNORED] * (length - len(e.ids)) + list(e.labels))[length - kept :] for e in examples])
@@ -29,7 +30,67 @@ class Collate:
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels, "logits_to_keep": kept}
 
 
-def _tail(example: Example) -> int:
+@dataclass(frozen=True)
+class Pack:
+    """Examples end to end in one row. `ids` and `labels` as an Example's; `segments[i]` numbers the example that token i is of."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    segments: tuple[int, ...]
+
+
+def pack(examples: Sequence[Example], *, length: int) -> list[Pack]:
+    """Every example in exactly one pack of at most `length` tokens: first fit, the longest first (arXiv 2107.02027)."""
+    bins: list[list[Example]] = []
+    room: list[int] = []
+    first_open = 0
+    for example in sorted(examples, key=lambda example: -len(example.ids)):
+        size = len(example.ids)
+        place = next((i for i in range(first_open, len(bins)) if room[i] >= size), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            room.append(length)
+        bins[place].append(example)
+        room[place] -= size
+        while first_open < len(bins) and room[first_open] < MIN_ROOM:
+            first_open += 1
+    return [_packed(members) for members in bins]
+
+
+MIN_ROOM = 4  # tokens; a bin with less left is not looked at again
+
+
+def _packed(members: Sequence[Example]) -> Pack:
+    # alone, an example's first token has no loss, for nothing stands before it
+    labels = [label for example in members for label in (IGNORED, *example.labels[1:])]
+    segments = [number for number, example in enumerate(members) for _ in example.ids]
+    return Pack(tuple(token for example in members for token in example.ids), tuple(labels), tuple(segments))
+
+
+class PackedCollate:
+    """Packs → {input_ids, position_ids, labels: (batch, length), attention_mask: (batch, 1, length, length) bool}.
+
+    A token sees those before it in its own example and no other; positions begin anew with each example.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self._pad_id = pad_id
+
+    def __call__(self, packs: Sequence[Pack]) -> dict[str, Any]:
+        length = max(len(pack.ids) for pack in packs)
+        rest = [length - len(pack.ids) for pack in packs]
+        ids = torch.tensor([[*pack.ids, *[self._pad_id] * n] for pack, n in zip(packs, rest, strict=True)])
+        labels = torch.tensor([[*pack.labels, *[IGNORED] * n] for pack, n in zip(packs, rest, strict=True)])
+        segments = torch.tensor([[*pack.segments, *[-1] * n] for pack, n in zip(packs, rest, strict=True)])
+        places = torch.arange(length)
+        begins = torch.cat([torch.ones(len(packs), 1, dtype=torch.bool), segments[:, 1:] != segments[:, :-1]], dim=1)
+        positions = places - torch.where(begins, places, 0).cummax(1).values
+        seen = (segments[:, :, None] == segments[:, None, :]) & (places[:, None] >= places[None, :])
+        return {"input_ids": ids, "attention_mask": seen[:, None], "position_ids": positions, "labels": labels}
+
+
+def learnt_tail(example: Example) -> int:
     """Tokens from the first learnt one to the end."""
     first = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example.labels))
     return len(example.labels) - first

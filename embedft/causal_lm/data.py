@@ -4,13 +4,14 @@ Formats, told apart by their columns (or named in the recipe):
   prompt_completion  {"prompt": str, "completion": str}
   messages           {"messages": [{"role": "system" | "user" | "assistant", "content": str}, …]}, the last by the assistant
   alpaca             {"instruction": str, "input": str (optional), "output": str}
-All three become messages: a prompt is the user's, a completion the assistant's. Other columns are ignored.
+All three become messages: a prompt is the user's, a completion the assistant's. `references`, a list of texts, are further answers
+that evaluation takes for right. Other columns are ignored.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from embedft.causal_lm.sources import records
@@ -28,14 +29,20 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """`messages` ends with the assistant's; `id` is unique in its file."""
+    """`messages` ends with the assistant's; `id` is unique in its file; `references` are other answers as right as that."""
 
     id: str
     messages: tuple[Message, ...]
+    references: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
         return self.messages[-1].content
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The answer and its equals, each once."""
+        return tuple(dict.fromkeys((self.answer, *self.references)))
 
 
 def read_rows(source: str, *, format: Format | None = None, limit: int | None = None) -> list[Row]:
@@ -47,11 +54,11 @@ def read_rows(source: str, *, format: Format | None = None, limit: int | None = 
             problems.append(f"{place}: {record}")
             continue
         format = format or detect(record, place)
-        messages = PARSERS[format](record)
+        messages = _reference_fault(record) or PARSERS[format](record)
         if isinstance(messages, str):
             problems.append(f"{place}: {messages}")
         else:
-            rows.append(Row(str(record.get("id", len(rows))), messages))
+            rows.append(Row(str(record.get("id", len(rows))), messages, _references(record)))
         if limit is not None and len(rows) >= limit:
             break
     if problems:
@@ -78,13 +85,27 @@ def data_hash(*parts: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for rows in parts:
         for row in rows:
-            digest.update(json.dumps([[message.role, message.content] for message in row.messages]).encode())
+            turns: list[list[str]] = [[message.role, message.content] for message in row.messages]
+            digest.update(json.dumps([*turns, list(row.references)] if row.references else turns).encode())
         digest.update(b"\n--\n")
     return digest.hexdigest()
 
 
 def _renumbered(rows: Iterable[Row]) -> list[Row]:
-    return [Row(str(number), row.messages) for number, row in enumerate(rows)]
+    return [replace(row, id=str(number)) for number, row in enumerate(rows)]
+
+
+def _references(record: dict[str, Any]) -> tuple[str, ...]:
+    given: Any = record.get("references") or ()
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _reference_fault(record: dict[str, Any]) -> str | None:
+    given: Any = record.get("references") or []
+    texts: Any = [given] if isinstance(given, str) else given
+    if isinstance(texts, list | tuple) and all(isinstance(text, str) and text.strip() for text in cast("list[Any]", texts)):
+        return None
+    return "'references' is not a text or a list of texts"
 
 
 def _text(record: dict[str, Any], key: str) -> str | None:

@@ -1,15 +1,14 @@
-"""What a causal LM answers on held-out rows, row by row: exact match, token F1, bits per character."""
+"""What a causal LM answers on held-out rows, row by row: exact match, token F1, BLEU, chrF, bits per character."""
 
 import math
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.adapters.passport import read_passport
 from embedft.causal_lm.data import Row, read_rows
+from embedft.causal_lm.scores import TEXT, best_f1, exact_match, text_scores
 from embedft.causal_lm.template import IGNORED, Example, Template, stop_tokens, template_with_hash
 from embedft.training.statistics import paired_bootstrap
 
@@ -19,20 +18,21 @@ if TYPE_CHECKING:
 
     from embedft.adapters.store import AdapterStore
 
-HIGHER_IS_BETTER = {"exact_match": True, "token_f1": True, "bits_per_character": False}
+HIGHER_IS_BETTER = {"exact_match": True, "token_f1": True, "bleu": True, "chrf": True, "bits_per_character": False}
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Scores of n rows in the rows' order; `answers` are what the model wrote."""
+    """Scores of n rows in the rows' order; `answers` are what the model wrote. `corpus`: scores that are no mean of the rows'."""
 
     ids: tuple[str, ...]
     answers: tuple[str, ...]
     scores: "dict[str, npt.NDArray[np.float64]]"  # metric → (n,)
+    corpus: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def metrics(self) -> dict[str, float]:
-        return {name: float(values.mean()) for name, values in self.scores.items()}
+        return {name: float(values.mean()) for name, values in self.scores.items()} | self.corpus
 
     def gains(self, base: "Generation", metric: str) -> "tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]":
         """(base's, own) scores of `metric`, signed so that more is better."""
@@ -41,24 +41,32 @@ class Generation:
 
 
 def evaluate_generation(
-    model: Any, template: Template, rows: Sequence[Row], *, max_new_tokens: int, batch: int = 32, max_length: int = 512
+    model: Any,
+    template: Template,
+    rows: Sequence[Row],
+    *,
+    max_new_tokens: int,
+    metric: str = "exact_match",
+    batch: int = 32,
+    max_length: int = 512,
 ) -> Generation:
     """Greedy answers to the rows' last turn, and how likely the model holds the true ones.
 
-    A prompt keeps its last `max_length` tokens. exact_match: equal but for white space at the ends. token_f1: of the
-    multisets of lower-case words (as SQuAD, arXiv 1606.05250, without its article rule). bits_per_character: the negative
-    log2-likelihood of answer and end token over the answer's characters.
+    A prompt keeps its last `max_length` tokens. bits_per_character: the negative log2-likelihood of answer and end token over
+    the answer's characters. BLEU and chrF are taken where `metric` is one of them.
     """
     import numpy as np
 
     answers = greedy(model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=max_length)
     bits = answer_bits(model, template, rows, batch=batch, max_length=max_length)
     scores = {
-        "exact_match": [float(answer.strip() == row.answer.strip()) for answer, row in zip(answers, rows, strict=True)],
-        "token_f1": [token_f1(answer, row.answer) for answer, row in zip(answers, rows, strict=True)],
+        "exact_match": [exact_match(answer, row.expected) for answer, row in zip(answers, rows, strict=True)],
+        "token_f1": [best_f1(answer, row.expected) for answer, row in zip(answers, rows, strict=True)],
         "bits_per_character": [value / len(row.answer) for value, row in zip(bits, rows, strict=True)],
     }
-    return Generation(tuple(row.id for row in rows), tuple(answers), {name: np.array(values) for name, values in scores.items()})
+    each, whole = text_scores(answers, [row.expected for row in rows]) if metric in TEXT else ({}, {})
+    made = {name: np.array(values) for name, values in (scores | each).items()}
+    return Generation(tuple(row.id for row in rows), tuple(answers), made, whole)
 
 
 def greedy(model: Any, template: Template, rows: Sequence[Row], *, max_new_tokens: int, batch: int, max_length: int) -> list[str]:
@@ -126,19 +134,6 @@ def _by_length(sequences: Sequence[Sequence[int]], batch: int) -> Iterator[list[
         yield order[start : start + batch]
 
 
-def token_f1(answer: str, expected: str) -> float:
-    """Harmonic mean of precision and recall over words; 1 when both have none."""
-    left, right = Counter(_words(answer)), Counter(_words(expected))
-    if not left or not right:
-        return float(left == right)
-    shared = (left & right).total()
-    return 2.0 * shared / (left.total() + right.total())
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
 def pad_token(tokenizer: Any) -> int:
     """Padding is masked everywhere, so any token will do where a tokenizer has none."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
@@ -175,7 +170,9 @@ def evaluate_adapter(
     source = trained_base(passport, base)
     template = template_with_hash(AutoTokenizer.from_pretrained(source), passport.template_hash)
     model: Any = load_adapter(load_model(source, task="causal_lm"), folder)
-    adapted = evaluate_generation(model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=passport.max_length)
+    metric = str(passport.metrics.get("metric", "exact_match"))
+    limits = {"max_new_tokens": max_new_tokens, "batch": batch, "max_length": passport.max_length}
+    adapted = evaluate_generation(model, template, rows, metric=metric, **limits)
     with model.disable_adapter():
-        plain = evaluate_generation(model, template, rows, max_new_tokens=max_new_tokens, batch=batch, max_length=passport.max_length)
-    return {"adapter": passport.name, **compare(plain, adapted, str(passport.metrics.get("metric", "exact_match")))}
+        plain = evaluate_generation(model, template, rows, metric=metric, **limits)
+    return {"adapter": passport.name, **compare(plain, adapted, metric)}

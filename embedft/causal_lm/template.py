@@ -5,16 +5,15 @@ A base with a chat template sees every row through it, prompt/completion rows to
 The text before an answer is tokenized apart from the answer, as it is when an engine generates.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from embedft.causal_lm.data import Message, Row
 from embedft.errors import UsageError
+from embedft.model_folder import PLAIN, template_hash
 
 IGNORED = -100  # label of a token without a loss
-PLAIN = "plain"
 NAMED = {
     "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
@@ -38,7 +37,7 @@ class Template:
 
     @property
     def hash(self) -> str:
-        return hashlib.sha256((self.source or PLAIN).encode()).hexdigest()
+        return template_hash(self.source)
 
     def prompt(self, row: Row) -> str:
         """The text after which the model writes the row's last answer."""

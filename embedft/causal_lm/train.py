@@ -1,7 +1,7 @@
 """One causal-LM recipe → one proven adapter: read, attach, fit, evaluate, publish."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ from embedft.base import Base, BaseSpec, load_base
 from embedft.causal_lm.data import Row, data_hash, read_rows
 from embedft.causal_lm.evaluate import Generation, compare, evaluate_generation, pad_token
 from embedft.causal_lm.template import Example, Template, template_of
-from embedft.errors import DataError
+from embedft.errors import DataError, MethodUnsupported, RecipeError
 from embedft.methods import attach
 from embedft.recipe import CausalLMRecipe, CausalLMTrain
 from embedft.training.arguments import hf_arguments, steps_an_epoch
@@ -21,17 +21,20 @@ from embedft.training.run import open_run
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
 
+START_BATCHES = 8  # what EVA's first vectors are computed from
+
 
 @dataclass(frozen=True)
 class Split:
-    """The rows a run learns from and those it is judged by (empty: no evaluation)."""
+    """The rows a run learns from, those it is judged by (empty: no evaluation) and those that say when to stop."""
 
     train: list[Row]
     test: list[Row]
+    validation: list[Row] = field(default_factory=list[Row])
 
     @property
     def hash(self) -> str:
-        return data_hash(self.train, self.test)
+        return data_hash(self.train, self.test, *([self.validation] if self.validation else []))
 
 
 def train(
@@ -53,8 +56,9 @@ def train(
             return replace(report, peak_bytes=max(report.peak_bytes, peak.bytes))
         run = open_run(recipe, root=Path(store.root), data_hash=split.hash, base_fingerprint=base.info.fingerprint, resume=resume)
         before = _evaluate(base.model, template, split.test, recipe)
-        model = _seeded_adapter(base, recipe)
-        trainer = build_trainer(model, base, examples, recipe.train, folder=run.folder)
+        model = _seeded_adapter(base, examples, recipe)
+        held_out = tokenized(split.validation, template, recipe) if split.validation else []
+        trainer = build_trainer(model, base, examples, recipe.train, folder=run.folder, validation=held_out)
         seconds = fit(trainer, run, name=recipe.name, progress=progress)
         after = _evaluate(model, template, split.test, recipe)
     result = publish(
@@ -77,10 +81,13 @@ def train(
 
 
 def read_split(recipe: CausalLMRecipe) -> Split:
-    """Both files' rows; DataError with the faults of both at once."""
+    """All files' rows; DataError with the faults of all at once."""
+    wanted, given_rows = recipe.train.evaluate_every is not None, recipe.data.validation is not None
+    if wanted != given_rows or (recipe.train.patience and not wanted):
+        raise RecipeError(recipe.name, ["data.validation and train.evaluate_every go together, and train.patience with them: set both"])
     problems: list[str] = []
-    parts: list[list[Row]] = [[], []]
-    given = [(recipe.data.train, recipe.data.limit), (recipe.data.eval, recipe.eval.rows)]
+    parts: list[list[Row]] = [[], [], []]
+    given = [(recipe.data.train, recipe.data.limit), (recipe.data.eval, recipe.eval.rows), (recipe.data.validation, None)]
     for number, (source, limit) in enumerate(given):
         if source is None:
             continue
@@ -105,37 +112,71 @@ def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -
     return kept
 
 
-def build_trainer(model: Any, base: Base, examples: list[Example], settings: CausalLMTrain, *, folder: Path) -> Any:
-    """transformers' Trainer with our checkpoints, batches and data order."""
+def build_trainer(
+    model: Any, base: Base, examples: list[Example], settings: CausalLMTrain, *, folder: Path, validation: Sequence[Example] = ()
+) -> Any:
+    """transformers' Trainer with our checkpoints, batches and data order; with `validation`, it keeps the best step."""
     from transformers import Trainer, TrainingArguments
 
-    from embedft.causal_lm.batches import Collate, LengthGrouped
+    from embedft.causal_lm.batches import Collate, LengthGrouped, PackedCollate, pack
+    from embedft.training.best_step import BestStep
     from embedft.training.interrupt import AdapterCheckpoints
+
+    rows: list[Any] = list(examples)
+    held_out: list[Any] = list(validation)
+    collate: Any = Collate(pad_token(base.tokenizer))
+    _check_together(model, settings)
+    if settings.packing:
+        rows, held_out = (pack(part, length=settings.max_length) for part in (rows, held_out))
+        collate = PackedCollate(pad_token(base.tokenizer))
 
     class LmTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002
-            lengths = [len(example.ids) for example in examples]
-            return LengthGrouped(lengths, batch=settings.batch, seed=settings.seed)
+            return LengthGrouped([len(row.ids) for row in rows], batch=settings.batch, seed=settings.seed)
 
-    steps = steps_an_epoch(len(examples), settings)
-    arguments = TrainingArguments(
-        **hf_arguments(settings, output_dir=folder, steps_per_epoch=steps), remove_unused_columns=False, use_cache=False
-    )
-    dataset: Any = examples
-    return LmTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=Collate(pad_token(base.tokenizer)))
+    steps = steps_an_epoch(len(rows), settings)
+    common = hf_arguments(settings, output_dir=folder, steps_per_epoch=steps)
+    if held_out and settings.evaluate_every:
+        common |= {"eval_strategy": "steps", "eval_steps": settings.evaluate_every, "prediction_loss_only": True}
+        common |= {"per_device_eval_batch_size": settings.batch}
+    if settings.gradient_checkpointing:
+        common |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    arguments = TrainingArguments(**common, remove_unused_columns=False, use_cache=False)
+    data: Any = {"train_dataset": rows, "eval_dataset": held_out or None}
+    trainer = LmTrainer(model=model, args=arguments, data_collator=collate, **data)
+    if held_out and settings.evaluate_every:
+        trainer.add_callback(BestStep(trainer, folder, patience=settings.patience))
+    return trainer
 
 
-def _seeded_adapter(base: Base, recipe: CausalLMRecipe) -> Any:
+def _check_together(model: Any, settings: CausalLMTrain) -> None:
+    row = model.embedft.method
+    if settings.packing and not row.packing:
+        why = "its virtual tokens stand before a row, not each example: set train.packing=false"
+        raise MethodUnsupported(row.name, where="with packing", why=why)
+    if settings.gradient_checkpointing and not row.checkpointing:
+        why = "a block that is computed again finds its prefix already used: set train.gradient_checkpointing=false"
+        raise MethodUnsupported(row.name, where="with gradient checkpointing", why=why)
+
+
+def _seeded_adapter(base: Base, examples: Sequence[Example], recipe: CausalLMRecipe) -> Any:
+    """The new adapter; a method that begins from data sees the first few batches of a seeded shuffle."""
     import torch
 
+    from embedft.causal_lm.batches import Collate
+
     torch.manual_seed(recipe.train.seed)
-    return attach(base, recipe.adapter, task="causal_lm")
+    collate, size = Collate(pad_token(base.tokenizer)), recipe.train.batch
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.train.seed)).tolist()
+    starts = range(0, min(len(order), size * START_BATCHES), size)
+    batches = [collate([examples[i] for i in order[start : start + size]]) for start in starts]
+    return attach(base, recipe.adapter, task="causal_lm", batches=batches)
 
 
 def _dry_run(base: Base, examples: list[Example], recipe: CausalLMRecipe) -> DryRunReport:
     import tempfile
 
-    model = _seeded_adapter(base, recipe)
+    model = _seeded_adapter(base, examples, recipe)
     settings = recipe.train.model_copy(update={"max_steps": 2, "checkpoint_every": None, "trackers": ()})
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(model, base, examples, settings, folder=Path(folder))
@@ -149,7 +190,13 @@ def _evaluate(model: Any, template: Template, rows: list[Row], recipe: CausalLMR
     model.eval()
     settings = recipe.eval
     return evaluate_generation(
-        model, template, rows, max_new_tokens=settings.max_new_tokens, batch=settings.batch, max_length=recipe.train.max_length
+        model,
+        template,
+        rows,
+        max_new_tokens=settings.max_new_tokens,
+        metric=settings.metric,
+        batch=settings.batch,
+        max_length=recipe.train.max_length,
     )
 
 

@@ -34,6 +34,9 @@ def unpackable(model: Any) -> str | None:
         return f"its architecture is {config.model_type}"
     if config.hidden_act != "gelu" or getattr(config, "position_embedding_type", "absolute") != "absolute":
         return "its activation or its positions are of another kind"
+    attached = getattr(model, "embedft", None)
+    if len(model.peft_config) > 1 or (attached and attached.method.update):
+        return "a frozen pair stands, or will stand, beside the one that trains"
     for peft in model.peft_config.values():
         if str(getattr(peft.peft_type, "value", peft.peft_type)) != "LORA" or peft.lora_dropout or peft.use_dora or peft.bias != "none":
             return "its adapter is no plain LoRA without dropout"

@@ -13,6 +13,7 @@ from embedft.embedding.evaluate import compare_towers, evaluate_retrieval
 from embedft.embedding.guard import forgetting
 from embedft.embedding.losses import Loss, loss_named
 from embedft.embedding.proof import comparison, per_query
+from embedft.embedding.start import start_batches
 from embedft.encode import Encoder, EncodeSettings, TextPreparer
 from embedft.errors import BaseError, DataError, Forgotten, RecipeError
 from embedft.recipe import EmbeddingRecipe
@@ -58,7 +59,8 @@ def train(
     _check_tokenizer(base, settings)
     _check_dimensions(recipe.loss.dimensions, base)
     set_seed(recipe.train.seed)
-    model = attach(base, recipe.adapter, task="embedding")
+    shown = start_batches(examples, base, settings, batch=recipe.train.batch, seed=recipe.train.seed)
+    model = attach(base, recipe.adapter, task="embedding", batches=shown)
     plan = plan_for(examples, recipe, loss=loss, model=model)
     steps = ceil(len(plan) / recipe.train.accumulate)
     if dry_run:

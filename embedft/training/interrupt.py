@@ -1,6 +1,7 @@
 """Stop and go on exactly: checkpoints of what trains, and of nothing else.
 
-A checkpoint holds the trainable tensors, the optimizer, the schedule, the random states and the position in the data.
+A checkpoint holds the trainable tensors (and a method's frozen pairs and counters), the optimizer, the schedule, the random
+states and the position in the data.
 The base is never written and never read back: both stock trainers damage a quantized base there (FACTS.md, defects 1 and 2).
 """
 
@@ -15,21 +16,24 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import TrainerCallback
 
 from embedft.errors import TrainingInterrupted
+from embedft.methods.companion import FROZEN, add_companion
+from embedft.training.method_steps import MethodSteps, adapted_model, method_steps
+from embedft.training.optimizers import method_optimizer
 from embedft.training.run import COMPLETE, Run, last_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS = "trainable.safetensors"
+METHOD = "method.safetensors"  # what the method must remember beside its parameters
 
 
 def save_trainable(model: "nn.Module", folder: Path) -> None:
-    """Write every tensor that requires a gradient, under its parameter name, in its own dtype."""
+    """Write every tensor that requires a gradient, and a method's frozen pairs, under its parameter name, in its own dtype."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if value.requires_grad}
-    save_file(tensors, folder / WEIGHTS)
+    save_file({name: value.detach().cpu().contiguous() for name, value in _kept(model).items()}, folder / WEIGHTS)
 
 
 def load_trainable(model: "nn.Module", folder: Path) -> None:
@@ -38,7 +42,10 @@ def load_trainable(model: "nn.Module", folder: Path) -> None:
     from safetensors.torch import load_file
 
     saved = load_file(folder / WEIGHTS)
-    current = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    ranks = [value.shape[0] for name, value in saved.items() if name.endswith(f"lora_A.{FROZEN}.weight")]
+    if ranks:
+        add_companion(adapted_model(model), ranks[0])
+    current = _kept(model)
     if saved.keys() != current.keys():
         raise KeyError(f"the checkpoint's tensors are not this adapter's: {sorted(saved.keys() ^ current.keys())[:4]}")
     with torch.no_grad():
@@ -46,18 +53,47 @@ def load_trainable(model: "nn.Module", folder: Path) -> None:
             value.copy_(saved[name])
 
 
+def _kept(model: "nn.Module") -> dict[str, "nn.Parameter"]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad or f".{FROZEN}." in name}
+
+
 class AdapterCheckpoints:
-    """Mixed in before a transformers Trainer class: its checkpoints hold the adapter alone, and are whole or ignored."""
+    """Mixed in before a transformers Trainer class: its checkpoints hold the adapter alone, and are whole or ignored.
+
+    The adapter's method gets what it needs of the loop here: its optimizer, and its part between two steps.
+    """
 
     model: Any
     args: Any
     state: Any
+    optimizer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.method_steps: MethodSteps | None = method_steps(self.model)
+        if self.method_steps is not None:
+            self.add_callback(self.method_steps)  # type: ignore[attr-defined]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None:
+            self.optimizer = method_optimizer(self.model, self.args)
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
-        save_trainable(self.model, Path(output_dir or self.args.output_dir))
+        from safetensors.torch import save_file
+
+        folder = Path(output_dir or self.args.output_dir)
+        save_trainable(self.model, folder)
+        if self.method_steps is not None:
+            save_file({name: value.detach().cpu().contiguous() for name, value in self.method_steps.state().items()}, folder / METHOD)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
+        from safetensors.torch import load_file
+
         load_trainable(self.model, Path(resume_from_checkpoint))
+        if self.method_steps is not None:
+            device = next(self.model.parameters()).device
+            self.method_steps.restore(load_file(Path(resume_from_checkpoint) / METHOD, device=str(device)))
 
     def _save_checkpoint(self, model: object, trial: object) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]

@@ -3,7 +3,7 @@
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,6 +55,30 @@ class PeakMemory:
             self.bytes = max(self.bytes, process.memory_info().rss - self._start)
             if self._stop.wait(self.interval):
                 return
+
+
+class TrackedMemory:
+    """Context manager; afterwards `.bytes` is the most that torch's own allocator had handed out at once inside the block, exactly,
+    each allocation and release counted. Slows the block; on CUDA use PeakMemory."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        from torch.profiler import ProfilerActivity, profile
+
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._profile.__exit__(*details)
+        results: Any = self._profile.profiler.kineto_results  # pyright: ignore
+        changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+        now = 0
+        for _, change in sorted(changes, key=lambda change: change[0]):
+            now += change
+            self.bytes = max(self.bytes, now)
 
 
 @dataclass(frozen=True)

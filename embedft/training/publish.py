@@ -8,11 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.adapters.passport import TEXTS, BaseIdentity, Passport
+from embedft.adapters.passport import CONFIG, TEXTS, BaseIdentity, Passport
 from embedft.adapters.probes import RecordedProbes, write_probes
 from embedft.base import Base
 from embedft.methods import save_weights
-from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
+from embedft.recipe import AdapterSection, CausalLMRecipe, EmbeddingRecipe
 from embedft.training.card import model_card
 from embedft.training.measure import AdapterResult, trainable
 from embedft.training.progress import note
@@ -62,7 +62,7 @@ def publish(
         recorded = record(folder, base=base.folder, tokenizer=base.tokenizer, task=recipe.task, settings=published.settings)
         _note_unnoticed(recipe.name, recorded)
         write_probes(folder, recorded)
-        passport = _passport(base, recipe, published, recorded)
+        passport = _passport(folder, base, recipe, published, recorded)
         passport.write(folder)
         (folder / "recipe.yaml").write_text(recipe.resolved_yaml(), encoding="utf-8")
         (folder / "README.md").write_text(model_card(passport), encoding="utf-8")
@@ -86,8 +86,19 @@ def public_name(model: str) -> str:
     return Path(model).name if Path(model).expanduser().is_dir() or Path(model).is_absolute() else model
 
 
-def _passport(base: Base, recipe: EmbeddingRecipe | CausalLMRecipe, published: Published, recorded: RecordedProbes) -> Passport:
+def published_rank(folder: Path, adapter: AdapterSection) -> tuple[int, float]:
+    """(rank, alpha) of the files in `folder`: more than the recipe's where a method publishes what it kept beside the trained pair."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if config.get("peft_type") == "LORA":
+        return int(config["r"]), float(config["lora_alpha"])
+    return adapter.r, float(adapter.scale_alpha)
+
+
+def _passport(
+    folder: Path, base: Base, recipe: EmbeddingRecipe | CausalLMRecipe, published: Published, recorded: RecordedProbes
+) -> Passport:
     settings = published.settings
+    rank, alpha = published_rank(folder, recipe.adapter)
     return Passport(
         name=recipe.name,
         task=recipe.task,
@@ -99,8 +110,8 @@ def _passport(base: Base, recipe: EmbeddingRecipe | CausalLMRecipe, published: P
             parent=base.info.parent,
         ),
         method=recipe.adapter.method,
-        r=recipe.adapter.r,
-        alpha=recipe.adapter.scale_alpha,
+        r=rank,
+        alpha=alpha,
         side=recipe.adapter.side if isinstance(recipe, EmbeddingRecipe) else "both",
         prompts=dict(settings.prompts) if settings else {},
         pooling=settings.pooling if settings else None,

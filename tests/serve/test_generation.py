@@ -10,7 +10,7 @@ import pytest
 
 from serve.engines.fake import text
 from tests.serve.test_choice import expected
-from tests.serve.world import Server, World, wait_for
+from tests.serve.world import Server, World, put_adapter, wait_for
 
 MESSAGES = [{"role": "user", "content": "say \u2028 it"}]
 
@@ -106,3 +106,20 @@ def test_the_openai_client_works_unchanged(shared: Server, shared_world: World) 
     with pytest.raises(openai.NotFoundError) as caught:
         client.embeddings.create(model="nix", input="x")
     assert caught.value.code == "model_not_found"
+
+
+def test_a_chat_that_would_be_rendered_otherwise_than_in_training_is_refused(changing: Server, changing_world: World) -> None:
+    from embedft.model_folder import own_template, template_hash
+
+    hashes = {"as-trained": template_hash(own_template(changing_world.words)), "otherwise": template_hash("{{ messages }}")}
+    status: dict[str, list[int]] = {}
+    for number, (name, wanted) in enumerate(hashes.items()):
+        put_adapter(changing_world.store, name, changing_world.words, seed=60 + number, task="causal_lm", template_hash=wanted)
+        assert changing.put(name).status_code == 200
+        chat = changing.post("/v1/chat/completions", {"model": name, "messages": MESSAGES, "max_tokens": 1})
+        plain = changing.post("/v1/completions", {"model": name, "prompt": "x", "max_tokens": 1})
+        status[name] = [chat.status_code, plain.status_code]
+        if name == "otherwise":
+            assert chat.json()["error"]["code"] == "template_mismatch"
+            assert "/v1/completions" in chat.json()["error"]["message"]
+    assert status == {"as-trained": [200, 200], "otherwise": [409, 200]}

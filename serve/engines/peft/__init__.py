@@ -1,8 +1,10 @@
-"""The peft engine: transformers + PEFT behind vLLM's small HTTP. Any machine, adapters mixed row by row in one forward pass.
+"""The peft engine: transformers + PEFT behind vLLM's small HTTP. Any machine, any method of the table; LoRA adapters and virtual
+tokens mix row by row in one forward pass, the others run in groups.
 
 __main__.py   arguments, cores, socket
 http.py       routes and bearer key          bodies.py    request bodies, closed
 answers.py    OpenAI's response shapes       text.py      token ids → text, piece by piece
 bank.py       one base, many adapters        batch.py     continuous batching with a KV cache
+sharing.py    modules anew, tensors shared
 sampling.py   logits → token                 worker.py    the one thread that touches the model
 """

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from serve.engines.peft.bank import AdapterBank
+from serve.engines.peft.bank import AdapterBank, Group
 from serve.engines.peft.sampling import Sampling, TokenLogprobs, choose, token_logprobs
 
 if TYPE_CHECKING:
@@ -45,10 +45,11 @@ class Row:
 
 
 class Batch:
-    """The waiting and the running rows over one bank. `step` advances every running row by one token."""
+    """The waiting and the running rows of one group over one bank. `step` advances every running row by one token."""
 
-    def __init__(self, bank: AdapterBank) -> None:
+    def __init__(self, bank: AdapterBank, group: Group = None) -> None:
         self.bank = bank
+        self.group: Group = group
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self._cache: Any = None  # transformers' DynamicCache: keys and values (rows, heads, length, size) a layer
@@ -89,7 +90,6 @@ class Batch:
 
     def _admit(self) -> None:
         import torch
-        from transformers import DynamicCache
 
         rows: list[Row] = []
         while self.waiting and len(self.running) + len(rows) < MAX_ROWS:
@@ -104,18 +104,45 @@ class Batch:
             return
         width = max(len(row.prompt) for row in rows)
         device = self.bank.base.model.device
+        cache, before = self._prefixes(rows)
         padded = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device)
-        cache = DynamicCache()
+        mask = torch.cat([before, mask], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, before.shape[1] :]
         whole = any(row.sampling.prompt_logprobs is not None for row in rows)
-        logits = self._forward(rows, padded, mask, (mask.cumsum(1) - 1).clamp(min=0), cache, keep=0 if whole else 1)
+        logits = self._forward(rows, padded, mask, positions, cache, keep=0 if whole else 1)
         for row, scores in zip(rows, logits, strict=True):
             self._advance(row, scores[-1].float(), prompt=self._of_prompt(row, scores))
         self._join(rows, cache, mask)
 
+    def _prefixes(self, rows: list[Row]) -> "tuple[Any, Tensor]":
+        """A cache that holds what stands before the rows, padded on the left, and its mask (rows, longest)."""
+        import torch
+        from torch.nn.functional import pad
+        from transformers import DynamicCache
+
+        cache, found = DynamicCache(), [self.bank.prefix(row.adapter) for row in rows]
+        lengths = [prefix[0][0].shape[1] if prefix else 0 for prefix in found]
+        longest, device = max(lengths), self.bank.base.model.device
+        mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device, dtype=torch.long).view(len(rows), longest)
+        example = next((prefix for prefix in found if prefix), None)
+        for layer in range(len(example) if example else 0):
+            empty = [side[:, :0] for side in example[layer]] if example else []
+            sides = [
+                torch.stack(
+                    [
+                        pad((prefix[layer] if prefix else empty)[side], (0, 0, longest - n, 0))
+                        for prefix, n in zip(found, lengths, strict=True)
+                    ]
+                )
+                for side in (0, 1)
+            ]
+            cache.update(sides[0], sides[1], layer)
+        return cache, mask
+
     def _has_adapter(self, row: Row) -> bool:
         try:
-            self.bank.rows([row.adapter])
+            self.bank.group(row.adapter)
         except Exception as error:
             row.emit(Step(None, finish="error", error=error))
             return False
@@ -126,7 +153,7 @@ class Batch:
         import torch
 
         with torch.inference_mode():
-            return self.bank.model(
+            return self.bank.model_of(self.group)(
                 input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
                 use_cache=True, logits_to_keep=keep, **self.bank.rows([row.adapter for row in rows]),
             ).logits  # fmt: skip

@@ -4,6 +4,7 @@ Between two steps of the running batch it does what else was asked, so an adapte
 """
 
 import asyncio
+import copy
 import queue
 import threading
 import time
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.errors import AdapterError, EngineBusy, EngineFailed
-from serve.engines.peft.bank import AdapterBank, read
-from serve.engines.peft.batch import Batch, Row
+from serve.engines.peft.bank import AdapterBank, Group, read
+from serve.engines.peft.batch import Batch, Row, Step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ class Worker:
 
     def __init__(self, base: "Base", encoder: "Encoder | None") -> None:
         self.bank = AdapterBank(base)
-        self.batch = Batch(self.bank)
+        self.batches: dict[Group, Batch] = {}
         self.encoder = encoder
         self._inbox: queue.SimpleQueue[Row | _Embed | _Call] = queue.SimpleQueue()
         self._names: tuple[str, ...] = ()
@@ -56,14 +57,14 @@ class Worker:
         return self._names
 
     async def load(self, name: str, folder: Path) -> None:
-        config, tensors = await asyncio.to_thread(read, name, folder)  # the disk's time is not the model's
-        await self._call(lambda: self.bank.put(name, config, tensors))
+        content = await asyncio.to_thread(read, name, folder)  # the disk's time is not the model's
+        await self._call(lambda: self.bank.put(name, content))
 
     async def unload(self, name: str) -> None:
         """Raises EngineBusy while a sequence uses it, AdapterNotFound."""
 
         def unload() -> None:
-            if self.batch.uses(name):
+            if any(batch.uses(name) for batch in self.batches.values()):
                 raise EngineBusy(f"adapter {name!r} is generating: unload it when its requests are done")
             self.bank.unload(name)
 
@@ -105,11 +106,13 @@ class Worker:
             embeds = self._drain()
             if embeds:
                 self._embed(embeds)
-            if self.batch:
+            for group, batch in list(self.batches.items()):
                 try:
-                    self.batch.step()
+                    batch.step()
                 except Exception as error:
-                    self.batch.fail(EngineFailed(f"the model failed: {error}"))
+                    batch.fail(EngineFailed(f"the model failed: {error}"))
+                if not batch:
+                    del self.batches[group]
 
     def _drain(self) -> list[_Embed]:
         """Take in all that waits; block only when there is nothing to do. Embedding requests gather for 2 ms."""
@@ -117,16 +120,16 @@ class Worker:
         until: float | None = None
         while True:
             try:
-                if not self.batch and not embeds:
+                if not self.batches and not embeds:
                     item = self._inbox.get()
-                elif embeds and not self.batch and until is not None:
+                elif embeds and not self.batches and until is not None:
                     item = self._inbox.get(timeout=max(until - time.monotonic(), 0))
                 else:
                     item = self._inbox.get_nowait()
             except queue.Empty:
                 return embeds
             if isinstance(item, Row):
-                self.batch.waiting.append(item)
+                self._queue(item)
             elif isinstance(item, _Embed):
                 until = until or time.monotonic() + GATHER_SECONDS
                 embeds.append(item)
@@ -136,6 +139,14 @@ class Worker:
                 if self.encoder is not None:
                     self.encoder.model = self.bank.model  # and so lets go of what was unloaded
 
+    def _queue(self, row: Row) -> None:
+        try:
+            group = self.bank.group(row.adapter)
+        except AdapterError as error:
+            row.emit(Step(None, finish="error", error=error))
+            return
+        self.batches.setdefault(group, Batch(self.bank, group)).waiting.append(row)
+
     @staticmethod
     def _outcome(function: Callable[[], Any]) -> Any:
         try:
@@ -144,26 +155,29 @@ class Worker:
             return error
 
     def _embed(self, requests: list[_Embed]) -> None:
-        """All requests in one batch, adapters mixed. Each gets its own vectors, or its own error."""
-        assert self.encoder is not None
-        ready: list[_Embed] = []
+        """All requests of a group in one batch, adapters mixed. Each gets its own vectors, or its own error."""
+        groups: dict[Group, list[_Embed]] = {}
         for request in requests:
             try:
-                self.bank.rows([request.adapter])
-                ready.append(request)
+                groups.setdefault(self.bank.group(request.adapter), []).append(request)
             except AdapterError as error:
                 request.done(error)
-        ids = [row for request in ready for row in request.ids]
-        adapters = [request.adapter for request in ready for _ in request.ids]
-        if not ids:
-            return
+        for group, members in groups.items():
+            self._embed_group(group, members)
+
+    def _embed_group(self, group: Group, requests: list[_Embed]) -> None:
+        assert self.encoder is not None
+        ids = [row for request in requests for row in request.ids]
+        adapters = [request.adapter for request in requests for _ in request.ids]
+        encoder = copy.copy(self.encoder)
+        encoder.model = self.bank.model_of(group)
         try:
-            vectors = self.encoder.encode_ids(ids, **self.bank.rows(adapters))
+            vectors = encoder.encode_ids(ids, **self.bank.rows(adapters))
         except Exception as error:
-            for request in ready:
+            for request in requests:
                 request.done(EngineFailed(f"the model failed: {error}"))
             return
         start = 0
-        for request in ready:
+        for request in requests:
             request.done(vectors[start : start + len(request.ids)])
             start += len(request.ids)

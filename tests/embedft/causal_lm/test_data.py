@@ -93,3 +93,14 @@ def test_the_data_hash_changes_with_any_text_and_with_the_split(tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps(PAIR | {"completion": "five"}) + "\n")
     rows = read_rows(str(tmp_path / "a.jsonl"))
     assert len({data_hash(rows), data_hash(rows[:1]), data_hash(rows[:1], rows[1:]), data_hash(rows[::-1])}) == 4
+
+
+def test_further_references_are_read_and_change_the_data_hash(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b", "references": ["b", "c"]}\n{"prompt": "a", "completion": "b"}\n')
+    first, second = read_rows(str(path))
+    assert (first.expected, second.expected) == (("b", "c"), ("b",))
+    assert data_hash([first]) != data_hash([second])
+    path.write_text('{"prompt": "a", "completion": "b", "references": [1]}\n')
+    with pytest.raises(DataError, match="'references' is not a text or a list of texts"):
+        read_rows(str(path))

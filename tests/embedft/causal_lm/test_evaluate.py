@@ -5,7 +5,8 @@ import pytest
 
 from embedft.base import BaseSpec, load_base
 from embedft.causal_lm.data import Message, Row
-from embedft.causal_lm.evaluate import answer_bits, compare, evaluate_generation, greedy, token_f1
+from embedft.causal_lm.evaluate import answer_bits, compare, evaluate_generation, greedy
+from embedft.causal_lm.scores import best_f1, exact_match, text_scores, token_f1
 from embedft.causal_lm.template import template_of
 
 ROWS = [
@@ -19,6 +20,33 @@ def test_token_f1_counts_shared_words() -> None:
     assert token_f1("", "") == 1.0
     assert token_f1("", "x") == 0.0
     assert token_f1("a a a", "a") == pytest.approx(0.5)
+
+
+def test_any_of_several_references_is_right() -> None:
+    assert exact_match(" go ", ["stop", "go"]) == 1.0
+    assert exact_match("went", ["stop", "go"]) == 0.0
+    assert best_f1("the red hat", ["a coat", "red hat"]) == pytest.approx(0.8)
+
+
+def test_bleu_and_chrf_are_sacrebleus() -> None:
+    """BLEU by hand: of five words all stand in the reference, and 2 of 4, 1 of 3 pairs and triples, none of the quadruples'
+    count is 0, so sacrebleu's exponential smoothing takes half of 1/2."""
+    answers = ["red hats are worn here", "it rains"]
+    rows, whole = text_scores(answers, [["red hats are here worn", "nothing"], ["it rains"]])
+    precisions = [7 / 7, 3 / 5, 1 / 3, (1 / 2) / 2]
+    assert whole["bleu"] == pytest.approx(100 * math.prod(precisions) ** 0.25, abs=1e-6)
+    assert rows["chrf"][1] == pytest.approx(100)
+    assert 0 < rows["chrf"][0] < 100
+    assert rows["bleu"][1] == pytest.approx(100)
+    assert 0 < whole["chrf"] < 100
+
+
+def test_text_metrics_are_taken_where_asked_for(tiny_base: Path) -> None:
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    made = {m: evaluate_generation(base.model, template_of(base.tokenizer), ROWS, max_new_tokens=4, metric=m) for m in ("chrf", "token_f1")}
+    assert {"bleu", "chrf"} <= set(made["chrf"].metrics)
+    assert not {"bleu", "chrf"} & set(made["token_f1"].metrics)
+    assert made["chrf"].metrics["chrf"] == made["chrf"].corpus["chrf"]
 
 
 def test_batched_answers_equal_those_of_one_row_at_a_time(tiny_base: Path) -> None:

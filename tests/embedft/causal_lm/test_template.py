@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from embedft.causal_lm.batches import Collate, LengthGrouped
@@ -114,3 +116,14 @@ def test_the_order_is_a_permutation_of_like_lengths_that_depends_on_seed_and_epo
 def test_the_end_of_a_turn_stops_an_answer() -> None:
     tokenizer = tiny_tokenizer()
     assert stop_tokens(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_a_base_folder_says_which_template_an_engine_will_render_by(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from embedft.model_folder import own_template, template_hash
+    from tests.fixtures_lm import tiny_llama
+
+    for template in (True, False):
+        folder = tiny_llama(tmp_path / str(template), template=template, layers=1)
+        assert template_hash(own_template(folder)) == template_of(AutoTokenizer.from_pretrained(folder)).hash

@@ -1,0 +1,36 @@
+"""The largest batch that an embedding recipe will meet, from its rows and tokenizer alone."""
+
+from pathlib import Path
+
+from embedft.base import BaseSpec, config_folder, source_folder
+from embedft.embedding.batches import BatchPlan
+from embedft.embedding.data import load_data
+from embedft.embedding.losses import loss_named
+from embedft.encode import EncodeSettings, TextPreparer
+from embedft.plan import Batch
+from embedft.recipe import EmbeddingRecipe
+from embedft.training.arguments import steps_an_epoch, total_steps
+
+
+def largest_batch(recipe: EmbeddingRecipe) -> Batch:
+    """Of the first epoch; two columns of full length where the recipe's data is not there yet."""
+    settings, given = recipe.train, recipe.data.train
+    if not given.startswith("hf://") and not Path(given).exists():
+        tokens, length = float(2 * settings.batch * settings.max_length), settings.max_length
+        return Batch(settings.batch, (length, length), 0, settings.max_steps or 0, tokens)
+    loss = loss_named(recipe.loss.name)
+    examples, _ = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored")
+    spec = BaseSpec(recipe.base.model, "none", recipe.base.revision)
+    folder = config_folder(spec)
+    folder = folder if (folder / "tokenizer.json").is_file() else source_folder(spec)
+    preparer = TextPreparer(folder, EncodeSettings("mean", True, settings.max_length, recipe.data.prompts.model_dump()))
+    columns = [[row.query for row in examples.rows], [row.document for row in examples.rows]]
+    columns += [[row.negatives[number] for row in examples.rows] for number in range(examples.negatives)]
+    sides = ["query", *["document"] * (len(columns) - 1)]
+    lengths = [[len(ids) for ids in preparer.prepare(texts, side).ids] for texts, side in zip(columns, sides, strict=True)]  # type: ignore[arg-type]
+    batches = list(BatchPlan(examples, batch=settings.batch, seed=settings.seed, exclusive=loss.takes != "scored"))
+    padded = [tuple(max(column[i] for i in batch) for column in lengths) for batch in batches]
+    tokens = [len(batch) * sum(sizes) for batch, sizes in zip(batches, padded, strict=True)]
+    most = tokens.index(max(tokens))
+    steps = total_steps(settings, steps_an_epoch(len(batches) * settings.batch, settings))
+    return Batch(len(batches[most]), padded[most], 0, steps, sum(tokens) / len(tokens))

@@ -1,0 +1,146 @@
+"""One adapter into a base's weights, or several adapters into one. Trains nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from embedft.adapters.passport import Passport, read_passport
+from embedft.adapters.probes import compare, read_probes, write_probes
+from embedft.base import BaseSpec, load_model, source_folder
+from embedft.errors import AdapterInvalid, MethodUnsupported, UsageError
+from embedft.files import publish_folder, staged_folder
+from embedft.methods import load_adapter, method_named, save_weights
+from embedft.quantize import copy_rest, quantize
+from embedft.verify import as_record, outputs, record, settings_of, trained_base
+
+How = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """`error`: how far the merged model's effect on the adapter's probes is from the adapter's (relative). It is measured against
+    the base that was merged into: an adapter trained on a quantized base meets full-precision weights there."""
+
+    path: str
+    error: float
+
+
+def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | None = None) -> Merged:
+    """Write base + adapter as one full-precision model folder to `out`, quantized by `scheme` if asked for.
+
+    `base`: the full-precision folder to merge into (default: the weights that the passport's base was quantized from). Raises
+    MethodUnsupported where the method cannot be merged, AdapterInvalid, UsageError for an `out` that holds files.
+    """
+    passport, recorded = read_passport(folder), read_probes(folder)
+    method = method_named(passport.method)
+    if not method.merges:
+        raise MethodUnsupported(method.name, where="merged", why="it is no change of weights: serve it by the peft engine")
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty: name a new folder")
+    source = base or source_folder(BaseSpec(passport.base.model, "none", passport.base.revision))
+    settings = settings_of(passport) if passport.task == "embedding" else None
+    model: Any = load_model(source, task=passport.task)
+    plain = outputs(model, recorded.probes, folder=source, settings=settings)
+    model = load_adapter(model, folder).merge_and_unload()
+    adapted = outputs(model, recorded.probes, folder=source, settings=settings)
+    report = compare(recorded, base=plain, adapted=adapted, base_again=plain)
+    with staged_folder(out.resolve().parent) as stage:
+        model.config.tie_word_embeddings = bool(getattr(model.config, "tie_word_embeddings", False)) and _tied(model)
+        model.save_pretrained(stage)
+        copy_rest(source, stage)
+        if scheme:
+            quantize(stage, out, scheme=scheme)
+        else:
+            publish_folder(stage, out)
+    return Merged(str(out), report.error)
+
+
+def _tied(model: Any) -> bool:
+    import torch
+
+    head = model.get_output_embeddings()
+    return head is None or bool(torch.equal(head.weight, model.get_input_embeddings().weight))
+
+
+def combine(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    name: str,
+    weights: Sequence[float],
+    how: How = "cat",
+    rank: int | None = None,
+    density: float = 0.5,
+    base: Path | None = None,
+) -> Passport:
+    """Write the weighted sum of plain LoRA adapters of one base to `out`, with probes of its own.
+
+    cat: exact, the ranks add up, weights may be negative; svd: the nearest of `rank`; linear, ties (arXiv 2306.01708) and dare
+    (arXiv 2311.03099) want equal ranks and keep them, `density` being what ties and dare keep. Raises UsageError, AdapterInvalid
+    where an adapter is no LoRA or two do not belong together.
+    """
+    passports = [read_passport(folder) for folder in folders]
+    _check(passports, weights, how)
+    first = passports[0]
+    base_dir = trained_base(first, base)
+    model: Any = load_adapter(load_model(base_dir, task=first.task), folders[0], adapter_name="a0")
+    for number, folder in enumerate(folders[1:], start=1):
+        model.load_adapter(str(folder), adapter_name=f"a{number}", is_trainable=False)
+    options: dict[str, Any] = {"svd_rank": rank or max(passport.r for passport in passports)} if how == "svd" else {}
+    if how in {"ties", "dare_linear", "dare_ties"}:
+        options["density"] = density
+    names = [f"a{number}" for number in range(len(folders))]
+    model.add_weighted_adapter(names, list(weights), "default", combination_type=how, **options)
+    for each in names:
+        model.delete_adapter(each)
+    save_weights(model, out, base_name=model.peft_config["default"].base_model_name_or_path)
+    return _finish(folders[0], out, first, name, base_dir, config=model.peft_config["default"], others=passports, how=how, weights=weights)
+
+
+def _check(passports: Sequence[Passport], weights: Sequence[float], how: str) -> None:
+    if how not in get_args(How):
+        raise UsageError(f"no way {how!r} to combine: there are {', '.join(get_args(How))}")
+    if len(passports) < 2 or len(weights) != len(passports):
+        raise UsageError(f"{len(passports)} adapters and {len(weights)} weights: give two adapters or more, and a weight each")
+    first = passports[0]
+    for passport in passports:
+        if not method_named(passport.method).vllm:
+            raise AdapterInvalid(passport.name, f"{passport.method} is no plain LoRA: embedft adapters convert {passport.name} --to lora")
+        same = ("base", "task", "side", "prompts", "pooling", "normalize", "template_hash")
+        if differs := [field for field in same if getattr(passport, field) != getattr(first, field)]:
+            raise AdapterInvalid(passport.name, f"its {differs[0]} is not that of {first.name!r}: they cannot be one adapter")
+        if how not in {"cat", "svd"} and passport.r != first.r:
+            raise UsageError(f"{how} wants equal ranks, here are {first.r} and {passport.r}: use cat or svd")
+
+
+def _finish(
+    source: Path, out: Path, first: Passport, name: str, base: Path, *, config: Any, others: Sequence[Passport], how: str, weights: Any
+) -> Passport:
+    from transformers import AutoTokenizer
+
+    settings = settings_of(first) if first.task == "embedding" else None
+    if settings is not None:
+        for path in source.iterdir():  # what makes it load in plain sentence-transformers
+            if path.suffix in {".json", ".txt"} and not (out / path.name).exists() and not path.name.startswith(("adapter_", "passport")):
+                (out / path.name).write_bytes(path.read_bytes())
+        for path in source.glob("[0-9]_*"):
+            (out / path.name).mkdir()
+            (out / path.name / "config.json").write_bytes((path / "config.json").read_bytes())
+    recorded = record(out, base=base, tokenizer=AutoTokenizer.from_pretrained(base), task=first.task, settings=settings)
+    write_probes(out, recorded)
+    made = {"combined": {"how": how, "of": [passport.name for passport in others], "weights": list(weights)}}
+    update = {
+        "name": name,
+        "method": "lora",
+        "r": int(config.r),
+        "alpha": float(config.lora_alpha),
+        "max_length": min(passport.max_length for passport in others),
+        "metrics": made,
+        "data_hash": None,
+        "recipe_hash": None,
+        "probes": as_record(recorded, first.task),
+    }
+    passport = first.model_copy(update=update)
+    passport.write(out)
+    return passport

@@ -1,0 +1,24 @@
+"""PEFT methods: one table of what each can do; attaching, saving and loading an adapter. Knows no data and no training loop.
+
+table.py      METHODS, one row a method           targets.py    which linear layers
+attach.py     a new adapter on a frozen base      starts.py     PiSSA, OLoRA, LoftQ, EVA: where A and B begin
+companion.py  a frozen low-rank pair beside       prompts.py    virtual tokens, right in any batch
+files.py      saving and loading adapters
+"""
+
+from embedft.methods.attach import attach
+from embedft.methods.files import load_adapter, save_weights
+from embedft.methods.table import METHODS, Method, method_named, supported
+from embedft.methods.targets import linear_modules, targeted_modules
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "attach",
+    "linear_modules",
+    "load_adapter",
+    "method_named",
+    "save_weights",
+    "supported",
+    "targeted_modules",
+]

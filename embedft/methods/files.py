@@ -1,0 +1,103 @@
+"""Saving and loading adapters: safetensors + set_peft_model_state_dict on a PeftModel; other ways in this stack lose tensors."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedft.adapters.passport import CONFIG, WEIGHTS
+from embedft.errors import AdapterInvalid
+from embedft.methods.companion import has_companion, plain_pairs
+from embedft.methods.prompts import place_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def save_weights(model: "PeftModel", folder: Path, *, base_name: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors exactly as PEFT does; `base_name` is a hub id or a built-in's name.
+
+    What trained with a frozen pair beside it, or at ranks that differ from layer to layer, becomes one plain LoRA.
+    """
+    adapted: Any = model
+    config: Any = adapted.peft_config["default"]
+    is_lora = config.peft_type.value == "LORA" and not config.use_dora
+    if is_lora and (has_companion(model) or config.rank_pattern):
+        pairs = plain_pairs(model)
+        write_lora(folder, pairs, targets=config, base_name=base_name, task_type=config.task_type)
+        return
+    for each in adapted.peft_config.values():
+        each.base_model_name_or_path = base_name
+        if each.peft_type.value == "LORA" and each.init_lora_weights not in (True, False):
+            each.init_lora_weights, each.eva_config = True, None  # how it began changes nothing that is served, and vLLM balks at it
+    adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; ours follows
+
+
+def write_lora(folder: Path, pairs: "Mapping[str, tuple[Tensor, Tensor]]", *, targets: Any, base_name: str, task_type: Any) -> None:
+    """A plain LoRA folder: layer → (A (r, in), B (out, r)), ΔW = B A. `targets` has target_modules and exclude_modules."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    rank = next(iter(pairs.values()))[0].shape[0]
+    tensors: dict[str, Any] = {}
+    for name, (a, b) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.float().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.float().cpu().contiguous()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=targets.target_modules,
+        exclude_modules=targets.exclude_modules,
+        task_type=task_type,
+        base_model_name_or_path=base_name,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+
+
+def load_adapter(model: "PreTrainedModel", folder: Path, *, adapter_name: str = "default") -> "PeftModel":
+    """`model` with the adapter of `folder` on it, in eval mode. AdapterInvalid where tensors are missing, unknown or misshapen."""
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+        raise AdapterInvalid(folder.name, f"its folder lacks {CONFIG} or {WEIGHTS}")
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    config.base_model_name_or_path = model.name_or_path  # else PEFT warns that the recorded name differs from the folder's
+    if getattr(config, "init_lora_weights", True) not in (True, False):
+        config.init_lora_weights = True  # PiSSA and its like would rewrite the base; what they drew is in the file
+    peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
+    if config.is_prompt_learning:
+        place_prompts(peft_model)
+    _check_tensors(peft_model, folder, adapter_name)
+    tensors = load_file(str(folder / WEIGHTS))
+    outcome = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
+    if not config.is_prompt_learning and outcome.unexpected_keys:
+        raise AdapterInvalid(folder.name, f"tensors that match nothing in the base: {', '.join(outcome.unexpected_keys[:3])}")
+    peft_model.eval()
+    peft_model.requires_grad_(False)
+    return peft_model
+
+
+def _check_tensors(model: "PeftModel", folder: Path, adapter_name: str) -> None:
+    """Names and shapes of the file are those that this base expects of the adapter: none missing, none more."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False).items()
+    }
+    with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name in sorted(set(expected) | set(found)):
+        if expected.get(name) != found.get(name):
+            raise AdapterInvalid(
+                folder.name, f"tensor {name}: the base expects {expected.get(name, 'none')}, the file has {found.get(name, 'none')}"
+            )

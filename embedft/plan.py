@@ -1,0 +1,291 @@
+"""What a run will cost before it runs: parameters, peak memory by part, time. Loads no weights and reads no data.
+
+The base is built from its config alone, in memory that is never touched; one step on the largest batch is traced on tensors
+without data, so activations are counted as the model's own code makes them, whatever its architecture and method.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedft.base import Base, BaseSpec, compute_dtype, config_folder
+from embedft.errors import BaseError
+from embedft.methods import attach
+from embedft.model_folder import BaseInfo, Task, quantization_of, read_json
+from embedft.quantize import SKIPPED
+from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
+
+if TYPE_CHECKING:
+    import torch
+
+    Step = Callable[[Callable[..., Any]], torch.Tensor]
+
+ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}  # two moments of a trainable parameter
+SMALL = 4096  # elements; 8-bit optimizers keep smaller tensors in 32 bits
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a run. `lengths`: the padded length of each column (one for a language model); `kept`: positions with
+    logits; `steps`: optimizer steps of the whole run; `tokens`: of an average batch."""
+
+    rows: int
+    lengths: tuple[int, ...]
+    kept: int
+    steps: int
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, parameters and seconds. `peak_bytes` is the sum of the parts; `peak_with_checkpointing`: a language model's with
+    gradient checkpointing, whether or not the recipe asks for it (None where the method does not go with it)."""
+
+    name: str
+    parameters: int
+    trainable: int
+    trainable_percent: float
+    weights_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    gradients_bytes: int
+    activations_bytes: int
+    peak_bytes: int
+    peak_with_checkpointing: int | None
+    available_bytes: int
+    steps: int
+    batch_tokens: int
+    seconds_per_step: float
+    seconds: float
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Part → bytes, as a table shows them."""
+        parts = {name: getattr(self, f"{name}_bytes") for name in ("weights", "adapter", "optimizer", "gradients", "activations", "peak")}
+        cheaper = {} if self.peak_with_checkpointing is None else {"peak with gradient checkpointing": self.peak_with_checkpointing}
+        return parts | cheaper | {"free here": self.available_bytes}
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.available_bytes
+
+    @property
+    def advice(self) -> str:
+        cheaper = self.peak_with_checkpointing
+        if cheaper is not None and cheaper < self.available_bytes:
+            return "set train.gradient_checkpointing=true"
+        return "halve train.batch and double train.accumulate, shorten train.max_length, or quantize the base"
+
+
+def plan(recipe: EmbeddingRecipe | CausalLMRecipe, batch: Batch) -> Plan:
+    """The cost of `recipe` on `batch`. Raises MethodUnsupported, BaseNotFound, QuantizationUnsupported as training would."""
+    from embedft.allocations import trace_step
+
+    base = empty_base(recipe)
+    sizes = {name: value.numel() for name, value in base.model.named_parameters()}
+    weights = _weight_bytes(base)
+    model: Any = attach(base, recipe.adapter, task=recipe.task, begin=False)
+    learnt = [value for value in model.parameters() if value.requires_grad]
+    trainable, total = sum(value.numel() for value in learnt), sum(value.numel() for value in model.parameters())
+    adapter = 4 * max(total - sum(sizes.values()), 0)
+    optimizer = sum(_moments(value.numel(), recipe) for value in learnt)
+    unpacked, dtype = _unpacked(model, base.info.quantization), compute_dtype()
+    _in_training(model)
+    traces = [trace_step(model, _step(recipe.task, batch), unpacked=unpacked, dtype=dtype)]
+    if recipe.task == "causal_lm" and model.embedft.method.checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        traces.append(trace_step(model, _step(recipe.task, batch), unpacked=unpacked, dtype=dtype))
+    gradients = 4 * trainable
+    activations = [max(trace.peak_bytes - gradients, 0) for trace in traces]
+    held = weights + adapter + optimizer + gradients
+    chosen = 1 if isinstance(recipe, CausalLMRecipe) and recipe.train.gradient_checkpointing else 0
+    share = batch.tokens / max(1, batch.rows * sum(batch.lengths))
+    seconds = share * recipe.train.accumulate * _seconds(traces[chosen], dtype)
+    return Plan(
+        name=recipe.name,
+        parameters=sum(sizes.values()),
+        trainable=trainable,
+        trainable_percent=100.0 * trainable / total,
+        weights_bytes=weights,
+        adapter_bytes=adapter,
+        optimizer_bytes=optimizer,
+        gradients_bytes=gradients,
+        activations_bytes=activations[chosen],
+        peak_bytes=held + activations[chosen],
+        peak_with_checkpointing=held + activations[1] if len(activations) > 1 else None,
+        available_bytes=_available(),
+        steps=batch.steps,
+        batch_tokens=batch.rows * sum(batch.lengths),
+        seconds_per_step=seconds,
+        seconds=seconds * batch.steps,
+    )
+
+
+def empty_base(recipe: EmbeddingRecipe | CausalLMRecipe) -> Base:
+    """The recipe's base as its config describes it, unquantized, its weights never written nor read: they take no memory."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    spec = BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision)
+    folder = config_folder(spec)
+    config: Any = AutoConfig.from_pretrained(folder)
+    config.use_cache = False
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    loader: Any = AutoModelForCausalLM if recipe.task == "causal_lm" else AutoModel
+    try:
+        with torch.device("meta"):
+            model: Any = loader.from_config(config, dtype=compute_dtype())
+        model.to_empty(device="cpu")
+    except RuntimeError as error:
+        raise BaseError(f"base {spec.model!r} cannot be laid out here: {str(error).splitlines()[0]}") from None
+    model.tie_weights()
+    model.requires_grad_(False)
+    return Base(spec, folder, _info(folder, spec, recipe.task), model, None)  # type: ignore[arg-type]
+
+
+def _info(folder: Path, spec: BaseSpec, task: Task) -> BaseInfo:
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    own = quantization_of(folder)
+    return BaseInfo(
+        fingerprint="",
+        parent=None,
+        quantization=spec.quantization if own == "none" else own,
+        architecture=architecture,
+        kind="decoder" if "CausalLM" in architecture or task == "causal_lm" else "encoder",
+        pooling="mean",
+        normalize=True,
+        max_length=int(config.get("max_position_embeddings", 512)),
+        hidden_size=int(config["hidden_size"]),
+    )
+
+
+def _weight_bytes(base: Base) -> int:
+    """What the base takes once loaded: quantized linear layers by their format, all else in the dtype that is computed in."""
+    quantized = _quantized_layers(base.model, base.info.quantization)
+    total, seen = 0, set[int]()
+    for name, value in base.model.named_parameters():
+        if value.data_ptr() in seen:
+            continue
+        seen.add(value.data_ptr())
+        layer = name.removesuffix(".weight")
+        total += _packed_bytes(value.shape, base.info.quantization) if layer in quantized else value.numel() * value.element_size()
+    return total + sum(value.numel() * value.element_size() for value in base.model.buffers())
+
+
+def _packed_bytes(shape: "Sequence[int]", scheme: str) -> int:
+    """NF4 with double quantization: half a byte a weight, a byte for each 64, four for each 256 of those, and two tables of codes
+    (arXiv 2305.14314); int8: a byte a weight and four a row (arXiv 2208.07339)."""
+    rows, columns = shape
+    if scheme == "nf4":
+        blocks = -(-rows * columns // 64)
+        return rows * columns // 2 + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256)
+    return rows * columns + 4 * rows
+
+
+def _quantized_layers(model: Any, scheme: str) -> set[str]:
+    from embedft.methods import linear_modules
+
+    if scheme not in {"nf4", "int8"}:  # compressed-tensors are turned back as they load
+        return set()
+    return {name for name in linear_modules(model) if not any(part in SKIPPED for part in name.split("."))}
+
+
+def _unpacked(model: Any, scheme: str) -> dict[str, int]:
+    """Weight → bytes of its floating-point copy beside a product with it: NF4 needs one, int8 its codes' and the scaled."""
+    copies = {"nf4": 1, "int8": 2}.get(scheme, 0)
+    layers = _quantized_layers(model, scheme)
+    parameters = dict(model.named_parameters())
+    return {
+        f"{name}.weight": copies * parameters[f"{name}.weight"].numel() * compute_dtype().itemsize
+        for name in layers
+        if f"{name}.weight" in parameters and not parameters[f"{name}.weight"].requires_grad and "lora_" not in name
+    }
+
+
+def _moments(elements: int, recipe: EmbeddingRecipe | CausalLMRecipe) -> int:
+    return elements * (8 if elements < SMALL else ADAM_BYTES[recipe.train.optimizer])
+
+
+def _in_training(model: Any) -> None:
+    """Training mode, but for layers that then ask chance for a number: without data there is none."""
+    from peft.tuners.lycoris_utils import LycorisLayer
+
+    model.train()
+    for module in model.modules():
+        if isinstance(module, LycorisLayer):
+            module.eval()  # type: ignore[attr-defined]
+
+
+def _step(task: Task, batch: Batch) -> "Step":
+    """One batch through the model to a loss, as the trainers of `task` do it."""
+    import torch
+    from torch.nn.functional import cross_entropy, normalize
+
+    def inputs(length: int) -> dict[str, Any]:
+        ids = torch.zeros(batch.rows, length, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def language(call: Any) -> Any:
+        length = batch.lengths[0]
+        labels = torch.zeros(batch.rows, batch.kept, dtype=torch.long)
+        positions = torch.zeros(batch.rows, length, dtype=torch.long)
+        given = {"position_ids": positions, "labels": labels, "logits_to_keep": batch.kept, "use_cache": False}
+        return call(**inputs(length), **given).loss
+
+    def retrieval(call: Any) -> Any:
+        sides = [normalize(call(**inputs(length)).last_hidden_state.mean(1).float(), dim=-1) for length in batch.lengths]
+        return cross_entropy(20.0 * sides[0] @ torch.cat(sides[1:]).T, torch.zeros(batch.rows, dtype=torch.long))
+
+    return language if task == "causal_lm" else retrieval
+
+
+def _available() -> int:
+    """Free bytes where the run will be: the GPU's, or the machine's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _seconds(trace: Any, dtype: "torch.dtype") -> float:
+    """Products at the rate that this machine multiplies, bytes at the rate that it writes, and what calling an op costs."""
+    rate, written, call = _speed(dtype)
+    return trace.flops / rate + trace.written_bytes / written + trace.operations * call
+
+
+def _speed(dtype: "torch.dtype") -> tuple[float, float, float]:
+    """(FLOP/s, bytes/s written, seconds an operation) of this machine, measured in about half a second."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = torch.ones(1024, 512, dtype=dtype, device=device), torch.ones(512, 512, dtype=dtype, device=device)
+    large, small = torch.ones(1 << 22, device=device), torch.ones(8, device=device, requires_grad=True)
+    product = _timed(lambda: left @ right, times=20)
+    write = _timed(lambda: large + 1.0, times=5)
+    call = _timed(lambda: small * 2.0, times=2000)
+    return 2 * 1024 * 512 * 512 / product, large.numel() * 4 / write, call
+
+
+def _timed(work: Callable[[], Any], *, times: int) -> float:
+    """Seconds of one call, the best of three rounds."""
+    import torch
+
+    work()
+    best = float("inf")
+    for _ in range(3):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - began) / times)
+    return best

@@ -1,0 +1,141 @@
+"""Packing, gradient checkpointing, validation: what changes the cost of a run and must not change what is learnt."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.adapters.store import AdapterStore
+from embedft.base import BaseSpec, load_base
+from embedft.causal_lm.batches import Collate, PackedCollate, pack
+from embedft.causal_lm.template import IGNORED, template_of
+from embedft.causal_lm.train import build_trainer, read_split, tokenized, train
+from embedft.errors import MethodUnsupported, RecipeError
+from embedft.methods import attach
+from embedft.recipe import AdapterSection
+from tests.fixtures_lm import planted_recipe, planted_rows, write_jsonl
+
+
+@pytest.fixture
+def parts(tiny_base: Path, tmp_path: Path) -> Any:
+    recipe = planted_recipe(tmp_path, tiny_base, test_rows=0, train={"max_steps": 4, "max_length": 96})
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    examples = tokenized(read_split(recipe).train, template_of(base.tokenizer), recipe)
+    return recipe, base, examples
+
+
+def losses(model: Any, batch: dict[str, Any]) -> Any:
+    """(batch, length) loss of each token, 0 where there is none."""
+    import torch
+
+    labels = batch["labels"]
+    with torch.no_grad():
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    each = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none")
+    return each.view(len(labels), -1)
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_in_a_pack_each_examples_loss_equals_its_loss_alone(parts: Any, inputs: bool) -> None:
+    import torch
+
+    recipe, base, _ = parts
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_inputs": inputs})})
+    examples = tokenized(read_split(recipe).train, template_of(base.tokenizer), recipe)[:24]
+    packs = pack(examples, length=96)
+    assert len(packs) < len(examples) / 2
+    batch = PackedCollate(base.tokenizer.pad_token_id)(packs)
+    packed = losses(base.model, batch)
+    alone = Collate(base.tokenizer.pad_token_id)
+    by_ids = {example.ids: float(losses(base.model, alone([example])).sum()) for example in examples}
+    found = 0
+    for row, made in enumerate(packs):
+        segments = torch.tensor(made.segments)
+        for number in range(int(segments.max()) + 1):
+            places = (segments == number).nonzero()[:, 0]
+            ids = tuple(made.ids[int(place)] for place in places)
+            own = packed[row][(places[1:] - 1).tolist()]  # the loss of token k stands at k − 1
+            assert float(own.sum()) == pytest.approx(by_ids[ids], rel=1e-4, abs=1e-4)
+            found += 1
+    assert found == len(examples)
+
+
+def test_a_mask_without_segments_would_let_examples_see_each_other(parts: Any) -> None:
+    import torch
+
+    _, base, examples = parts
+    batch = PackedCollate(base.tokenizer.pad_token_id)(pack(examples[:24], length=96))
+    causal = torch.ones_like(batch["attention_mask"]).tril()
+    assert not torch.allclose(losses(base.model, batch), losses(base.model, batch | {"attention_mask": causal}), atol=1e-2)
+
+
+def test_packing_loses_and_repeats_nothing_and_keeps_to_the_length(parts: Any) -> None:
+    _, _, examples = parts
+    packs = pack(examples, length=96)
+    assert max(len(made.ids) for made in packs) <= 96
+    assert sorted(token for made in packs for token in made.ids) == sorted(token for example in examples for token in example.ids)
+    assert sum(len(made.ids) for made in packs) / (96 * len(packs)) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"), [("prompt_tuning", "packing"), ("prefix_tuning", "packing"), ("prefix_tuning", "gradient_checkpointing")]
+)
+def test_what_does_not_go_together_is_refused(parts: Any, tmp_path: Path, method: str, setting: str) -> None:
+    recipe, base, examples = parts
+    model = attach(base, AdapterSection(method=method, r=4), task="causal_lm")
+    with pytest.raises(MethodUnsupported, match=rf"set train\.{setting}=false"):
+        build_trainer(model, base, examples, recipe.train.model_copy(update={setting: True}), folder=tmp_path)
+
+
+def test_a_packed_run_learns_the_task(tiny_base: Path, tmp_path: Path) -> None:
+    settings = {"packing": True, "max_length": 96, "epochs": 6, "batch": 4}
+    result: Any = train(planted_recipe(tmp_path, tiny_base, train=settings), store=AdapterStore(tmp_path / "s"), progress=False)
+    assert result.metrics["adapter"]["exact_match"] > result.metrics["base"]["exact_match"] + 0.5
+
+
+def test_gradient_checkpointing_changes_no_gradient(parts: Any, tmp_path: Path, tiny_base: Path) -> None:
+    import torch
+
+    recipe, _, examples = parts
+    trained: list[Any] = []
+    for checkpointing in (False, True):
+        base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+        torch.manual_seed(0)
+        model: Any = attach(base, recipe.adapter, task="causal_lm")
+        settings = recipe.train.model_copy(update={"gradient_checkpointing": checkpointing})
+        build_trainer(model, base, examples, settings, folder=tmp_path).train()
+        trained.append([value.detach() for value in model.parameters() if value.requires_grad])
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*trained, strict=True))
+
+
+def test_the_best_step_is_published_and_waiting_ends(tiny_base: Path, tmp_path: Path) -> None:
+    """Validation rows that contradict the training rows: the loss on them is least at the first evaluation."""
+    import torch
+
+    from embedft.training.best_step import BestStep
+
+    answers = list(dict.fromkeys(row["completion"] for row in planted_rows(6)))
+    others = [row | {"completion": answers[(answers.index(row["completion"]) + 1) % 6]} for row in planted_rows(24, start=500)]
+    write_jsonl(tmp_path / "validation.jsonl", others)
+    settings = {"evaluate_every": 2, "patience": 3, "epochs": 3, "schedule": "constant", "warmup": 0.0}
+    recipe = planted_recipe(tmp_path, tiny_base, test_rows=0, train=settings)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"validation": str(tmp_path / "validation.jsonl")})})
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    split = read_split(recipe)
+    examples, held_out = (tokenized(rows, template_of(base.tokenizer), recipe) for rows in (split.train, split.validation))
+    torch.manual_seed(0)
+    trainer = build_trainer(
+        attach(base, recipe.adapter, task="causal_lm"), base, examples, recipe.train, folder=tmp_path, validation=held_out
+    )
+    trainer.train()
+    watch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, BestStep))
+    best, last = watch.best, watch.losses[-1]
+    assert best is not None
+    assert best[1] < last[1]
+    assert trainer.state.global_step == best[0] + 3 * 2 < 60
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best[1], rel=1e-4)
+
+
+def test_validation_rows_without_evaluations_are_a_fault_of_the_recipe(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.validation and train\.evaluate_every go together"):
+        read_split(planted_recipe(tmp_path, tiny_base, train={"evaluate_every": 3}))

@@ -1,0 +1,177 @@
+"""Publishing, verifying, converting and merging, for every method of the table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.adapters.passport import read_passport
+from embedft.adapters.store import AdapterStore
+from embedft.base import BaseSpec, base_folder, load_model
+from embedft.convert import CERTIFICATE, convert
+from embedft.errors import AdapterInvalid, MethodUnsupported, ProbesFailed, UsageError
+from embedft.merge import combine, merge
+from embedft.methods import METHODS, load_adapter
+from embedft.verify import verify
+from tests.embedft.methods.published import published
+
+QUANTIZED = {"qlora": "nf4", "llm_int8": "int8", "loftq": "nf4"}
+Made = dict[str, tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def made(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Method → (adapter folder, folder of its base), filled as tests ask."""
+    return {}
+
+
+@pytest.fixture
+def adapter(made: Made, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def of(method: str, quantization: str | None = None, **settings: Any) -> tuple[Path, Path]:
+        quantization = quantization or QUANTIZED.get(method, "none")
+        key = f"{method} {quantization} {settings}"
+        if key not in made:
+            folder = published(tmp_path_factory.mktemp("a"), bases["causal_lm"], method, quantization, **settings)
+            made[key] = folder, base_folder(BaseSpec(str(bases["causal_lm"]), quantization))
+        return made[key]
+
+    return of
+
+
+def logits(model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([list(range(40, 60))])).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_published_passes_its_probes_and_without_a_part_of_it_does_not(adapter: Any, method: str) -> None:
+    folder, base = adapter(method)
+    report = verify(folder, base=base)
+    assert report.passed, report.reason
+    assert report.error < 1e-3
+    passport = read_passport(folder)
+    assert passport.probes is not None
+    assert passport.probes.sensitivity
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" or not METHODS[method].vllm
+    if config["peft_type"] == "LORA":
+        assert passport.r == config["r"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_conversion_gives_plain_lora_or_is_refused_as_the_table_says(adapter: Any, method: str, tmp_path: Path) -> None:
+    import torch
+
+    folder, base = adapter(method)
+    row = METHODS[method]
+    if row.to_lora == "no":
+        with pytest.raises(MethodUnsupported, match="serve it by the peft engine"):
+            convert(folder, tmp_path / "out", name="x", base=base)
+        return
+    certificate = convert(folder, tmp_path / "out", name="x", base=base, rank=None if row.to_lora != "approximate" else 128)
+    passport = read_passport(tmp_path / "out")
+    assert (passport.method, passport.name, passport.r) == ("lora", "x", certificate.rank)
+    assert json.loads((tmp_path / "out" / CERTIFICATE).read_text())["exact_rank"] == certificate.exact_rank
+    original, plain = (load_adapter(load_model(base, task="causal_lm"), each) for each in (folder, tmp_path / "out"))
+    assert certificate.exact
+    assert certificate.error < 1e-4
+    # AdaLoRA's and LoHa's own ranks bound what a copy needs; DoRA's and LoKr's do not
+    bound = {"adalora": 6, "loha": 16, "vera": 4, "relora": 12, "delta_lora": 8, "pissa": 8, "olora": 8}
+    if row.to_lora != "approximate":
+        assert certificate.exact_rank <= bound.get(method, 4)
+    else:
+        assert certificate.exact_rank > 16
+    error = torch.linalg.vector_norm(logits(original) - logits(plain)) / torch.linalg.vector_norm(logits(original))
+    assert error < 1e-2
+
+
+def test_a_rank_too_small_fails_the_probes_and_says_what_to_do(adapter: Any, tmp_path: Path) -> None:
+    folder, base = adapter("lokr")
+    with pytest.raises(ProbesFailed, match="give a higher --rank, or serve it by the peft engine"):
+        convert(folder, tmp_path / "out", name="x", base=base, rank=1)
+
+
+def test_the_certificate_tells_what_a_smaller_rank_lost(adapter: Any, tmp_path: Path) -> None:
+    folder, base = adapter("lora", r=8)
+    exact = convert(folder, tmp_path / "exact", name="x", base=base)
+    smaller = convert(folder, tmp_path / "small", name="x", base=base, rank=exact.exact_rank - 1)
+    assert (smaller.exact, exact.exact) == (False, True)
+    assert exact.error < 1e-4 < smaller.error
+    assert exact.probes < smaller.probes <= smaller.tolerance
+
+
+@pytest.mark.parametrize(("method", "quantization"), [(name, "none") for name in METHODS if name not in QUANTIZED] + [("qlora", "nf4")])
+def test_merging_writes_a_model_that_answers_as_the_adapter_does(
+    adapter: Any, bases: dict[str, Path], method: str, quantization: str, tmp_path: Path
+) -> None:
+    import torch
+
+    folder, base = adapter(method, quantization)
+    if not METHODS[method].merges:
+        with pytest.raises(MethodUnsupported, match="no change of weights"):
+            merge(folder, tmp_path / "out", base=bases["causal_lm"])
+        return
+    merged = merge(folder, tmp_path / "out", base=bases["causal_lm"])
+    model = load_model(tmp_path / "out", task="causal_lm")
+    if quantization == "none":
+        assert torch.allclose(logits(model), logits(load_adapter(load_model(base, task="causal_lm"), folder)), atol=1e-3)
+        assert merged.error < 1e-3
+    else:  # what it was trained to make good is no longer there
+        assert 1e-3 < merged.error < 1
+
+
+def test_a_merged_model_can_be_quantized_and_holds_its_tokenizer(adapter: Any, bases: dict[str, Path], tmp_path: Path) -> None:
+    from embedft.model_folder import describe
+
+    folder, _ = adapter("lora")
+    merge(folder, tmp_path / "out", base=bases["causal_lm"], scheme="nf4")
+    assert describe(tmp_path / "out").quantization == "nf4"
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    with pytest.raises(UsageError, match="not empty"):
+        merge(folder, tmp_path / "out", base=bases["causal_lm"])
+
+
+@pytest.mark.parametrize(("how", "exact"), [("cat", True), ("svd", False), ("linear", False), ("ties", False), ("dare_linear", False)])
+def test_combining_adds_the_adapters_updates(adapter: Any, tmp_path: Path, how: Any, exact: bool) -> None:
+    import torch
+
+    from embedft.convert import deltas
+
+    parts = [adapter("lora", r=4), adapter("rslora", r=4)]
+    base = parts[0][1]
+    passport = combine([folder for folder, _ in parts], tmp_path / "out", name="both", weights=[1.0, -0.5], how=how, base=base)
+    assert verify(tmp_path / "out", base=base).passed
+    assert passport.r == (8 if how == "cat" else 4)
+    one, other, both = (
+        deltas(load_adapter(load_model(base, task="causal_lm"), each)) for each in (parts[0][0], parts[1][0], tmp_path / "out")
+    )
+    close = [torch.allclose(both[name], one[name] - 0.5 * other[name], atol=1e-5) for name in one]
+    assert all(close) if exact else not all(close)
+
+
+def test_adapters_that_do_not_belong_together_are_not_combined(adapter: Any, tmp_path: Path) -> None:
+    (lora, base), (other, _), (dora, _) = adapter("lora"), adapter("lora", "nf4"), adapter("dora")
+    with pytest.raises(AdapterInvalid, match="its base is not that of"):
+        combine([lora, other], tmp_path / "out", name="x", weights=[1, 1], base=base)
+    with pytest.raises(AdapterInvalid, match="adapters convert dora --to lora"):
+        combine([lora, dora], tmp_path / "out", name="x", weights=[1, 1], base=base)
+
+
+def test_the_command_line_converts_merges_and_combines(adapter: Any, bases: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    from embedft.adapters.transfer import import_folder
+    from embedft.cli import main
+
+    folder, base = adapter("vera")
+    import_folder(AdapterStore(tmp_path / "store"), folder, name="vera")
+    common = ["--adapters", str(tmp_path / "store"), "--base", str(base), "--json"]
+    assert main(["adapters", "convert", "vera", "--to", "lora", *common]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["name"], said["exact"]) == ("vera-lora", True)
+    assert main(["adapters", "combine", "double", "vera-lora", "vera-lora", "--weights", "1", "1", *common]) == 0
+    assert json.loads(capsys.readouterr().out)["r"] == 2 * said["rank"]
+    assert main(["adapters", "merge", "vera-lora", str(tmp_path / "merged"), *common]) == 0
+    assert (tmp_path / "merged" / "config.json").is_file()
+    assert sorted(AdapterStore(tmp_path / "store").names()) == ["double", "vera", "vera-lora"]

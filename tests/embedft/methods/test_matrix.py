@@ -1,0 +1,73 @@
+"""Every method on every kind of base: each cell passes, or is a refusal by name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.errors import MethodUnsupported
+from embedft.methods import METHODS, load_adapter, save_weights
+from tests.embedft.methods.cells import cell, tensors_of
+
+TASKS, QUANTIZATIONS = ("causal_lm", "embedding"), ("none", "int8", "nf4")
+# (method, task or None for both, quantizations): what is refused, and a word of the reason that the user reads.
+REFUSED = [
+    ("qlora", None, {"none", "int8"}, "base.quantization=nf4"),
+    ("llm_int8", None, {"none", "nf4"}, "base.quantization=int8"),
+    ("pissa", None, {"int8", "nf4"}, "base.quantization=none"),
+    ("olora", None, {"int8", "nf4"}, "base.quantization=none"),
+    ("loftq", None, {"none"}, "base.quantization=nf4 or int8"),
+    ("loha", None, {"nf4"}, "base.quantization=int8 or none"),
+    ("lokr", None, {"nf4"}, "base.quantization=int8 or none"),
+    ("full", None, {"int8", "nf4"}, "base.quantization=none"),
+    ("prefix_tuning", "embedding", {"none", "int8", "nf4"}, "use prompt_tuning"),
+    ("llama_adapter", "embedding", {"none", "int8", "nf4"}, "use prefix_tuning or lora"),
+]
+CELLS = [(method, task, quantization) for method in METHODS for task in TASKS for quantization in QUANTIZATIONS]
+
+
+def refusal(method: str, task: str, quantization: str) -> str | None:
+    return next((word for name, of, which, word in REFUSED if name == method and of in (None, task) and quantization in which), None)
+
+
+def test_the_table_names_every_method() -> None:
+    named = "lora qlora llm_int8 rslora dora pissa olora loftq eva lora_plus lora_fa vera adalora ia3 loha lokr prefix_tuning p_tuning"
+    assert set(METHODS) == {*named.split(), "prompt_tuning", "multitask_prompt_tuning", "llama_adapter", "delta_lora", "relora", "full"}
+
+
+@pytest.mark.parametrize(("method", "task", "quantization"), CELLS)
+def test_a_cell(method: str, task: str, quantization: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    if word := refusal(method, task, quantization):
+        with pytest.raises(MethodUnsupported, match=word):
+            cell(tmp_path, bases[task], task, method, quantization)
+        return
+    made = cell(tmp_path, bases[task], task, method, quantization)
+    row, model = METHODS[method], made.model
+    started = made.outputs(model)
+    assert (float((started - made.before).abs().max()) < 1e-4) == row.neutral_start
+    loss = made.loss(model)
+    trained = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    made.trainer.train()
+    assert all(value.dtype == torch.float32 for value in trained.values())
+    assert any(not torch.equal(value, trained[name]) for name, value in model.named_parameters() if name in trained)
+    after = tensors_of(model)
+    assert not made.held - after, "a tensor of the base changed"
+    with model.disable_adapter():
+        assert torch.equal(made.outputs(model), made.before)
+    assert made.loss(model) < 0.97 * loss
+    adapted = made.outputs(model)
+    assert float((adapted - started).abs().max()) > 1e-3
+    save_weights(model, tmp_path / "adapter", base_name="tiny")
+    loaded = fresh(made, tmp_path / "adapter", task)
+    assert torch.allclose(made.outputs(loaded), adapted, atol=2e-5)
+    if row.merges and quantization == "none":
+        assert torch.allclose(made.outputs(loaded.merge_and_unload()), adapted, atol=1e-4)
+
+
+def fresh(made: Any, folder: Path, task: Any) -> Any:
+    """The adapter's files on a base loaded from its own."""
+    from embedft.base import load_model
+
+    return load_adapter(load_model(made.base.folder, task=task), folder)

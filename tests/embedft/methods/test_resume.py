@@ -1,0 +1,45 @@
+"""A run stopped and resumed gives bitwise the adapter of the unbroken run, whatever the method remembers between its steps."""
+
+from pathlib import Path
+
+import pytest
+
+from embedft.methods import METHODS
+from tests.embedft.methods.cells import Cell, cell
+
+QUANTIZED = {"qlora": "nf4", "llm_int8": "int8", "loftq": "nf4"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_exact(method: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    quantization = QUANTIZED.get(method, "none")
+
+    def fresh() -> Cell:
+        return cell(tmp_path, bases["causal_lm"], "causal_lm", method, quantization, checkpoint_every=3, max_steps=6)
+
+    unbroken = fresh()
+    unbroken.trainer.args.output_dir = str(tmp_path / "other")
+    unbroken.trainer.train()
+    stop_after(fresh().trainer, 3)
+    again = fresh()
+    again.trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert again.trainer.state.global_step == 6
+    other = dict(again.model.named_parameters())
+    for name, value in unbroken.model.named_parameters():
+        assert torch.equal(value, other[name]), name
+    assert torch.equal(unbroken.outputs(unbroken.model), again.outputs(again.model))
+
+
+def stop_after(trainer: object, step: int) -> None:
+    from typing import Any
+
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == step
+
+    trainer.add_callback(Stop())  # type: ignore[attr-defined]
+    trainer.train()  # type: ignore[attr-defined]

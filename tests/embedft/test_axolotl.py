@@ -1,0 +1,155 @@
+"""A configuration as Axolotl's users write it becomes a recipe; what has no place is named with the reason."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from embedft.axolotl import CHOICES, KEYS, REASONS, TOGETHER, translate
+from embedft.cli import main
+from embedft.errors import RecipeError
+from embedft.recipe import CausalLMRecipe, load_recipe, parse_recipe
+
+QLORA = """
+base_model: NousResearch/Llama-3.2-1B
+load_in_4bit: true
+datasets:
+  - path: teknium/GPT4-LLM-Cleaned
+    type: alpaca
+val_set_size: 0.2
+output_dir: ./outputs/qlora-out
+adapter: qlora
+sequence_len: 2048
+sample_packing: true
+eval_sample_packing: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_modules: [gate_proj, down_proj, q_proj]
+wandb_project:
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 1
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+flash_attention: true
+warmup_ratio: 0.1
+evals_per_epoch: 4
+weight_decay: 0.0
+special_tokens: {pad_token: "<|end_of_text|>"}
+"""
+
+
+def lora(**more: Any) -> dict[str, Any]:
+    return {"base_model": "m", "adapter": "lora", "datasets": [{"path": "rows.jsonl", "type": "chat_template"}]} | more
+
+
+def recipe_of(**more: Any) -> CausalLMRecipe:
+    recipe = parse_recipe(translate(lora(**more), name="x").recipe)
+    assert isinstance(recipe, CausalLMRecipe)
+    return recipe
+
+
+def test_a_common_qlora_file_becomes_the_recipe_that_it_means() -> None:
+    made = translate(yaml.safe_load(QLORA), name="My QLoRA")
+    assert made.recipe == {
+        "task": "causal_lm",
+        "name": "my-qlora",
+        "base": {"model": "NousResearch/Llama-3.2-1B", "quantization": "nf4"},
+        "data": {"train": "hf://teknium/GPT4-LLM-Cleaned", "format": "alpaca"},
+        "adapter": {"r": 32, "alpha": 16, "dropout": 0.05, "targets": ["gate_proj", "down_proj", "q_proj"], "method": "lora"},
+        "train": {
+            "max_length": 2048,
+            "packing": True,
+            "accumulate": 4,
+            "batch": 2,
+            "epochs": 1,
+            "optimizer": "adamw_8bit",
+            "schedule": "cosine",
+            "lr": 0.0002,
+            "gradient_checkpointing": True,
+            "warmup": 0.1,
+            "weight_decay": 0.0,
+        },
+    }
+    wanted = {"val_set_size", "output_dir", "eval_sample_packing", "bf16", "flash_attention", "evals_per_epoch", "special_tokens"}
+    assert set(made.left_out) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "options"),
+    [
+        ({}, "lora", {}),
+        ({"peft_use_dora": True}, "dora", {}),
+        ({"peft_use_rslora": True}, "rslora", {}),
+        ({"peft_init_lora_weights": "pissa_niter_4"}, "pissa", {}),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}, "load_in_4bit": True}, "loftq", {}),
+        ({"loraplus_lr_ratio": 8}, "lora_plus", {"ratio": 8.0}),
+        (
+            {"relora": True, "jagged_restart_steps": 100, "max_steps": 400, "relora_prune_ratio": 0.9},
+            "relora",
+            {"restarts": 3, "prune": 0.9},
+        ),
+        ({"adapter": None}, "full", {}),
+        ({"adapter": "llama-adapter"}, "llama_adapter", {}),
+    ],
+)
+def test_each_way_to_name_a_method_is_understood(given: dict[str, Any], method: str, options: dict[str, Any]) -> None:
+    adapter = recipe_of(**given).adapter
+    assert (adapter.method, adapter.options) == (method, options)
+
+
+def test_steps_and_shares_are_turned_round() -> None:
+    train = recipe_of(
+        warmup_steps=50, max_steps=200, eval_steps=20, early_stopping_patience=3, test_datasets=[{"path": "v.jsonl", "type": "alpaca"}]
+    )
+    assert (train.train.warmup, train.train.evaluate_every, train.train.patience) == (0.25, 20, 3)
+    assert train.data.validation == "v.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "reason"),
+    [
+        ({"rl": "dpo"}, "rl", "supervised"),
+        ({"lr_scheduler": "rex"}, "lr_scheduler", "one of constant, cosine, linear"),
+        ({"optimizer": "muon"}, "optimizer", "paged_adamw"),
+        ({"lora_rr": 8}, "lora_rr", "did you mean 'lora_r'"),
+        ({"warmup_steps": 10}, "warmup_steps", "share of all steps"),
+        ({"eval_steps": 5}, "eval_steps", "data.validation"),
+        ({"eval_steps": 0.2}, "eval_steps", "number of steps"),
+        ({"deepspeed": "zero3.json"}, "deepspeed", "one process"),
+        ({"lora_target_modules": ".*proj"}, "lora_target_modules", "list of layer names"),
+        ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}, {"path": "b.jsonl"}]}, "datasets[1:]", "concatenate"),
+        ({"datasets": [{"path": "a.jsonl", "type": "completion"}]}, "datasets[0].type", "they are alpaca, messages, prompt_completion"),
+    ],
+)
+def test_what_has_no_place_is_named_with_the_reason(given: dict[str, Any], key: str, reason: str) -> None:
+    assert reason in translate(lora(**given), name="x").left_out[key]
+
+
+def test_no_key_has_two_places() -> None:
+    groups = [set(KEYS), set(CHOICES), set(TOGETHER) - {"warmup_steps"}, set(REASONS)]
+    assert sum(len(group) for group in groups) == len(set().union(*groups))
+
+
+def test_the_command_writes_a_recipe_that_loads(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("axolotl.yml").write_text(QLORA, encoding="utf-8")
+    assert main(["recipes", "import", "axolotl.yml", "mine.yaml"]) == 0
+    assert "val_set_size" in capsys.readouterr().out
+    recipe: Any = load_recipe("mine.yaml")
+    assert (recipe.name, recipe.base.quantization, recipe.train.packing) == ("mine", "nf4", True)
+    assert main(["recipes", "import", "axolotl.yml"]) == 0
+    assert "# left out: val_set_size" in capsys.readouterr().out
+    assert main(["recipes", "import", "axolotl.yml", "mine.yaml"]) == 2
+
+
+def test_a_file_that_is_none_of_axolotls_is_refused(in_folder: Path) -> None:
+    Path("other.yml").write_text("a: 1\n", encoding="utf-8")
+    assert main(["recipes", "import", "other.yml"]) == 2
+    with pytest.raises(RecipeError, match="data: field required"):
+        translate({"base_model": "m"}, name="x")
