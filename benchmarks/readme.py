@@ -70,6 +70,52 @@ def speed_table(report: dict[str, Any]) -> str:
     return head + "\n".join(rows)
 
 
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n".join(lines)
+
+
+def methods_table(made: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = []
+    for row in made["rows"]:
+        if "failed" in row:
+            rows.append((row["method"], row["base"], *["–"] * 5, row["failed"]))
+            continue
+        given = row["vllm"]
+        vllm = "as it is" if given == "yes" else f"as LoRA of rank {given['rank']}" if isinstance(given, dict) else "no"
+        score, change = f"{row['exact_match']:.3f}", f"{row['gain_ci95'][0]:+.3f} … {row['gain_ci95'][1]:+.3f}"
+        size = f"{row['adapter_bytes'] / 2**10:,.0f}"
+        cells = (row["method"], row["base"], score, change, f"{row['trainable']:,}", size, f"{row['seconds']:.0f}", vllm)
+        rows.append(cells)
+    head = ("method", "base", "exact match", "gain, 95 % interval", "trained", "KiB", "s", "vLLM")
+    return _table(head, rows)
+
+
+def tasks_table(made: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = []
+    for row in made["rows"]:
+        base, score = f"{row['base']:.3f}", f"{row['score']:.3f}"
+        share = f"{row['trainable_percent']:.1f}"
+        rows.append((row["task"], row["metric"], row["method"], base, score, share, str(row["peak_mib"]), f"{row['seconds']:.0f}"))
+    return _table(("task", "metric", "method", "base", "adapter", "% trained", "peak MiB", "s"), rows)
+
+
+def quantized_table(made: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["base"],
+            f"{row['file_mib']:.1f}",
+            f"{row['bits_per_character']:.3f}",
+            f"{row['kl_bits']:.4f}",
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['decode_tokens_per_second']:,.0f}",
+            row["served_by"],
+        )
+        for row in made["rows"]
+    ]
+    return _table(("base", "MiB", "bits per character", "KL from full, bits", "prefill tokens/s", "decode tokens/s", "served by"), rows)
+
+
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo-table": ("demo.json", demo_table),
     "demo-text": ("demo.json", demo_text),

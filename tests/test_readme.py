@@ -98,7 +98,9 @@ def serve(line: str, folder: Path) -> "tuple[subprocess.Popen[bytes], int]":
     return process, port
 
 
-@pytest.mark.parametrize("heading", ["By hand", "Retrieval, from a bare corpus to a proven adapter", "On a GPU: a 7B base in NF4"])
+@pytest.mark.parametrize(
+    "heading", ["By hand", "Retrieval, from a bare corpus to a proven adapter", "Methods", "On a GPU: a 7B base in NF4"]
+)
 def test_every_embedft_command_parses(heading: str) -> None:
     lines = [line for line in commands(heading) if line.startswith("embedft")]
     assert lines

@@ -1,0 +1,109 @@
+"""Every method of the table on one task, as PEFT's method comparison does: seed-lm, the intents of SNIPS, equal steps and batches,
+rank and learning rate as in the method's shipped recipe.
+
+python benchmarks/methods.py DATA [--methods a b] [--steps 150] → benchmarks/results/methods.json, a row a method as it is done
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "methods.json"
+
+
+def main() -> None:
+    """Train and judge each method; a method that fails is a row with its reason."""
+    from embedft.methods import METHODS
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="folder with train.jsonl and test.jsonl of prompt and completion")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rows", type=int, default=200, help="test rows")
+    parser.add_argument("--store", type=Path, default=Path("runs/methods"), help="keeps the adapters, for methods_served.py")
+    parser.add_argument("--again", action="store_true", help="also those that are done")
+    arguments = parser.parse_args()
+    rows: dict[str, Any] = {}
+    if RESULTS.is_file():
+        rows = {row["method"]: row for row in json.loads(RESULTS.read_text())["rows"]}
+    for method in arguments.methods:
+        if method in rows and not arguments.again:
+            continue
+        rows[method] = _row(method, arguments)
+        _write([rows[name] for name in METHODS if name in rows], arguments)
+        sys.stdout.write(json.dumps(rows[method]) + "\n")
+        sys.stdout.flush()
+
+
+def _row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    from embedft.adapters.passport import read_passport
+    from embedft.adapters.store import AdapterStore
+    from embedft.causal_lm.train import train
+    from embedft.errors import EmbedftError
+    from embedft.methods import METHODS
+    from embedft.recipe import load_recipe
+    from embedft.verify import verify
+
+    data = arguments.data
+    settings = [f"data.train={data / 'train.jsonl'}", f"data.eval={data / 'test.jsonl'}", f"eval.rows={arguments.rows}"]
+    settings += [f"train.max_steps={arguments.steps}", "train.max_length=64"]
+    recipe: Any = load_recipe(f"method-{method.replace('_', '-')}", settings)
+    quantization = recipe.base.quantization
+    store = AdapterStore(arguments.store)
+    try:
+        result: Any = train(recipe, store=store, progress=False)
+    except EmbedftError as error:
+        return {"method": method, "base": quantization, "failed": str(error)}
+    path = Path(result.path)
+    begun = time.perf_counter()
+    report = verify(path)
+    return {
+        "method": method,
+        "base": quantization,
+        "r": recipe.adapter.r,
+        "lr": recipe.train.lr,
+        "exact_match": result.metrics["adapter"]["exact_match"],
+        "base_exact_match": result.metrics["base"]["exact_match"],
+        "gain_ci95": result.metrics["gain_ci95"],
+        "bits_per_character": result.metrics["adapter"]["bits_per_character"],
+        "trainable": result.trainable,
+        "adapter_bytes": (path / "adapter_model.safetensors").stat().st_size,
+        "published_rank": read_passport(path).r,
+        "peak_mib": round(result.peak_bytes / 2**20),
+        "seconds": round(result.seconds, 1),
+        "verified": report.passed,
+        "probe_error": report.error,
+        "verify_seconds": round(time.perf_counter() - begun, 1),
+        "vllm": "yes" if METHODS[method].vllm else _as_lora(store, method),
+    }
+
+
+def _as_lora(store: Any, method: str) -> Any:
+    """What conversion gives: the certificate's figures (the copy goes to the store), or why there is none."""
+    from embedft.convert import convert
+    from embedft.errors import EmbedftError
+
+    name = f"method-{method}".replace("_", "-")
+    try:
+        with store.stage() as stage:
+            made = convert(store.folder(name), stage, name=f"{name}-lora")
+            store.put(stage, f"{name}-lora")
+    except EmbedftError as error:
+        return str(error)
+    return {"rank": made.rank, "exact_rank": made.exact_rank, "error": made.error, "probes": made.probes, "tolerance": made.tolerance}
+
+
+def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from demo import machine
+
+    about = {"task": arguments.data.name, "steps": arguments.steps, "batch": 16, "test_rows": arguments.rows, "machine": machine()}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Each adapter of benchmarks/methods.py in a live engine: does it load, and is its effect the trainer's?
+
+python benchmarks/methods_served.py [--store runs/methods] [--engine vllm] [--base none] → benchmarks/results/methods_served.json, by engine
+and base. Only the adapters of that base are asked for; those that an engine does not take are rows with its reason.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+RESULTS = Path(__file__).parent / "results" / "methods_served.json"
+
+
+def main() -> None:
+    from embedft.adapters.store import AdapterStore
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--engine", choices=("vllm", "peft"), default="vllm")
+    parser.add_argument("--base", choices=("none", "nf4", "int8"), default="none")
+    arguments = parser.parse_args()
+    store = AdapterStore(arguments.store)
+    wanted = {name for name in store.names() if store.passport(name).base.quantization == arguments.base}
+    rows = [row for row in served(arguments) if row["name"] in wanted]
+    made = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    made[f"{arguments.engine} {arguments.base}"] = rows
+    RESULTS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        sys.stdout.write(json.dumps(row) + "\n")
+
+
+def served(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the server says of every adapter of the store once its engine is warm and has proven them."""
+    base = {"name": "seed", "model": "seed-lm", "quantization": arguments.base, "task": "causal_lm", "engine": arguments.engine}
+    with tempfile.TemporaryDirectory() as folder:
+        config, log = Path(folder) / "server.yaml", Path(folder) / "log"
+        config.write_text(yaml.safe_dump({"bases": [{**base, "max_loras": 4, "kv_gib": 0.3}]}), encoding="utf-8")
+        command = [sys.executable, "-m", "embedft", "serve", str(config), "--port", "18473", "--adapters", str(arguments.store.resolve())]
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ})
+        try:
+            until = time.monotonic() + 240
+            while not _ready():
+                if process.poll() is not None or time.monotonic() > until:
+                    raise SystemExit(log.read_text(encoding="utf-8")[-3000:])
+                time.sleep(0.5)
+            listed = httpx.get("http://127.0.0.1:18473/v1/adapters", timeout=30).json()["data"]
+        finally:
+            process.terminate()
+            process.wait(60)
+    return [
+        {key: row.get(key) for key in ("name", "method", "r", "state", "reason")}
+        | {"probe_error": (row.get("probe") or {}).get("error"), "tolerance": (row.get("probe") or {}).get("tolerance")}
+        for row in listed
+    ]
+
+
+def _ready() -> bool:
+    try:
+        return httpx.get("http://127.0.0.1:18473/ready", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

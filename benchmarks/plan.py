@@ -1,0 +1,124 @@
+"""`embedft plan` against the run itself: peak memory by torch's own allocations, seconds a step.
+
+python benchmarks/plan.py LM_DATA BEIR → benchmarks/results/plan.json; exit 1 where a peak is more than 15 % off
+LM_DATA: a folder with train.jsonl of prompt and completion; BEIR: a retrieval set. CPU only: there each allocation is counted.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "plan.json"
+STEPS = 4
+LANGUAGE: tuple[tuple[str, ...], ...] = (
+    (),
+    ("train.gradient_checkpointing=true",),
+    ("train.packing=true", "train.batch=4"),
+    ("base.quantization=int8",),
+    ("base.quantization=nf4",),
+    ("adapter.method=dora",),
+    ("adapter.method=prompt_tuning",),
+    ("adapter.method=full", "train.optimizer=adamw_8bit"),
+)
+RETRIEVAL: tuple[tuple[str, ...], ...] = ((), ("base.quantization=nf4",))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("language", type=Path)
+    parser.add_argument("retrieval", type=Path)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for task, source, settings in (
+            *(("causal_lm", arguments.language / "train.jsonl", each) for each in LANGUAGE),
+            *(("embedding", arguments.retrieval, each) for each in RETRIEVAL),
+        ):
+            path = Path(folder) / "recipe.yaml"
+            model, limit = ("seed-lm", 64) if task == "causal_lm" else ("minilm", 128)
+            content = {"task": task, "name": "plan", "base": {"model": model}, "data": {"train": str(source), "limit": limit}}
+            path.write_text(json.dumps(content | {"train": {"batch": 16, "max_length": 128, "max_steps": STEPS}}), encoding="utf-8")
+            rows.append(compared(path, settings, Path(folder)))
+            sys.stdout.write(json.dumps(rows[-1]) + "\n")
+            sys.stdout.flush()
+    write(rows)
+    raise SystemExit(any(abs(row["peak_ratio"] - 1) > 0.15 for row in rows))
+
+
+def compared(path: Path, settings: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    from embedft.footprint import tensor_bytes
+    from embedft.plan import plan
+    from embedft.recipe import load_recipe
+    from embedft.training.measure import TrackedMemory
+
+    recipe: Any = load_recipe(path, settings)
+    if recipe.task == "causal_lm":
+        from embedft.causal_lm.sizes import largest_batch
+
+        made = plan(recipe, largest_batch(recipe))
+        model, trainer, another = language(recipe, folder)
+    else:
+        from embedft.embedding.sizes import largest_batch as largest
+
+        made = plan(recipe, largest(recipe))
+        model, trainer, another = retrieval(recipe, folder)
+    held = tensor_bytes(model)
+    with TrackedMemory() as memory:
+        trainer.train()
+    began = time.perf_counter()
+    another.train()
+    seconds = (time.perf_counter() - began) / STEPS
+    measured = held + memory.bytes
+    return {
+        "task": recipe.task,
+        "settings": list(settings),
+        "planned_bytes": made.peak_bytes,
+        "measured_bytes": measured,
+        "peak_ratio": made.peak_bytes / measured,
+        "planned_seconds_per_step": made.seconds_per_step,
+        "measured_seconds_per_step": seconds,
+    }
+
+
+def language(recipe: Any, folder: Path) -> tuple[Any, Any, Any]:
+    from embedft.base import BaseSpec, load_base
+    from embedft.causal_lm.template import template_of
+    from embedft.causal_lm.train import build_trainer, read_split, tokenized
+    from embedft.methods import attach
+
+    base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization), task="causal_lm")
+    examples = tokenized(read_split(recipe).train, template_of(base.tokenizer), recipe)
+    model = attach(base, recipe.adapter, task="causal_lm")
+    first, second = (build_trainer(model, base, examples, recipe.train, folder=folder / "run") for _ in range(2))
+    return model, first, second
+
+
+def retrieval(recipe: Any, folder: Path) -> tuple[Any, Any, Any]:
+    from embedft.base import BaseSpec, load_base
+    from embedft.embedding.batches import BatchPlan
+    from embedft.embedding.data import load_data
+    from embedft.embedding.train import make_trainer, settings_for
+    from embedft.methods import attach
+
+    examples, _ = load_data(recipe.data, recipe.eval, scored=False)
+    base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization), task="embedding")
+    settings = settings_for(recipe, base)
+    model = attach(base, recipe.adapter, task="embedding")
+    batches = BatchPlan(examples, batch=recipe.train.batch, seed=recipe.train.seed, exclusive=True)
+    first, second = (make_trainer(model, base, settings, examples, recipe, plan=batches, output=folder / "run") for _ in range(2))
+    return model, first, second
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from demo import machine
+
+    RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
