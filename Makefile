@@ -1,5 +1,5 @@
 # make install   .venv with everything this machine can use        make demo   train four adapters, serve them over two bases
-# make check     ruff, pyright, import-linter                      make test   check, then pytest
+# make check     ruff, pyright, import-linter                      make test   check, then pytest (make test-matrix: every method everywhere)
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ BACKEND := --torch-backend $(if $(GPU),auto,cpu)
 endif
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install check test demo clean
+.PHONY: install check test test-matrix demo clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml .ci/cpu-overrides.txt
@@ -39,6 +39,10 @@ check: install
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Every PEFT method on every kind of base, where `make test` takes one of each kind; some minutes.
+test-matrix: install
+	EMBEDFT_MATRIX=whole $(BIN)/python -m pytest -n 2 tests/embedft/methods
 
 demo: install
 	$(BIN)/embedft demo $(ARGS)

@@ -68,7 +68,7 @@ class Allocations(TorchDispatchMode):
 
 
 def key_of(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return int(tensor.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
 
 
 def trace_step(

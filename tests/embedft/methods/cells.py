@@ -1,6 +1,7 @@
 """One cell of the matrix: a method on a quantization of a tiny base, attached, trained by the real trainer, judged."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from tests import fixtures_embedding, fixtures_lm
 STEPS = 8
 RATES = {"vera": 0.1, "ia3": 0.1, "prefix_tuning": 0.1, "p_tuning": 0.02, "prompt_tuning": 0.3, "multitask_prompt_tuning": 0.3}
 RATES |= {"llama_adapter": 0.1, "full": 2e-3, "adalora": 0.05, "lora_plus": 1e-3, "eva": 3e-3, "lokr": 0.05, "lora_fa": 0.02}
+
+
+WHOLE = os.environ.get("EMBEDFT_MATRIX") == "whole"  # `make test-matrix`: every cell, some minutes; else one of each kind
 
 
 @dataclass

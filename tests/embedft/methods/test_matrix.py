@@ -7,7 +7,7 @@ import pytest
 
 from embedft.errors import MethodUnsupported
 from embedft.methods import METHODS, load_adapter, save_weights
-from tests.embedft.methods.cells import cell, tensors_of
+from tests.embedft.methods.cells import WHOLE, cell, tensors_of
 
 TASKS, QUANTIZATIONS = ("causal_lm", "embedding"), ("none", "int8", "nf4")
 # (method, task or None for both, quantizations): what is refused, and a word of the reason that the user reads.
@@ -23,7 +23,17 @@ REFUSED = [
     ("prefix_tuning", "embedding", {"none", "int8", "nf4"}, "use prompt_tuning"),
     ("llama_adapter", "embedding", {"none", "int8", "nf4"}, "use prefix_tuning or lora"),
 ]
-CELLS = [(method, task, quantization) for method in METHODS for task in TASKS for quantization in QUANTIZATIONS]
+
+
+def chosen() -> list[tuple[str, str, str]]:
+    """All refusals; of the rest each method on each task, on one of its quantizations in turn (all with WHOLE)."""
+    cells: list[tuple[str, str, str]] = []
+    for number, method in enumerate(METHODS):
+        for turn, task in enumerate(TASKS):
+            passing = [each for each in QUANTIZATIONS if not refusal(method, task, each)]
+            kept = passing if WHOLE or not passing else [passing[(number + turn) % len(passing)]]
+            cells += [(method, task, each) for each in QUANTIZATIONS if each in kept or each not in passing]
+    return cells
 
 
 def refusal(method: str, task: str, quantization: str) -> str | None:
@@ -35,7 +45,7 @@ def test_the_table_names_every_method() -> None:
     assert set(METHODS) == {*named.split(), "prompt_tuning", "multitask_prompt_tuning", "llama_adapter", "delta_lora", "relora", "full"}
 
 
-@pytest.mark.parametrize(("method", "task", "quantization"), CELLS)
+@pytest.mark.parametrize(("method", "task", "quantization"), chosen())
 def test_a_cell(method: str, task: str, quantization: str, bases: dict[str, Path], tmp_path: Path) -> None:
     import torch
 
