@@ -4,7 +4,7 @@ vLLM computes with these files as they are; transformers turns them back, exactl
 and there every method trains. W8A8's engine also rounds activations to 8 bits, which the trainer does not.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,7 +170,7 @@ def second_moments(model: Any, layers: Mapping[str, Any], batches: Sequence[Mapp
 
 
 @contextmanager
-def _watching(layers: Mapping[str, Any], found: "dict[str, Tensor]", mask: "Tensor") -> Iterator[None]:
+def _watching(layers: Mapping[str, Any], found: "dict[str, Tensor]", mask: "Tensor") -> Generator[None]:
     def watch(name: str) -> Any:
         def hook(_: Any, inputs: Any, __: Any) -> None:
             x = inputs[0][mask].float()

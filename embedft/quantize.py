@@ -88,7 +88,7 @@ def _write_compressed(source: Path, stage: Path, scheme: str, calibration: Path 
 
     loader: Any = AutoModelForCausalLM if describe(source).kind == "decoder" else AutoModel
     model = loader.from_pretrained(source, dtype=torch.float32).eval()
-    dtype = AutoConfig.from_pretrained(source).dtype or torch.float32
+    dtype: Any = AutoConfig.from_pretrained(source).dtype or torch.float32
     compress(model, stage, scheme=scheme, skipped=SKIPPED, dtype=dtype, batches=_batches(source, calibration) if calibration else ())
 
 

@@ -39,7 +39,8 @@ def text_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
     A corpus score is no mean of its rows'; the rows' are smoothed sentence scores and serve to compare two models row by row.
     """
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     rows: dict[str, list[float]] = {}
     whole: dict[str, float] = {}

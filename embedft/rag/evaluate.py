@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedft.causal_lm.evaluate import token_f1
+from embedft.causal_lm.scores import token_f1
 from embedft.embedding.beir import is_beir, read_beir, splits
 from embedft.errors import DataError, UsageError
 from embedft.rag.answer import faithfulness, messages_of, sources_of
