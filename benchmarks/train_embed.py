@@ -35,14 +35,14 @@ WINS = ("ours", "ours_last2", "ours_last1", "ours_query")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=160)
+    parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--queries", type=int, default=300)
-    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--documents", type=int, default=150)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--data", type=Path, help="a pydocs folder made before")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "train_embed.json")
@@ -65,7 +65,7 @@ def _pydocs(folder: Path) -> Path:
 
 def _compare(arguments: argparse.Namespace, data: Path) -> None:
     report: dict[str, Any] = {
-        "command": "python " + " ".join(["benchmarks/train_embed.py", *sys.argv[1:]]),
+        "command": _command(),
         "settings": _settings(arguments),
         "machine": _machine(),
         "lengths": {},
@@ -90,6 +90,13 @@ def _compare(arguments: argparse.Namespace, data: Path) -> None:
     print(f"written: {arguments.out}")
 
 
+def _command() -> str:
+    """The command line without this machine's paths."""
+    given = iter(sys.argv[1:])
+    kept = [part for part in given if part not in {"--data", "--out"} or not next(given)]
+    return " ".join(["python benchmarks/train_embed.py", *kept])
+
+
 def _job(arguments: argparse.Namespace, data: Path, side: str, length: int) -> dict[str, Any]:
     keys = ("pairs", "batch", "epochs", "queries", "documents", "threads")
     return {key: getattr(arguments, key) for key in keys} | {"data": str(data / "code"), "side": side, "length": length, "bf16": False}
@@ -99,7 +106,7 @@ def _bf16(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     """The stock trainer under bf16 autocast, on few pairs: where the processor has no bf16 instructions it is emulated."""
     import torch
 
-    job = _job(arguments, data, "stock", min(arguments.lengths)) | {"pairs": 16, "batch": 8, "epochs": 1, "evaluate": False}
+    job = _job(arguments, data, "stock", min(arguments.lengths)) | {"pairs": 8, "batch": 4, "epochs": 1, "evaluate": False}
     slow, fast = (_child(job | {"bf16": bf16}, arguments.threads) for bf16 in (True, False))
     figures = {name: job["batch"] / statistics.median(run["steps"][1:] or run["steps"]) for name, run in (("bf16", slow), ("fp32", fast))}
     native = bool(torch.cpu._is_avx512_bf16_supported())  # pyright: ignore[reportPrivateUsage]
