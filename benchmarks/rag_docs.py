@@ -216,13 +216,15 @@ def tenants_part(data: Path, work: Path) -> dict[str, Any]:
         for way in ("base", *ways):
             adapter = f"tenant-{project}-{ways[way]}" if way in ways else None
             made = evaluate(test, embedder, adapters=[adapter], out=work / "tenants", tell=tell)
-            built.setdefault(made["indexes"][0]["lineage"], {**made["indexes"][0], "way": "own" if way == "own" else "shared"})
+            if way in ways:
+                built.setdefault(made["indexes"][0]["lineage"], {**made["indexes"][0], "way": way})
             row[way] = {name: made["retrieval"][0]["metrics"][name] for name in ("hit@5", "mrr@10", "ndcg@10")}
         shown["rows"].append(row)
     for way in ways:
         mean = sum(row[way]["ndcg@10"]["mean"] * row["queries"] for row in shown["rows"]) / sum(row["queries"] for row in shown["rows"])
         sizes = [index for index in built.values() if index["way"] == way]
-        totals = {"bytes": sum(index["bytes"] for index in sizes), "build_seconds": sum(index["seconds"] for index in sizes)}
+        counted = {"texts_embedded": "embedded", "bytes": "bytes", "build_seconds": "seconds"}
+        totals = {name: sum(index[key] for index in sizes) for name, key in counted.items()}
         shown[way] = {"indexes": len(sizes), **totals, "ndcg@10": mean}
     return shown
 

@@ -12,6 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.readme_rag import rag_table, rag_text  # noqa: E402
 
 
 def demo_table(demo: dict[str, Any]) -> str:
@@ -140,6 +143,8 @@ def quantized_table(made: dict[str, Any]) -> str:
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo-table": ("demo.json", demo_table),
     "demo-text": ("demo.json", demo_text),
+    "rag-table": ("rag.json", rag_table),
+    "rag-text": ("rag.json", rag_text),
 }
 
 

@@ -76,6 +76,33 @@ def test_the_commands_by_hand_run_one_after_the_other(tmp_path: Path, monkeypatc
     assert [line.split()[0] for line in lines].count("curl") == 3
 
 
+def test_the_rag_commands_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "tea.md").write_text("# Tea\n\nBlack tea wants boiling water.\n\n# Bread\n\nBread needs flour, salt and time.\n")
+    question = {"question": "How hot must the water for black tea be?", "answer": "boiling", "document": "tea.md"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+    lines = commands("Questions over your documents")
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, line
+    assert "tea.md" in capsys.readouterr().out
+    assert "hit@5" in (tmp_path / "runs" / "rag-eval" / "report.md").read_text()
+    assert len(lines) == 3
+
+
+def test_the_rag_python_is_ten_lines_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = README.split("\n## Questions over your documents\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) == 10
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["answer"].source_nodes[0].get_content() == "Black tea wants boiling water."  # type: ignore[attr-defined]
+    assert (tmp_path / "runs" / "tea-index" / "current").is_file()
+
+
 def smaller(line: str) -> str:
     """The same command on less data."""
     if line.startswith("embedft data pydocs"):
@@ -99,7 +126,14 @@ def serve(line: str, folder: Path) -> "tuple[subprocess.Popen[bytes], int]":
 
 
 @pytest.mark.parametrize(
-    "heading", ["By hand", "Retrieval, from a bare corpus to a proven adapter", "Methods", "On a GPU: a 7B base in NF4"]
+    "heading",
+    [
+        "By hand",
+        "Retrieval, from a bare corpus to a proven adapter",
+        "Questions over your documents",
+        "Methods",
+        "On a GPU: a 7B base in NF4",
+    ],
 )
 def test_every_embedft_command_parses(heading: str) -> None:
     lines = [line for line in commands(heading) if line.startswith("embedft")]
