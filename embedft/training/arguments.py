@@ -35,6 +35,7 @@ def hf_arguments(train: TrainSection, *, output_dir: Path, steps_per_epoch: int)
     from embedft.base import compute_dtype
 
     cuda = torch.cuda.is_available()
+    steps = total_steps(train, steps_per_epoch)
     return {
         "output_dir": str(output_dir),
         "num_train_epochs": train.epochs,
@@ -42,7 +43,8 @@ def hf_arguments(train: TrainSection, *, output_dir: Path, steps_per_epoch: int)
         "per_device_train_batch_size": train.batch,
         "gradient_accumulation_steps": train.accumulate,
         "learning_rate": train.lr,
-        "warmup_steps": math.ceil(train.warmup * total_steps(train, steps_per_epoch)),
+        # a step of warm-up from nothing has a rate of zero: a run of one step would change nothing
+        "warmup_steps": min(math.ceil(train.warmup * steps), steps - 1),
         "lr_scheduler_type": SCHEDULES[train.schedule],
         "optim": OPTIMIZERS[train.optimizer],
         "weight_decay": train.weight_decay,
