@@ -61,7 +61,9 @@ def chat(server: Server, tenant: str, *, tokens: int = 4, **body: Any) -> httpx.
 
 
 @pytest.mark.parametrize(
-    "given", [None, "Bearer", "Bearer wrong", f"Bearer {KEYS['anna'][0][:-1]}", f"Basic {KEYS['anna'][0]}", "test-admin"]
+    "given",
+    [None, "Bearer", "Bearer wrong", f"Bearer {KEYS['anna'][0][:-1]}", f"Basic {KEYS['anna'][0]}", "test-admin"],
+    ids=["none", "no key", "wrong", "cut", "basic", "admin token"],  # keys are drawn anew in each process
 )
 def test_without_a_key_only_health_and_readiness_answer(keyed: Server, given: str | None) -> None:
     headers = {"authorization": given} if given else {}
