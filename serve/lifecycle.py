@@ -158,8 +158,10 @@ class Lifecycle:
                 raise GenerationConflict(name, expected=expected, current=current.generation if current else None)
             found = await asyncio.to_thread(find, self.store, name, source)
             if current and current.generation == found.generation and not current.retired:
-                current.pinned = pin
-                resident = current
+                if pin:
+                    async with self.lease(name):  # one that was evicted comes back first, and stays
+                        current.pinned = True
+                current.pinned, resident = pin, current
             else:
                 resident = await self._load(name, found, pin=pin)
                 self._switch(resident, current)

@@ -84,9 +84,9 @@ def test_targets_that_the_base_lacks_are_named() -> None:
         attach(base, AdapterSection(targets=("q_proj",)), task="embedding")
 
 
-def test_an_unknown_method_lists_what_there_is() -> None:
+def test_an_unknown_method_names_the_nearest() -> None:
     base = load_base(BaseSpec("minilm"), task="embedding")
-    with pytest.raises(MethodUnsupported, match="lora, rslora"):
+    with pytest.raises(MethodUnsupported, match="did you mean 'lora'"):
         attach(base, AdapterSection(method="lorra"), task="embedding")
 
 

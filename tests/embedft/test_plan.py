@@ -85,7 +85,7 @@ def test_a_quantized_base_is_planned_as_large_as_it_is(base: Path, tmp_path: Pat
     for scheme in ("nf4", "int8"):
         recipe = recipe_of(tmp_path, base, quantization=scheme)
         loaded = load_base(BaseSpec(str(base), scheme), task="causal_lm")  # type: ignore[arg-type]
-        assert plan(recipe, largest_batch(recipe)).weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.03)
+        assert plan(recipe, largest_batch(recipe)).weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.05)
 
 
 def test_the_command_plans_both_kinds_without_data_or_weights(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

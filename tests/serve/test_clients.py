@@ -53,7 +53,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
             generation = store.put(stage, name)
         store.point(README_NAMES[name], generation)
     bases = [
-        {"name": "words", "model": str(llama), "task": "causal_lm", "engine": "peft"},
+        {"name": "words", "model": str(llama), "task": "causal_lm", "engine": "peft", "max_lora_rank": 16},
         {"name": "texts", "model": str(texts), "task": "embedding", "engine": "peft"},
         {"name": "cross", "model": str(cross_encoder(folder / "cross", texts)), "task": "cross_encoder"},
     ]

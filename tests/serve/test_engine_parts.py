@@ -127,11 +127,15 @@ def test_what_a_lora_can_ask_for_is_done_as_peft_does_it_or_refused(tmp_path: Pa
     try:
         bank.load("a", folder)
     except AdapterInvalid:
-        assert feature in {"dora", "added tokens", "whole embeddings", "biases", "PiSSA"}
+        assert feature in {"added tokens", "biases", "PiSSA"}
         assert torch.equal(base.model(input_ids=ids).logits, before)
         return
     wanted = plain_peft(plain_llama, folder)(input_ids=ids).logits
-    mixed = bank.model(input_ids=ids.repeat(2, 1), **bank.rows(["a", None])).logits
+    if bank.group("a") is None:
+        mixed = bank.model(input_ids=ids.repeat(2, 1), **bank.rows(["a", None])).logits
+    else:  # it runs apart: the base's rows never meet it
+        assert feature in {"dora", "whole embeddings"}
+        mixed = torch.cat([bank.model_of(bank.group(name))(input_ids=ids).logits for name in ("a", None)])
     assert torch.allclose(mixed[0], wanted[0], atol=1e-4)
     assert torch.allclose(mixed[1], before[0], atol=1e-4)
     assert not torch.allclose(wanted, before, atol=1e-2)

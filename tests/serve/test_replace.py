@@ -209,6 +209,6 @@ def test_an_object_whose_content_was_changed_is_refused(world: World, server: Se
 
 
 def test_a_rank_above_the_engines_is_refused_before_the_engine_hears_of_it(world: World, server: Server) -> None:
-    put_adapter(world.store, "wide", world.texts, seed=91, r=64)
+    put_adapter(world.store, "wide", world.texts, seed=91, r=65)
     refused(server.put("wide"), 422, "adapter_invalid")
     assert not [row for row in server.events("load") if row["adapter"].startswith("wide")]

@@ -159,8 +159,9 @@ def read(name: str, folder: Path) -> Content:
         raise AdapterInvalid(name, "it replicates layers of the base, which all other rows would see")
     if getattr(config, "bias", "none") != "none" or getattr(config, "trainable_token_indices", None):
         raise AdapterInvalid(name, "it changes biases or token embeddings of the base, which all other rows would see")
-    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in HARMLESS_INITS:
-        raise AdapterInvalid(name, f"{config.init_lora_weights} starts from a changed base, which other rows would see: convert it to LoRA")
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, bool) and start not in HARMLESS_INITS:
+        raise AdapterInvalid(name, f"{start} starts from a changed base, which other rows would see: convert it to LoRA")
     config.inference_mode = True
     if config.peft_type.value != "LORA" or config.use_dora or config.modules_to_save:
         return Content(folder, config, None)
