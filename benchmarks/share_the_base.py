@@ -81,36 +81,29 @@ def open_loop(run: Measurement, part: str, sides: list[Side], count: int, ids: l
 
 
 def generation(run: Measurement, work: Path) -> None:
-    """A random Llama of 135 M parameters: prefill alone, decode nearly alone, then all ways over N."""
+    """A random Llama of 135 M parameters: all ways over N."""
     base = llama(work / "llama")
     folders = adapters(work / "llama-adapters", base, "causal_lm", max(run.counts))
     run.sizes["generation"] = sizes(base, folders[0])
     ways = [*VLLM, *(side for side in PEFT if side.mode in ("engine", "mixed", "switch", "copies"))]
     with opened(ways, base, "causal_lm") as sides:
         over_counts(run, "generation", sides, folders, run.counts, prompts(32, 16, seed=1), tokens=8)
-    with opened(VLLM, base, "causal_lm") as sides:
-        alone(run, "", sides, folders[:8], rounds=run.rounds)
 
 
-def generation_nf4(run: Measurement, work: Path) -> None:
-    """The same Llama in NF4, in vLLM."""
+def sequences(run: Measurement, work: Path, *, nf4: bool = False) -> None:
+    """The same Llama in vLLM, 32 sequences over 8 adapters: nothing but reading the prompt, then nearly nothing but writing."""
     from embedft.base import BaseSpec, base_folder
 
     source = llama(work / "llama")
-    folders = adapters(work / "llama-nf4-adapters", source, "causal_lm", 8)
-    base = base_folder(BaseSpec(str(source), "nf4"))
-    run.sizes["generation-nf4"] = sizes(base, folders[0])
-    with opened(VLLM, base, "causal_lm", nf4=True) as sides:
-        alone(run, "-nf4", sides, folders, rounds=run.rounds)
-
-
-def alone(run: Measurement, suffix: str, sides: list[Side], folders: list[Path], *, rounds: int) -> None:
-    """32 sequences over 8 adapters: nothing but reading the prompt, then nearly nothing but writing."""
-    for side in sides:
-        side.register(folders)
-    for part, length, tokens in (("prefill", 48, 1), ("decode", 2, 12)):
-        requests = [Request(k % 8, row) for k, row in enumerate(prompts(FLIGHT, length, seed=2))]
-        run.rows += measure(part + suffix, sides, requests, count=8, popularity="distinct", flight=FLIGHT, tokens=tokens, rounds=rounds)
+    folders = adapters(work / f"sequences-{nf4}", source, "causal_lm", 8)
+    base = base_folder(BaseSpec(str(source), "nf4")) if nf4 else source
+    with opened(VLLM, base, "causal_lm", nf4=nf4) as sides:
+        for side in sides:
+            side.register(folders)
+        for part, length, tokens in (("prefill", 48, 1), ("decode", 2, 12)):
+            requests = [Request(k % 8, row) for k, row in enumerate(prompts(FLIGHT, length, seed=2))]
+            part += "-nf4" if nf4 else ""
+            run.rows += measure(part, sides, requests, count=8, popularity="distinct", flight=FLIGHT, tokens=tokens, rounds=run.rounds)
 
 
 def large(run: Measurement, work: Path) -> None:
@@ -146,8 +139,9 @@ def sizes(base: Path, adapter: Path) -> dict[str, int]:
 PARTS = {
     "embedding": embedding,
     "generation": generation,
+    "sequences": sequences,
     "embedding-nf4": lambda run, work: embedding(run, work, nf4=True),
-    "generation-nf4": generation_nf4,
+    "sequences-nf4": lambda run, work: sequences(run, work, nf4=True),
     "large-nf4": large,
 }
 

@@ -137,6 +137,31 @@ def summary(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def headline(run: dict[str, Any]) -> str:
+    """The README's paragraph: speed, memory, switching, loading; what was not measured is left out."""
+    cells = (("embedding", "MiniLM's embeddings"), ("prefill", "a 135 M Llama reading"), ("decode", "it writing"))
+    told: list[str] = []
+    for part, name in cells:
+        shares = [ratio(run, "vllm plugin", way, part=part, N=8, popularity="distinct") for way in ("vllm base", "vllm stock")]
+        if None not in shares:
+            told.append(f"{name} **{shares[0]:.2f}** of the base's speed ({shares[1]:.1f} times stock vLLM)")
+    hardware = run["hardware"]
+    text = f"On {hardware['cores_each_side']} cores ({', '.join(hardware['flags'])}; {hardware['dtype'].removeprefix('torch.')}), eight "
+    text += f"adapters mixed in one batch: {'; '.join(told)}. "
+    at = {row["N"]: row["pss"] for row in run["memory"] if (row["part"], row["way"]) == ("embedding", "vllm plugin")}
+    if len(at) > 1:
+        most = max(at)
+        size = most * run["sizes"]["embedding"]["adapter"] / 2**20
+        text += f"{most} adapters ({size:.0f} MiB of files) added {(at[most] - at[0]) / 2**20:.0f} MiB. "
+    for row in run["switching"]:
+        if (row["part"], row["way"]) == ("embedding", "vllm plugin"):
+            text += f"Changing the adapter between two requests cost {1000 * row['switch']:.1f} ms at the median; "
+    for row in run["loading"]:
+        if (row["part"], row["way"]) == ("embedding", "vllm plugin"):
+            text += f"loading one from disk, its first answer included, took {1000 * row['first_answer_p50']:.0f} ms."
+    return text
+
+
 def _told(row: Any) -> str:
     return "" if row is None else f"{row['throughput']:.2f}"
 

@@ -51,8 +51,8 @@ class Side:
         return self.ask(do="register", folders=[str(folder) for folder in folders])["seconds"]
 
     def fits(self, count: int, sizes: dict[str, int], limit: float) -> bool:
-        """Merged copies end where memory would; slow sides where their many adapters would leave none to the others."""
-        if self.mode == "copies":
+        """Merged copies end where memory (or the disk) would; slow sides where their many adapters would leave none to the others."""
+        if self.mode in ("copies", "reload"):
             return count * sizes["copy"] <= limit * 2**30
         return self.fewer == 1 or count * sizes["adapter"] <= limit / 4 * 2**30
 
