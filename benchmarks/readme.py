@@ -1,4 +1,4 @@
-"""Writes the README's figures from benchmarks/results/, between its `<!-- name -->` and `<!-- /name -->` marks.
+"""Writes the READMEs' figures from benchmarks/results/, between its `<!-- name -->` and `<!-- /name -->` marks.
 
 python benchmarks/readme.py            write            python benchmarks/readme.py --check    exit 1 where they differ
 """
@@ -15,6 +15,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.readme_rag import rag_table, rag_text  # noqa: E402
+from benchmarks.sharing.report import headline as share_text  # noqa: E402
+from benchmarks.sharing.report import summary  # noqa: E402
 
 
 def demo_table(demo: dict[str, Any]) -> str:
@@ -140,33 +142,36 @@ def quantized_table(made: dict[str, Any]) -> str:
     return _table(("base", "MiB", "bits per character", "KL from full, bits", "prefill tokens/s", "decode tokens/s", "served by"), rows)
 
 
-BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "demo-table": ("demo.json", demo_table),
-    "demo-text": ("demo.json", demo_text),
-    "rag-table": ("rag.json", rag_table),
-    "rag-text": ("rag.json", rag_text),
+PLUGIN = "serve/vllm_cpu_lora/README.md"
+BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "demo-table": ("README.md", "demo.json", demo_table),
+    "demo-text": ("README.md", "demo.json", demo_text),
+    "rag-table": ("README.md", "rag.json", rag_table),
+    "rag-text": ("README.md", "rag.json", rag_text),
+    "share-text": ("README.md", "share_the_base.json", share_text),
+    "plugin-table": (PLUGIN, "share_the_base.json", summary),
 }
 
 
-def rendered(text: str) -> str:
-    """The README with every block made anew."""
-    for name, (source, render) in BLOCKS.items():
+def rendered(page: str, text: str) -> str:
+    """One README with each of its blocks made anew."""
+    for name, (_, source, render) in ((name, block) for name, block in BLOCKS.items() if block[0] == page):
         files = {path.stem.partition("_")[2]: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(source))}
         content = render(files if "*" in source else next(iter(files.values())))
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
         if not pattern.search(text):
-            raise SystemExit(f"README.md has no block {name}")
+            raise SystemExit(f"{page} has no block {name}")
         text = pattern.sub(lambda found, content=content: found[1] + content + found[2], text)
     return text
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    made = rendered(text)
-    if "--check" in sys.argv:
-        raise SystemExit("README.md differs from benchmarks/results: run python benchmarks/readme.py" if made != text else 0)
-    path.write_text(made, encoding="utf-8")
+    for page in dict.fromkeys(block[0] for block in BLOCKS.values()):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        made = rendered(page, text)
+        if made != text and "--check" in sys.argv:
+            raise SystemExit(f"{page} differs from benchmarks/results: run python benchmarks/readme.py")
+        (ROOT / page).write_text(made, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def headline(run: dict[str, Any]) -> str:
         text += f"{most} adapters ({size:.0f} MiB of files) added {(at[most] - at[0]) / 2**20:.0f} MiB. "
     for row in run["switching"]:
         if (row["part"], row["way"]) == ("embedding", "vllm plugin"):
-            text += f"Changing the adapter between two requests cost {1000 * row['switch']:.1f} ms at the median; "
+            text += f"Changing the adapter between two requests cost {max(1000 * row['switch'], 0):.1f} ms at the median; "
     for row in run["loading"]:
         if (row["part"], row["way"]) == ("embedding", "vllm plugin"):
             text += f"loading one from disk, its first answer included, took {1000 * row['first_answer_p50']:.0f} ms."
