@@ -20,6 +20,7 @@ from embedft.training.run import open_run
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
+    from embedft.training.best import BestCheckpoint
 
 START_BATCHES = 8  # what EVA's first vectors are computed from
 
@@ -59,7 +60,9 @@ def train(
         model = _seeded_adapter(base, examples, recipe)
         held_out = tokenized(split.validation, template, recipe) if split.validation else []
         trainer = build_trainer(model, base, examples, recipe.train, folder=run.folder, validation=held_out)
+        best = best_checkpoint(trainer, recipe.train, folder=run.folder) if held_out else None
         seconds = fit(trainer, run, name=recipe.name, progress=progress)
+        chosen = {"best": best.restore(name=recipe.name)} if best else {}
         after = _evaluate(model, template, split.test, recipe)
     result = publish(
         model,
@@ -67,7 +70,7 @@ def train(
         recipe,
         store=store,
         published=Published(
-            metrics=compare(before, after, recipe.eval.metric),
+            metrics=compare(before, after, recipe.eval.metric) | chosen,
             data_hash=split.hash,
             max_length=recipe.train.max_length,
             template_hash=template.hash,
@@ -115,11 +118,10 @@ def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -
 def build_trainer(
     model: Any, base: Base, examples: list[Example], settings: CausalLMTrain, *, folder: Path, validation: Sequence[Example] = ()
 ) -> Any:
-    """transformers' Trainer with our checkpoints, batches and data order; with `validation`, it keeps the best step."""
+    """transformers' Trainer with our checkpoints, batches and data order; `validation` is what its `evaluate` takes the loss of."""
     from transformers import Trainer, TrainingArguments
 
     from embedft.causal_lm.batches import Collate, LengthGrouped, PackedCollate, pack
-    from embedft.training.best_step import BestStep
     from embedft.training.interrupt import AdapterCheckpoints
 
     rows: list[Any] = list(examples)
@@ -136,17 +138,23 @@ def build_trainer(
 
     steps = steps_an_epoch(len(rows), settings)
     common = hf_arguments(settings, output_dir=folder, steps_per_epoch=steps)
-    if held_out and settings.evaluate_every:
-        common |= {"eval_strategy": "steps", "eval_steps": settings.evaluate_every, "prediction_loss_only": True}
-        common |= {"per_device_eval_batch_size": settings.batch}
+    common |= {"prediction_loss_only": True, "per_device_eval_batch_size": settings.batch}
     if settings.gradient_checkpointing:
         common |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(**common, remove_unused_columns=False, use_cache=False)
     data: Any = {"train_dataset": rows, "eval_dataset": held_out or None}
-    trainer = LmTrainer(model=model, args=arguments, data_collator=collate, **data)
-    if held_out and settings.evaluate_every:
-        trainer.add_callback(BestStep(trainer, folder, patience=settings.patience))
-    return trainer
+    return LmTrainer(model=model, args=arguments, data_collator=collate, **data)
+
+
+def best_checkpoint(trainer: Any, settings: CausalLMTrain, *, folder: Path) -> "BestCheckpoint":
+    """Let the trainer take the loss of the validation rows as it goes, and keep the weights where it is least."""
+    from embedft.training.best import BestCheckpoint
+
+    def evaluate() -> float:
+        return -float(trainer.evaluate()["eval_loss"])
+
+    assert settings.evaluate_every is not None
+    return BestCheckpoint(trainer, folder, evaluate, every=settings.evaluate_every, patience=settings.patience)
 
 
 def _check_together(model: Any, settings: CausalLMTrain) -> None:

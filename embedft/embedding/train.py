@@ -75,7 +75,7 @@ def train(
     best = best_checkpoint(trainer, model, base, settings, recipe, dev, folder=run.folder) if dev else None
     with PeakMemory() as peak:
         seconds = fit(trainer, run, name=recipe.name, progress=progress)
-    chosen = {"best": best.restore(trainer.model, name=recipe.name)} if best else {}
+    chosen = {"best": best.restore(name=recipe.name)} if best else {}
     model.eval()
     options: Any = {"side": recipe.adapter.side, "batch_size": recipe.eval.batch}
     towers = compare_towers(model, base.folder, settings, retrieval, **options)
@@ -115,9 +115,7 @@ def best_checkpoint(
         return evaluate_retrieval(encoder, dev, batch_size=recipe.eval.batch, for_documents=off).metrics[recipe.eval.metric]
 
     assert recipe.train.evaluate_every is not None
-    best = BestCheckpoint(folder / "best", evaluate, every=recipe.train.evaluate_every, patience=recipe.train.patience)
-    trainer.add_callback(best)
-    return best
+    return BestCheckpoint(trainer, folder, evaluate, every=recipe.train.evaluate_every, patience=recipe.train.patience)
 
 
 def plan_for(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, model: Any) -> BatchPlan:

@@ -1,7 +1,7 @@
 """The best weights of a run by a metric, kept on disk as they appear, and an end to a run that gets no better.
 
-What is read back is the adapter alone: reloading a whole model damages a quantized base. Exact resume holds: what was measured after the
-checkpoint is forgotten, and measured again.
+What is read back is the adapter alone: reloading a whole model, as both stock trainers do, damages a quantized base. Exact resume holds:
+what was measured after the checkpoint is forgotten, and measured again. Knows no task.
 """
 
 # ruff: noqa: ARG002 (transformers calls these with arguments of its choosing)
@@ -13,15 +13,18 @@ from typing import Any
 from transformers import TrainerCallback
 
 from embedft.files import write_text
-from embedft.training.interrupt import load_trainable, save_trainable
 from embedft.training.progress import note
 
 
 class BestCheckpoint(TrainerCallback):
-    """`evaluate` gives the metric, more is better; `history` is [step, score] of every evaluation, in order."""
+    """`evaluate` gives the metric, more is better; `history` is [step, score] of every evaluation, in order.
 
-    def __init__(self, folder: Path, evaluate: Callable[[], float], *, every: int, patience: int | None) -> None:
-        self.folder, self.evaluate, self.every, self.patience = folder, evaluate, every, patience
+    `trainer` has AdapterCheckpoints mixed in. The run ends after `patience` evaluations without a better one.
+    """
+
+    def __init__(self, trainer: Any, folder: Path, evaluate: Callable[[], float], *, every: int, patience: int | None) -> None:
+        self._trainer, self.folder, self.evaluate, self.every, self.patience = trainer, folder / "best", evaluate, every, patience
+        trainer.add_callback(self)
         self.history: list[tuple[int, float]] = []
 
     @property
@@ -34,20 +37,20 @@ class BestCheckpoint(TrainerCallback):
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and state.global_step else []
         self.history = [(step, score) for step, score in known if step <= state.global_step]
 
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         score = self.evaluate()
         if not self.history or score > self.best[1]:
-            save_trainable(model, self.folder)
+            self._trainer._save(str(self.folder))
         self.history.append((state.global_step, score))
         write_text(self.folder / "history.json", json.dumps(self.history))
         if self.patience is not None and sum(step > self.best[0] for step, _ in self.history) >= self.patience:
             control.should_training_stop = True
 
-    def restore(self, model: Any, *, name: str) -> dict[str, Any]:
-        """Put the best weights into the model; what the passport tells of it."""
-        load_trainable(model, self.folder)
+    def restore(self, *, name: str) -> dict[str, Any]:
+        """Put the best weights into the trainer's model; what the passport tells of it."""
+        self._trainer._load_from_checkpoint(str(self.folder))
         step, score = self.best
         note(f"{name}: the best of {len(self.history)} evaluations was at step {step}: {score:.4f}")
         return {"step": step, "score": score, "history": [list(entry) for entry in self.history]}

@@ -9,7 +9,7 @@ from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, load_base
 from embedft.causal_lm.batches import Collate, PackedCollate, pack
 from embedft.causal_lm.template import IGNORED, template_of
-from embedft.causal_lm.train import build_trainer, read_split, tokenized, train
+from embedft.causal_lm.train import best_checkpoint, build_trainer, read_split, tokenized, train
 from embedft.errors import MethodUnsupported, RecipeError
 from embedft.methods import attach
 from embedft.recipe import AdapterSection
@@ -112,8 +112,6 @@ def test_the_best_step_is_published_and_waiting_ends(tiny_base: Path, tmp_path: 
     """Validation rows that contradict the training rows: the loss on them is least at the first evaluation."""
     import torch
 
-    from embedft.training.best_step import BestStep
-
     answers = list(dict.fromkeys(row["completion"] for row in planted_rows(6)))
     others = [row | {"completion": answers[(answers.index(row["completion"]) + 1) % 6]} for row in planted_rows(24, start=500)]
     write_jsonl(tmp_path / "validation.jsonl", others)
@@ -127,13 +125,13 @@ def test_the_best_step_is_published_and_waiting_ends(tiny_base: Path, tmp_path: 
     trainer = build_trainer(
         attach(base, recipe.adapter, task="causal_lm"), base, examples, recipe.train, folder=tmp_path, validation=held_out
     )
+    watch = best_checkpoint(trainer, recipe.train, folder=tmp_path)
     trainer.train()
-    watch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, BestStep))
-    best, last = watch.best, watch.losses[-1]
-    assert best is not None
-    assert best[1] < last[1]
+    best, last = watch.best, watch.history[-1]
+    assert best[1] > last[1]
     assert trainer.state.global_step == best[0] + 3 * 2 < 60
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(best[1], rel=1e-4)
+    assert watch.restore(name="p")["step"] == best[0]
+    assert -trainer.evaluate()["eval_loss"] == pytest.approx(best[1], rel=1e-4)
 
 
 def test_validation_rows_without_evaluations_are_a_fault_of_the_recipe(tiny_base: Path, tmp_path: Path) -> None:
