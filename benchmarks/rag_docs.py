@@ -15,8 +15,10 @@ import json
 import random
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from embedft.rag.engines import Labelled
 from embedft.rag.evaluate import EvaluationSet, Question, evaluate
 from embedft.rag.index import VectorIndex
 from embedft.rag.local import LocalEmbedder, LocalReader
+from embedft.rag.remote import RemoteEngine
 from embedft.rag.report import write_report
 from embedft.rag.rows import Chunk
 
@@ -232,8 +235,11 @@ def tenants_part(data: Path, work: Path) -> dict[str, Any]:
 # --- Medquad
 
 
-def medquad_part(data: Path, work: Path, *, most: int = 2500, queries: int = 400, pairs: int = 1600) -> dict[str, Any]:
-    """The first `queries` test queries over their documents and as many others as make `most`; training pairs from the training split."""
+def medquad_part(data: Path, work: Path, *, most: int = 2500, queries: int = 300, pairs: int = 1600) -> dict[str, Any]:
+    """The first `queries` test queries over their documents and as many others as make `most`; training pairs from the training split.
+
+    The reranker is a server's own /v1/rerank: the adapter's vectors over what dense and BM25 found together.
+    """
     from embedft.embedding.beir import read_beir
 
     folder, store = data / "retrieval" / "medquad", AdapterStore(work / "adapters")
@@ -254,9 +260,32 @@ def medquad_part(data: Path, work: Path, *, most: int = 2500, queries: int = 400
     fitting = tuple(Question(training.queries[query], dict(names)) for query, names in training.relevant.items() if kept.issuperset(names))
     embedder = LocalEmbedder(BaseSpec("minilm"), store=store)
     adapters = [None, "medquad-query", "medquad-both"]
-    report = evaluate(EvaluationSet(test, fitting[:200], corpus), embedder, adapters=adapters, out=work / "medquad-eval", tell=tell)
+    with serving(store) as server:
+        report = evaluate(
+            EvaluationSet(test, fitting[:200], corpus),
+            embedder,
+            adapters=adapters,
+            out=work / "medquad-eval",
+            rerank=lambda adapter: lambda question, texts: server.rerank(question, texts, adapter=adapter),
+            tell=tell,
+        )
     write_report(work / "medquad-eval", {"data": "medquad", **report})
     return {"documents": len(corpus), "test_queries": len(test), "training_pairs": min(pairs, len(rows)), "trained": trained, **report}
+
+
+@contextmanager
+def serving(store: AdapterStore) -> Generator[RemoteEngine]:
+    """The retrieval base with the store's adapters behind a server on the `peft` engine."""
+    from tests.serve.world import launch
+
+    bases = [{"name": "minilm", "model": "minilm", "task": "embedding", "engine": "peft"}]
+    with tempfile.TemporaryDirectory() as folder:
+        server = launch({"bases": bases}, folder=Path(folder), store=store.root)
+        try:
+            server.wait_ready(300)
+            yield RemoteEngine(server.url)
+        finally:
+            server.stop()
 
 
 def tell(line: str) -> None:
