@@ -7,24 +7,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embedft.cli.options import command, store_of, store_option
 from embedft.errors import UsageError
 
 if TYPE_CHECKING:
-    from embedft.adapters.store import AdapterStore
     from embedft.rag.engines import Embedder, Reader
     from embedft.rag.index import VectorIndex
     from embedft.rag.search import Stages
 
-Add = Callable[..., argparse.ArgumentParser]
 
-
-def add_commands(group: Any, command: Add) -> None:
-    """Add index, ask and eval to `group`; `command` makes a parser with what all commands have."""
+def add_commands(commands: Any) -> None:
+    group = commands.add_parser("rag", help="question answering over documents: index, ask, eval").add_subparsers(
+        metavar="ACTION", required=True
+    )
     index = command(group, "index", _index, "index a folder of documents, or bring its index up to date")
     index.add_argument("docs", metavar="DOCS", type=Path, help="a folder, or a file: Markdown, text, HTML, PDF, Python")
     index.add_argument("--out", type=Path, required=True, metavar="DIR", help="the index's folder")
@@ -66,7 +65,7 @@ def add_commands(group: Any, command: Add) -> None:
         parser.add_argument("--server", metavar="URL", help="a running `embedft serve`; without it, the models are loaded here")
         parser.add_argument("--base", help="the embedding base (default: the adapter's own, or minilm)")
         parser.add_argument("--lm-base", help="the language model (default: the lm-adapter's own)")
-        parser.add_argument("--adapters", type=Path, metavar="DIR", help="the adapter store (default: $EMBEDFT_ADAPTERS, or adapters/)")
+        store_option(parser)
         parser.add_argument("--api-key", help="the server's key")
 
 
@@ -227,7 +226,7 @@ def _embedder(arguments: argparse.Namespace, adapter: str | None) -> "Embedder":
     if arguments.server:
         return RemoteEngine(arguments.server, model=arguments.base, api_key=arguments.api_key)
     base = arguments.base or (None if adapter else "minilm")
-    return LocalEmbedder.of(adapter, base=base, store=_store(arguments))
+    return LocalEmbedder.of(adapter, base=base, store=store_of(arguments))
 
 
 def _reader(arguments: argparse.Namespace, adapter: str | None) -> "Reader | None":
@@ -238,13 +237,7 @@ def _reader(arguments: argparse.Namespace, adapter: str | None) -> "Reader | Non
         return RemoteEngine(arguments.server, model=arguments.lm_base, api_key=arguments.api_key)
     if adapter is None and arguments.lm_base is None:
         return None
-    return LocalReader.of(adapter, base=arguments.lm_base, store=_store(arguments))
-
-
-def _store(arguments: argparse.Namespace) -> "AdapterStore":
-    from embedft.adapters.store import AdapterStore
-
-    return AdapterStore(arguments.adapters)
+    return LocalReader.of(adapter, base=arguments.lm_base, store=store_of(arguments))
 
 
 def _prepare() -> None:

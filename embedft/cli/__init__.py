@@ -1,0 +1,57 @@
+"""The command line: parses, calls, prints. Everything heavy is imported inside the functions that need it.
+
+Exit status: 0 done, 1 it failed and says what to do, 2 wrong usage. `--json` prints one object; otherwise a table for people.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from embedft.errors import EmbedftError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = parse(argv)
+    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("TOKENIZERS_PARALLELISM", "false"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
+    try:
+        return arguments.run(arguments) or 0
+    except EmbedftError as error:
+        if arguments.json:
+            print(json.dumps({"error": {"code": error.code, "message": str(error)}}))
+        print(f"embedft: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("embedft: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader went away: `embedft … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, or exit 2. argparse takes no positional after an option; key=value may stand anywhere."""
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest:
+        settings = [part for part in rest if "=" in part and not part.startswith("-")]
+        if settings != rest or "overrides" not in arguments:
+            _parser().error(f"unrecognized arguments: {' '.join(part for part in rest if part not in settings) or ' '.join(rest)}")
+        arguments.overrides += settings
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    from embedft import __version__
+    from embedft.cli import adapters, data, machine, rag, recipes, serve, train
+
+    parser = argparse.ArgumentParser(
+        prog="embedft", description="Train adapters for embedding and language models, prove that they help, serve many over one base."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for room in (train, adapters, recipes, data, serve, rag, machine):
+        room.add_commands(commands)
+    return parser

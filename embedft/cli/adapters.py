@@ -1,0 +1,175 @@
+"""`embedft adapters …`: the store, and what may be done with an adapter in it."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from embedft.cli.options import command, store_of, store_option
+from embedft.cli.show import show, show_table
+from embedft.errors import UsageError
+
+
+def add_commands(commands: Any) -> None:
+    group = commands.add_parser("adapters", help="list, inspect, verify and move adapters")
+    actions = group.add_subparsers(metavar="ACTION", required=True)
+    for name, run, help in (
+        ("list", _adapters_list, "the adapters in the store"),
+        ("show", _adapters_show, "one adapter's passport and history"),
+        ("verify", _adapters_verify, "replay an adapter's probes on a freshly loaded base"),
+        ("import", _adapters_import, "copy an adapter folder into the store"),
+        ("export", _adapters_export, "copy an adapter out of the store"),
+        ("remove", _adapters_remove, "forget a name, and delete what nothing names any more"),
+        ("push", _adapters_push, "upload an adapter to a folder, the hub or any fsspec URL"),
+        ("pull", _adapters_pull, "download an adapter from where push put it"),
+        ("convert", _adapters_convert, "turn an adapter of any method into plain LoRA, with a certificate of the error"),
+        ("merge", _adapters_merge, "write base and adapter as one model folder, quantized if asked for"),
+        ("combine", _adapters_combine, "make one adapter of the weighted sum of several"),
+    ):
+        action = command(actions, name, run, help)
+        store_option(action)
+        if name in {"show", "verify", "export", "remove", "push", "convert", "merge"}:
+            action.add_argument("adapter", metavar="NAME")
+        if name == "verify":
+            action.add_argument("--base", metavar="FOLDER", help="the base, where it was trained on a folder of yours")
+        if name in {"import", "pull"}:
+            action.add_argument("source", metavar="FOLDER" if name == "import" else "PLACE")
+            action.add_argument("--name", help="the name to store it under (default: its own)")
+        if name == "import":
+            action.add_argument("--base", metavar="BASE", help="of an adapter without passport: plain PEFT makes its probes over this base")
+            action.add_argument("--task", choices=("embedding", "causal_lm"), help="what that base is for")
+        if name in {"export", "push", "merge"}:
+            action.add_argument("place", metavar="PLACE" if name == "push" else "OUT")
+        if name in {"convert", "merge", "combine"}:
+            action.add_argument(
+                "--base", type=Path, metavar="FOLDER", help="the base's folder, where the passport's name does not lead to it"
+            )
+        if name == "merge":
+            action.add_argument("--scheme", choices=("nf4", "int8", "w4a16", "w8a8"), help="quantize the result")
+        if name == "convert":
+            action.add_argument("--to", choices=("lora",), default="lora")
+            action.add_argument("--rank", type=int, help="default: what an exact copy needs, at most 64")
+            action.add_argument("--name", help="the name to store it under (default: NAME-lora)")
+        if name == "combine":
+            action.add_argument("name", metavar="NAME", help="the name to store it under")
+            action.add_argument("parts", metavar="ADAPTER", nargs="+")
+            action.add_argument("--weights", type=float, nargs="+", metavar="W", help="default: equal parts of 1")
+            action.add_argument("--how", default="cat", choices=("cat", "svd", "linear", "ties", "dare_linear", "dare_ties"))
+            action.add_argument("--rank", type=int, help="of svd (default: the largest of the parts)")
+            action.add_argument("--density", type=float, default=0.5, help="what ties and dare keep")
+        if name == "export":
+            action.add_argument("--keep-texts", action="store_true", help="also copy evaluation texts, where the adapter carries them")
+
+
+def _adapters_list(arguments: argparse.Namespace) -> None:
+    store = store_of(arguments)
+    rows: list[dict[str, Any]] = []
+    for name, identity in store.names().items():
+        passport = store.passport(name)
+        base = f"{passport.base.model} ({passport.base.quantization})"
+        proof = "unproven" if passport.unproven else "probes" if passport.probes else "none"
+        rows.append(
+            {"name": name, "generation": identity[:12], "task": passport.task, "method": passport.method, "base": base, "proof": proof}
+        )
+    damaged = store.damaged()
+    for reason in damaged.values():
+        print(f"embedft: {reason}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"adapters": rows, "damaged": damaged}))
+    elif rows:
+        show_table(rows)
+    else:
+        print(f"no adapters in {store.root}; train one: embedft recipes list")
+
+
+def _adapters_show(arguments: argparse.Namespace) -> None:
+    store = store_of(arguments)
+    from embedft.methods.table import METHODS
+
+    passport = store.passport(arguments.adapter)
+    row = METHODS.get(passport.method)
+    remedy = f"after: embedft adapters convert {arguments.adapter} --to lora" if row and row.to_lora != "no" else "no"
+    engines = {"peft": "yes" if row else "no", "vllm": "yes" if row and row.vllm else remedy}
+    content = {"path": str(store.folder(arguments.adapter)), "history": store.history(arguments.adapter), "served by": engines}
+    show(arguments, {**content, **passport.model_dump(mode="json", by_alias=True)}, title=arguments.adapter)
+
+
+def _adapters_verify(arguments: argparse.Namespace) -> int:
+    from embedft.verify import verify
+
+    report = verify(store_of(arguments).folder(arguments.adapter), base=arguments.base)
+    show(arguments, dataclasses.asdict(report), title=arguments.adapter)
+    return 0 if report.passed else 1
+
+
+def _adapters_import(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.transfer import import_folder
+
+    store = store_of(arguments)
+    if arguments.base:
+        if not (arguments.name and arguments.task):
+            raise UsageError("an adapter without passport needs --name and --task beside --base")
+        from serve.proving import import_unproven
+
+        identity = import_unproven(store, Path(arguments.source), name=arguments.name, base=arguments.base, task=arguments.task)
+    else:
+        identity = import_folder(store, Path(arguments.source), name=arguments.name)
+    show(arguments, {"generation": identity}, title="imported")
+
+
+def _adapters_export(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.transfer import export_folder
+
+    left_out = export_folder(store_of(arguments), arguments.adapter, Path(arguments.place), keep_texts=arguments.keep_texts)
+    show(arguments, {"path": arguments.place, "left out": left_out}, title="exported")
+
+
+def _adapters_remove(arguments: argparse.Namespace) -> None:
+    store = store_of(arguments)
+    store.remove(arguments.adapter)
+    show(arguments, {"removed": arguments.adapter, "deleted": store.collect()}, title="removed")
+
+
+def _adapters_push(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.transfer import push
+
+    show(arguments, {"generation": push(store_of(arguments), arguments.adapter, arguments.place), "place": arguments.place}, title="pushed")
+
+
+def _adapters_pull(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.transfer import pull
+
+    name, identity = pull(store_of(arguments), arguments.source, name=arguments.name)
+    show(arguments, {"name": name, "generation": identity}, title="pulled")
+
+
+def _adapters_convert(arguments: argparse.Namespace) -> None:
+    from embedft.convert import convert
+
+    store, name = store_of(arguments), arguments.name or f"{arguments.adapter}-{arguments.to}"
+    with store.stage() as stage:
+        made = convert(store.folder(arguments.adapter), stage, name=name, base=arguments.base, rank=arguments.rank)
+        identity = store.put(stage, name)
+    show(arguments, {"name": name, "generation": identity, "exact": made.exact, **dataclasses.asdict(made)}, title="converted")
+
+
+def _adapters_merge(arguments: argparse.Namespace) -> None:
+    from embedft.merge import merge
+
+    folder = store_of(arguments).folder(arguments.adapter)
+    made = merge(folder, Path(arguments.place), scheme=arguments.scheme, base=arguments.base)
+    show(arguments, dataclasses.asdict(made), title="merged")
+
+
+def _adapters_combine(arguments: argparse.Namespace) -> None:
+    from embedft.merge import combine
+
+    store = store_of(arguments)
+    weights = arguments.weights or [1 / len(arguments.parts)] * len(arguments.parts)
+    options = {"how": arguments.how, "rank": arguments.rank, "density": arguments.density, "base": arguments.base}
+    with store.stage() as stage:
+        passport = combine([store.folder(part) for part in arguments.parts], stage, name=arguments.name, weights=weights, **options)
+        identity = store.put(stage, arguments.name)
+    show(arguments, {"name": arguments.name, "generation": identity, "r": passport.r}, title="combined")

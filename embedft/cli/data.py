@@ -1,0 +1,113 @@
+"""`embedft data …`: make, check and mine data sets."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from embedft.cli.options import command, store_of, store_option
+from embedft.cli.show import show
+
+
+def add_commands(commands: Any) -> None:
+    group = commands.add_parser("data", help="make, check and mine data sets")
+    actions = group.add_subparsers(metavar="ACTION", required=True)
+    pydocs = command(actions, "pydocs", _data_pydocs, "make retrieval and language-model tasks from the Python packages installed here")
+    pydocs.add_argument("out", metavar="OUT", type=Path)
+    pydocs.add_argument("--limit", type=int, help="at most so many rows a task")
+
+    check = command(actions, "check", _data_check, "what is wrong with retrieval data, with examples; exit 1 where something is")
+    check.add_argument("data", metavar="DATA", help="a file of rows, or a BEIR folder (its train split)")
+    check.add_argument("--eval", metavar="DATA", help="evaluation data that training must not know (default: a BEIR folder's test split)")
+    check.add_argument("--max-length", type=int, default=256, help="tokens that the model reads")
+    check.add_argument("--base", default="minilm", help="whose tokenizer counts")
+    check.add_argument("--fix", type=Path, metavar="OUT", help="write a cleaned copy")
+    mine = command(actions, "mine", _data_mine, "add hard negatives to training pairs")
+    synth = command(actions, "synth", _data_synth, "make training queries for a bare corpus")
+    for made, what in (
+        (mine, "a file of pairs, or a BEIR folder"),
+        (synth, "a BEIR folder, rows with a column text, or .md and .txt files"),
+    ):
+        made.add_argument("data", metavar="DATA", help=what)
+        made.add_argument("out", metavar="OUT", type=Path, help="a new .jsonl file")
+        made.add_argument("--base", default="minilm", help="the model that ranks" + ("" if made is mine else "; bm25: none"))
+        made.add_argument("--quantization", choices=("none", "int8", "nf4"), default="none")
+        made.add_argument("--max-length", type=int, default=256)
+        made.add_argument("--seed", type=int, default=7)
+    mine.add_argument("--adapter", metavar="NAME", help="also rank with this adapter, on the base that it was trained on")
+    mine.add_argument("--negatives", type=int, default=4)
+    mine.add_argument("--depth", type=int, default=50, help="candidates a ranker")
+    mine.add_argument("--absolute", type=float, default=0.0, help="a negative's cosine stays so far below the answer's")
+    mine.add_argument("--relative", type=float, default=0.05, help="and below this share of it")
+    mine.add_argument("--cross-encoder", metavar="DIR", help="strike what it scores as high as the answer, and write its scores")
+    mine.add_argument("--review", type=Path, metavar="OUT", help="where doubtful labels go (default: OUT's name with .review.jsonl)")
+    store_option(mine)
+    synth.add_argument("--generator", default="text", metavar="URL", help="an OpenAI-compatible server, up to /v1 (default: no model)")
+    synth.add_argument("--model", default="", help="the server's model")
+    synth.add_argument("--prompt", type=Path, metavar="FILE", help="a prompt with {passage} and {count} in it")
+    synth.add_argument("--count", type=int, default=2, help="queries a passage")
+    synth.add_argument("--limit", type=int, help="so many passages")
+    synth.add_argument("--top", type=int, default=10, help="a query must rank its passage so high to be kept")
+
+
+def _data_pydocs(arguments: argparse.Namespace) -> None:
+    from embedft.pydocs import make_pydocs
+
+    show(arguments, dataclasses.asdict(make_pydocs(arguments.out, limit=arguments.limit)), title=str(arguments.out))
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from embedft.embedding.check import check
+
+    report = check(arguments.data, eval=arguments.eval, max_length=arguments.max_length, base=arguments.base, fix=arguments.fix)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report)))
+        return 0 if report.clean else 1
+    print(f"{report.rows:,} rows: " + ("nothing found" if report.clean else f"{len(report.findings)} kinds of fault"))
+    for finding in report.findings:
+        print(f"\n{finding.kind}: {finding.count:,} of {finding.of:,} {finding.says}")
+        print("\n".join(f"    {example}" for example in finding.examples))
+        print(f"  --fix: {finding.remedy or 'left as it is: only you can judge'}")
+    if report.written:
+        print(f"\nwritten: {report.written}, {report.kept:,} rows")
+    return 0 if report.clean else 1
+
+
+def _data_mine(arguments: argparse.Namespace) -> None:
+    from embedft.embedding.mine import Mining, mine
+
+    settings = Mining(arguments.negatives, arguments.depth, arguments.absolute, arguments.relative, arguments.seed)
+    report = mine(
+        arguments.data,
+        arguments.out,
+        mining=settings,
+        base=arguments.base,
+        quantization=arguments.quantization,
+        adapter=arguments.adapter,
+        store=store_of(arguments),
+        max_length=arguments.max_length,
+        cross_encoder=arguments.cross_encoder,
+        review=arguments.review or arguments.out.with_suffix(".review.jsonl"),
+    )
+    show(arguments, dataclasses.asdict(report), title=str(arguments.out))
+
+
+def _data_synth(arguments: argparse.Namespace) -> None:
+    from embedft.embedding.synth import PROMPT, Synth, synthesize
+
+    prompt = arguments.prompt.read_text(encoding="utf-8") if arguments.prompt else PROMPT
+    settings = Synth(
+        generator=arguments.generator,
+        model=arguments.model,
+        prompt=prompt,
+        count=arguments.count,
+        limit=arguments.limit,
+        top=arguments.top,
+        seed=arguments.seed,
+    )
+    base = None if arguments.base == "bm25" else arguments.base
+    report = synthesize(
+        arguments.data, arguments.out, synth=settings, base=base, quantization=arguments.quantization, max_length=arguments.max_length
+    )
+    show(arguments, dataclasses.asdict(report), title=str(arguments.out))

@@ -1,0 +1,27 @@
+"""What every command has: --json, its help, and the store it works on."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embedft.adapters.store import AdapterStore
+
+
+def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+    """A parser for a command, or an action of one; `run` gives the exit status, None for 0."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for machines")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def store_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapters", type=Path, metavar="DIR", help="the adapter store (default: $EMBEDFT_ADAPTERS, or adapters/)")
+
+
+def store_of(arguments: argparse.Namespace) -> "AdapterStore":
+    from embedft.adapters.store import AdapterStore
+
+    return AdapterStore(arguments.adapters)

@@ -1,0 +1,133 @@
+"""`embedft train-embed|train-lm|plan|eval|quantize`: an adapter, from its recipe to its figures."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from embedft.cli.options import command, store_of, store_option
+from embedft.cli.show import show, show_scores, show_table
+from embedft.errors import UsageError
+
+
+def add_commands(commands: Any) -> None:
+    for name, task in (("train-embed", "embedding"), ("train-lm", "causal_lm")):
+        made = command(
+            commands, name, _train, f"train an adapter for {'a retrieval' if task == 'embedding' else 'a causal language'} model"
+        )
+        made.set_defaults(task=task)
+        made.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")
+        made.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the recipe, dotted: train.lr=1e-4")
+        made.add_argument("--dry-run", action="store_true", help="one real step; prints time, peak memory and trainable parameters")
+        made.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+        if task == "embedding":
+            made.add_argument("--force", action="store_true", help="take the adapter even if it forgets more than eval.guard allows")
+        store_option(made)
+    made = command(commands, "plan", _plan, "parameters, peak memory by part and time of a run, before it runs")
+    made.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")
+    made.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the recipe, dotted: train.batch=8")
+    made = command(commands, "eval", _eval, "score an adapter against its base on a data set")
+    made.add_argument("adapter", metavar="ADAPTER", help="a name in the store, or an adapter folder")
+    made.add_argument("--data", metavar="DATA", required=True, help="a BEIR folder, or a file of rows")
+    made.add_argument("--base", metavar="FOLDER", help="the base, where it was trained on a folder of yours")
+    made.add_argument("--against", metavar="ADAPTER", help="another embedding adapter, on the same queries")
+    made.add_argument("--mteb", action="store_true", help="MTEB's own evaluator scores it too")
+    store_option(made)
+    made = command(commands, "quantize", _quantize, "write a quantized base folder that trainer and engine both load")
+    made.add_argument("base", metavar="BASE", help="minilm, seed-lm, a model folder or a hub id")
+    made.add_argument("out", metavar="OUT", type=Path)
+    made.add_argument("--scheme", choices=("nf4", "int8", "w4a16", "w8a8"), required=True)
+    made.add_argument(
+        "--calibrate", type=Path, metavar="TEXTS", help="w4a16 by GPTQ: a file of texts such as the model will see, one a line"
+    )
+    made.add_argument("--revision")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from embedft.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if recipe.task != arguments.task:
+        other = "train-lm" if recipe.task == "causal_lm" else "train-embed"
+        raise UsageError(f"{arguments.recipe} has task: {recipe.task}; use embedft {other}")
+    options = {"resume": arguments.resume, "dry_run": arguments.dry_run, "progress": not arguments.json}
+    if recipe.task == "embedding":
+        from embedft.embedding.train import train as train_embedding
+
+        outcome = train_embedding(recipe, store=store_of(arguments), force=arguments.force, **options)
+    else:
+        from embedft.causal_lm.train import train as train_causal_lm
+
+        outcome = train_causal_lm(recipe, store=store_of(arguments), **options)
+    from embedft.training.measure import DryRunReport
+
+    if isinstance(outcome, DryRunReport):
+        show(arguments, dataclasses.asdict(outcome), title=f"one step of {outcome.name}")
+        return 0
+    if arguments.json:
+        print(json.dumps(outcome.as_json()))
+        return 0
+    show_scores(outcome.metrics, title=f"{outcome.name}@{outcome.generation[:12]}")
+    print(f"trained in {outcome.seconds:.0f} s, {outcome.trainable:,} parameters, {outcome.peak_bytes / 2**20:.0f} MiB at the peak")
+    print(f"stored in {outcome.path}\nserve it with: embedft serve")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from embedft.plan import plan
+    from embedft.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if recipe.task == "embedding":
+        from embedft.embedding.sizes import largest_batch as largest
+
+        made = plan(recipe, largest(recipe))
+    else:
+        from embedft.causal_lm.sizes import largest_batch
+
+        made = plan(recipe, largest_batch(recipe))
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(made)))
+    else:
+        print(f"{made.name}: {made.trainable:,} of {made.parameters:,} parameters train ({made.trainable_percent:.2f} %)")
+        show_table([{"memory": part, "MiB": f"{size / 2**20:,.1f}"} for part, size in made.memory.items()])
+        print(f"about {made.seconds_per_step:.2g} s a step, {made.steps} steps: {made.seconds / 60:.1f} min (training alone)")
+        if not made.fits:
+            print(f"only {made.available_bytes / 2**20:,.0f} MiB are free here: {made.advice}")
+    return 0 if made.fits else 1
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.passport import read_passport
+
+    store = store_of(arguments)
+    given = Path(arguments.adapter)
+    folder = given if given.is_dir() else store.folder(arguments.adapter)
+    if read_passport(folder).task == "embedding":
+        from embedft.embedding.proof import evaluate_adapter as evaluate_embedding
+
+        options = {"against": arguments.against, "mteb": arguments.mteb}
+        metrics = evaluate_embedding(folder, arguments.data, store, base=arguments.base, **options)
+    else:
+        from embedft.causal_lm.evaluate import evaluate_adapter as evaluate_language
+
+        if arguments.against or arguments.mteb:
+            raise UsageError(f"{arguments.adapter} is a language model's adapter: --against and --mteb are for embedding adapters")
+        metrics = evaluate_language(folder, arguments.data, store, base=arguments.base)
+    if arguments.json:
+        print(json.dumps(metrics))
+    else:
+        show_scores(metrics, title=arguments.adapter)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from embedft.base import BaseSpec, source_folder
+    from embedft.model_folder import describe
+    from embedft.quantize import quantize
+
+    source = source_folder(BaseSpec(arguments.base, revision=arguments.revision))
+    folder = quantize(source, arguments.out, scheme=arguments.scheme, calibration=arguments.calibrate)
+    info = describe(folder)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    show(arguments, {"path": str(folder), "fingerprint": info.fingerprint, "parent": info.parent, "bytes": size}, title="quantized")
