@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.demo import machine
+from benchmarks.machine import machine
 from embedft.adapters.store import AdapterStore
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,15 +1,17 @@
 """LoRA, QLoRA and full fine-tuning of seed-lm on five public tasks, against the base: score, share trained, memory, time.
 
-python benchmarks/lm_tasks.py DATA [--tasks a b] [--steps 500] → benchmarks/results/lm_tasks.json, a row as each is done
+python benchmarks/lm_tasks.py DATA [--tasks a b] [--steps 500] → benchmarks/results/lm_tasks.json, each row by a process of its own
 DATA holds a folder a task with train.jsonl and test.jsonl. Learning rates are those of the shipped recipes, not tuned here.
 """
 
+# ruff: noqa: T201
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.one_by_one import rows_one_by_one
 
 RESULTS = Path(__file__).parent / "results" / "lm_tasks.json"
 TASKS: dict[str, dict[str, Any]] = {
@@ -29,20 +31,20 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rows", type=int, default=300, help="test rows")
+    parser.add_argument("--one", nargs=2, metavar=("TASK", "METHOD"), help="one row, in this process: prints it")
     arguments = parser.parse_args()
-    rows: dict[str, Any] = {}
-    if RESULTS.is_file():
-        rows = {f"{row['task']} {row['method']}": row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
-    for task in arguments.tasks:
-        for method in arguments.methods:
-            if f"{task} {method}" not in rows:
-                rows[f"{task} {method}"] = run(task, method, arguments)
-                write(rows, arguments)
-                sys.stdout.write(json.dumps(rows[f"{task} {method}"]) + "\n")
-                sys.stdout.flush()
+    if arguments.one:
+        print(json.dumps(run(*arguments.one, arguments)))
+        return
+    about = {"steps": arguments.steps, "batch": 16, "test_rows": arguments.rows}
+    cells = [(task, method) for task in arguments.tasks for method in arguments.methods]
+    rows_one_by_one(__file__, RESULTS, about, cells, of=lambda row: (row["task"], row["method"]))
 
 
 def run(task: str, method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    import bitsandbytes  # noqa: F401 (imported before the memory is measured)
+    import peft  # noqa: F401
+
     from embedft.adapters.store import AdapterStore
     from embedft.causal_lm.train import train
     from embedft.recipe import load_recipe
@@ -74,14 +76,6 @@ def run(task: str, method: str, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 BASE_PARAMETERS = 4_196_608
-
-
-def write(rows: dict[str, Any], arguments: argparse.Namespace) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from demo import machine
-
-    about = {"steps": arguments.steps, "batch": 16, "test_rows": arguments.rows, "machine": machine()}
-    RESULTS.write_text(json.dumps({**about, "rows": list(rows.values())}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Every method of the table on one task, as PEFT's method comparison does: seed-lm, the intents of SNIPS, equal steps and batches,
 rank and learning rate as in the method's shipped recipe.
 
-python benchmarks/methods.py DATA [--methods a b] [--steps 150] → benchmarks/results/methods.json, a row a method as it is done
+python benchmarks/methods.py DATA [--methods a b] [--steps 150] → benchmarks/results/methods.json, each row by a process of its own
 """
 
+# ruff: noqa: T201
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.one_by_one import rows_one_by_one
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 
@@ -24,21 +26,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rows", type=int, default=200, help="test rows")
     parser.add_argument("--store", type=Path, default=Path("runs/methods"), help="keeps the adapters, for methods_served.py")
-    parser.add_argument("--again", action="store_true", help="also those that are done")
+    parser.add_argument("--one", nargs=1, metavar="METHOD", help="one row, in this process: prints it")
     arguments = parser.parse_args()
-    rows: dict[str, Any] = {}
-    if RESULTS.is_file():
-        rows = {row["method"]: row for row in json.loads(RESULTS.read_text())["rows"]}
-    for method in arguments.methods:
-        if method in rows and not arguments.again:
-            continue
-        rows[method] = _row(method, arguments)
-        _write([rows[name] for name in METHODS if name in rows], arguments)
-        sys.stdout.write(json.dumps(rows[method]) + "\n")
-        sys.stdout.flush()
+    if arguments.one:
+        print(json.dumps(_row(*arguments.one, arguments)))
+        return
+    about = {"task": arguments.data.name, "steps": arguments.steps, "batch": 16, "test_rows": arguments.rows}
+    rows_one_by_one(__file__, RESULTS, about, [(method,) for method in arguments.methods], of=lambda row: (row["method"],))
 
 
 def _row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    import bitsandbytes  # noqa: F401 (imported before the memory is measured)
+    import peft  # noqa: F401
+
     from embedft.adapters.passport import read_passport
     from embedft.adapters.store import AdapterStore
     from embedft.causal_lm.train import train
@@ -94,15 +94,6 @@ def _as_lora(store: Any, method: str) -> Any:
     except EmbedftError as error:
         return str(error)
     return {"rank": made.rank, "exact_rank": made.exact_rank, "error": made.error, "probes": made.probes, "tolerance": made.tolerance}
-
-
-def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from demo import machine
-
-    about = {"task": arguments.data.name, "steps": arguments.steps, "batch": 16, "test_rows": arguments.rows, "machine": machine()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,12 @@ and base. Only the adapters of that base are asked for; those that an engine doe
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-import yaml
+from tests.serve.world import ADMIN, launch
 
 RESULTS = Path(__file__).parent / "results" / "methods_served.json"
 
@@ -42,33 +38,17 @@ def served(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What the server says of every adapter of the store once its engine is warm and has proven them."""
     base = {"name": "seed", "model": "seed-lm", "quantization": arguments.base, "task": "causal_lm", "engine": arguments.engine}
     with tempfile.TemporaryDirectory() as folder:
-        config, log = Path(folder) / "server.yaml", Path(folder) / "log"
-        config.write_text(yaml.safe_dump({"bases": [{**base, "max_loras": 4, "kv_gib": 0.3}]}), encoding="utf-8")
-        command = [sys.executable, "-m", "embedft", "serve", str(config), "--port", "18473", "--adapters", str(arguments.store.resolve())]
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ})
+        server = launch({"bases": [{**base, "max_loras": 4, "kv_gib": 0.3}]}, folder=Path(folder), store=arguments.store.resolve())
         try:
-            until = time.monotonic() + 240
-            while not _ready():
-                if process.poll() is not None or time.monotonic() > until:
-                    raise SystemExit(log.read_text(encoding="utf-8")[-3000:])
-                time.sleep(0.5)
-            listed = httpx.get("http://127.0.0.1:18473/v1/adapters", timeout=30).json()["data"]
+            server.wait_ready(600)
+            listed = server.client.get("/v1/adapters", headers=ADMIN).json()["data"]
         finally:
-            process.terminate()
-            process.wait(60)
+            server.stop()
     return [
         {key: row.get(key) for key in ("name", "method", "r", "state", "reason")}
         | {"probe_error": (row.get("probe") or {}).get("error"), "tolerance": (row.get("probe") or {}).get("tolerance")}
         for row in listed
     ]
-
-
-def _ready() -> bool:
-    try:
-        return httpx.get("http://127.0.0.1:18473/ready", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main() -> None:
         ):
             path = Path(folder) / "recipe.yaml"
             model, limit = ("seed-lm", 64) if task == "causal_lm" else ("minilm", 128)
-            content = {"task": task, "name": "plan", "base": {"model": model}, "data": {"train": str(source), "limit": limit}}
+            content = {"task": task, "name": "plan", "base": {"model": model}, "data": {"train": str(source.resolve()), "limit": limit}}
             path.write_text(json.dumps(content | {"train": {"batch": 16, "max_length": 128, "max_steps": STEPS}}), encoding="utf-8")
             rows.append(compared(path, settings, Path(folder)))
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
@@ -114,8 +114,7 @@ def retrieval(recipe: Any, folder: Path) -> tuple[Any, Any, Any]:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from demo import machine
+    from benchmarks.machine import machine
 
     RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

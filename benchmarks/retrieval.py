@@ -10,13 +10,13 @@ cheap. Every interval is a paired bootstrap over the test queries.
 # ruff: noqa: T201
 import argparse
 import json
-import os
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +58,7 @@ def main() -> None:
     report = {
         "name": arguments.name,
         "command": f"python benchmarks/retrieval.py {arguments.name}",
-        "machine": _machine(),
+        "machine": machine(),
         "cpu_seconds": round(time.process_time(), 1),
         **report,
     }
@@ -124,12 +124,6 @@ def _difference(store: Any, one: str, other: str, metric: str) -> list[float]:
         scores.append({row["id"]: row["adapter"][metric] for row in map(json.loads, lines)})
     ids = sorted(scores[0])
     return list(paired_bootstrap(*(np.array([rows[identifier] for identifier in ids]) for rows in scores)))
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-
-    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": sys.version.split()[0]}
 
 
 if __name__ == "__main__":

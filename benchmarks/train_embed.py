@@ -10,15 +10,16 @@ Sides: `stock` is SentenceTransformerTrainer at its defaults with PEFT's own tar
 same with the adapter on the last two layers only. `ours` adapts every linear of every layer, `ours_last2` every linear of the last
 two layers (`ours_last1`: of the last), `ours_query` is a query-only adapter.
 Pairs a second are pairs · epochs / (setup + steps · median step): the first
-step's page faults count for nobody, what is computed once a run counts. `times_stock_cpu` is the same ratio in the process' own
+step's page faults count for nobody, what is computed once a run (making
+the trainer included: ours tokenizes there) counts. `times_stock_cpu` is the same ratio in the process' own
 CPU seconds, which other work on the machine hardly touches.
 """
 
 # ruff: noqa: T201
 import argparse
+import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import machine
 
 ROOT = Path(__file__).parent.parent
 RANK, ALPHA, SCALE, LR = 16, 32, 20.0, 1e-3
@@ -67,7 +70,7 @@ def _compare(arguments: argparse.Namespace, data: Path) -> None:
     report: dict[str, Any] = {
         "command": _command(),
         "settings": _settings(arguments),
-        "machine": _machine(),
+        "machine": machine(),
         "lengths": {},
     }
     if arguments.out.is_file():
@@ -143,10 +146,11 @@ def _summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespac
             "ndcg@10": float(np.mean(repeats[0]["scores"])),
             "trainable": repeats[0]["trainable"],
         }
-    base = np.array(next(iter(runs.values()))[0]["base"])
-    result: dict[str, Any] = {"sides": sides, "base_ndcg@10": float(base.mean()), "tokens": next(iter(runs.values()))[0]["tokens"]}
+    base = np.array(runs.get("stock", [{"base": []}])[0]["base"])
+    result: dict[str, Any] = {"sides": sides, "tokens": next(iter(runs.values()))[0]["tokens"]}
     if "stock" not in runs:
         return result
+    result["base_ndcg@10"] = float(base.mean())
     stock = np.array(runs["stock"][0]["scores"])
     result["stock_gain_ci95"] = paired_bootstrap(base, stock)
     for side in (name for name in WINS if name in runs):
@@ -165,6 +169,7 @@ def _summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespac
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     """One training run in this process: seconds of each step, setup, peak bytes and the scores of every query."""
     import torch
+    from transformers import PrinterCallback
 
     torch.set_num_threads(job["threads"])
     from embedft.embedding.data import load_data, make_examples
@@ -177,13 +182,14 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     timer = _timer()
     build = _stock if job["side"].startswith("stock") else _ours
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        trainer, encoder, off = build(job, recipe, examples, Path(folder))
+        make, encoder, off = build(job, recipe, examples, Path(folder))
+        began, began_cpu = time.perf_counter(), time.process_time()
+        trainer = make()
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(timer)
-        loaded, loaded_cpu = time.perf_counter(), time.process_time()
         with PeakMemory() as peak:
             trainer.train()
-        setup, cpu_setup = timer.first - loaded, timer.first_cpu - loaded_cpu
+        setup, cpu_setup = timer.first - began, timer.first_cpu - began_cpu
     lengths = [
         len(ids) for text in ("query", "document") for ids in encoder.preparer.prepare([getattr(row, text) for row in examples.rows]).ids
     ]
@@ -194,7 +200,6 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         "cpu_setup": cpu_setup,
         "peak": peak.bytes,
         "trainable": trainable(trainer.model).count,
-        "built": loaded - began,
     }
     report["tokens"] = {"mean_query": statistics.mean(lengths[: len(examples)]), "mean_document": statistics.mean(lengths[len(examples) :])}
     if job["evaluate"]:
@@ -228,7 +233,7 @@ def _recipe(job: dict[str, Any]) -> Any:
 
 
 def _ours(_: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tuple[Any, Any, Any]:
-    from transformers import PrinterCallback, set_seed
+    from transformers import set_seed
 
     from embedft.base import BaseSpec, load_base
     from embedft.embedding.losses import loss_named
@@ -241,9 +246,8 @@ def _ours(_: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tuple[
     set_seed(recipe.train.seed)
     model = attach(base, recipe.adapter, task="embedding")
     plan = plan_for(examples, recipe, loss=loss_named("mnrl"), model=model)
-    trainer = make_trainer(model, base, settings, examples, recipe, plan=plan, output=folder)
-    trainer.remove_callback(PrinterCallback)
-    return trainer, Encoder(model, base.folder, settings), model.disable_adapter
+    make = functools.partial(make_trainer, model, base, settings, examples, recipe, plan=plan, output=folder)
+    return make, Encoder(model, base.folder, settings), model.disable_adapter
 
 
 def _stock(job: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tuple[Any, Any, Any]:
@@ -252,7 +256,6 @@ def _stock(job: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tup
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-    from transformers import PrinterCallback
 
     from embedft.base import BaseSpec, base_folder
     from embedft.encode import Encoder, EncodeSettings
@@ -265,15 +268,18 @@ def _stock(job: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tup
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder), num_train_epochs=job["epochs"], per_device_train_batch_size=job["batch"], learning_rate=LR,
         warmup_steps=0.1,
-        seed=recipe.train.seed, bf16=job["bf16"], use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, log_level="error",
+        seed=recipe.train.seed, bf16=job["bf16"] , use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, log_level="error",
     )  # fmt: skip
     rows = {"query": [row.query for row in examples.rows], "document": [row.document for row in examples.rows]}
-    trainer = SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(rows), loss=MultipleNegativesRankingLoss(model, scale=SCALE)
+    make = functools.partial(
+        SentenceTransformerTrainer,
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(rows),
+        loss=MultipleNegativesRankingLoss(model, scale=SCALE),
     )
-    trainer.remove_callback(PrinterCallback)
     inner = model[0].model
-    return trainer, Encoder(inner, source, EncodeSettings("mean", True, job["length"])), lambda: _Off(inner)
+    return make, Encoder(inner, source, EncodeSettings("mean", True, job["length"])), lambda: _Off(inner)
 
 
 class _Off:
@@ -314,17 +320,8 @@ def _timer() -> Any:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    keys = ("pairs", "batch", "epochs", "repeats", "threads", "queries", "documents")
+    keys = ("pairs", "batch", "epochs", "repeats", "threads", "queries", "documents", "sides")
     return {key: getattr(arguments, key) for key in keys} | {"base": "minilm", "r": RANK, "alpha": ALPHA, "lr": LR, "scale": SCALE}
-
-
-def _machine() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "peft", "sentence-transformers")
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
-    return {"cpu": platform.machine(), "cores": os.cpu_count(), "flags": known, "versions": {name: version(name) for name in names}}
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ def main() -> None:
 
 
 def write(runs: dict[tuple[str, str], list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from demo import machine
+    from benchmarks.machine import machine
 
     rows: list[dict[str, Any]] = []
     for (side, scheme), made in runs.items():
@@ -71,37 +70,34 @@ def one(data: Path, side: str, scheme: str, *, steps: int) -> dict[str, Any]:
 
         class Clock(TrainerCallback):
             began = ended = 0.0
-            before = (0, 0)
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
                 if state.global_step == WARM:
-                    self.began, self.before = time.perf_counter(), (seen.tokens, seen.examples)
+                    self.began = time.perf_counter()
                 self.ended = time.perf_counter()
 
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()
-    seconds = clock.ended - clock.began
+    seconds, timed = clock.ended - clock.began, seen.batches[WARM:steps]
     return {
-        "tokens_per_second": (seen.tokens - clock.before[0]) / seconds,
-        "examples_per_second": (seen.examples - clock.before[1]) / seconds,
+        "tokens_per_second": sum(tokens for tokens, _ in timed) / seconds,
+        "examples_per_second": sum(examples for _, examples in timed) / seconds,
         "peak_bytes": peak.bytes,
         "seconds": seconds,
     }
 
 
 class Seen:
-    """Counts what a collator is given; batches are drawn one step ahead on neither side."""
+    """What a collator is given: tokens and examples of each batch, in order. Batches are drawn ahead of their steps."""
 
     def __init__(self, collate: Any, size: Any) -> None:
         self._collate, self._size = collate, size
-        self.tokens = self.examples = 0
+        self.batches: list[tuple[int, int]] = []
 
     def __call__(self, rows: Any) -> Any:
-        for row in rows:
-            tokens, examples = self._size(row)
-            self.tokens += tokens
-            self.examples += examples
+        sizes = [self._size(row) for row in rows]
+        self.batches.append((sum(tokens for tokens, _ in sizes), sum(examples for _, examples in sizes)))
         return self._collate(rows)
 
 
@@ -124,9 +120,12 @@ def our_side(base: Any, rows: list[dict[str, str]], steps: int, folder: Path, *,
 
 
 def trl_side(base: Any, rows: list[dict[str, str]], steps: int, folder: Path, *, packing: bool) -> tuple[Any, Seen]:  # noqa: ARG001
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
+
+    from embedft.base import compute_dtype
 
     given = [
         {"prompt": [{"role": "user", "content": row["prompt"]}], "completion": [{"role": "assistant", "content": row["completion"]}]}
@@ -139,7 +138,7 @@ def trl_side(base: Any, rows: list[dict[str, str]], steps: int, folder: Path, *,
         learning_rate=1e-3,
         max_length=LENGTH,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=compute_dtype() is torch.bfloat16,
         use_cpu=True,
         report_to="none",
         save_strategy="no",
@@ -150,6 +149,9 @@ def trl_side(base: Any, rows: list[dict[str, str]], steps: int, folder: Path, *,
     trainer: Any = SFTTrainer(
         model=base.model, args=config, train_dataset=Dataset.from_list(given), processing_class=base.tokenizer, peft_config=lora
     )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # bf16 over a 4-bit base, by TRL: a processor without bf16 emulates it, a hundred times slower
+            parameter.data = parameter.data.float()
     trainer.data_collator = Seen(trainer.data_collator, lambda row: (len(row["input_ids"]), 1))
     return trainer, trainer.data_collator
 

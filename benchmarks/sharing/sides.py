@@ -168,13 +168,13 @@ class Measurement:
             seconds = list[float]()
             for k, copy in enumerate(copies):
                 shutil.copytree(folder, copy)
-                number = self._registered(side) + k
+                number = self._registered(part, side) + k
                 loaded = side.register([copy])
                 seconds.append(loaded + side.run([Request(number, ids)], flight=1, tokens=tokens)["seconds"])
             self.loading.append({"part": part, "way": side.label, "first_answer_p50": median(seconds)})
 
-    def _registered(self, side: Side) -> int:
-        return max(row["N"] for row in self.memories if row["way"] == side.label)
+    def _registered(self, part: str, side: Side) -> int:
+        return max(row["N"] for row in self.memories if (row["part"], row["way"]) == (part, side.label))
 
     def as_json(self) -> dict[str, Any]:
         return {

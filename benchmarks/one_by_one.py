@@ -1,0 +1,35 @@
+"""Rows of a table, each made by a process of its own, so that none inherits another's memory; kept as they are done, resumable."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+
+
+def rows_one_by_one(
+    script: str,
+    results: Path,
+    about: Mapping[str, Any],
+    cells: Sequence[tuple[str, ...]],
+    *,
+    of: Callable[[Mapping[str, Any]], tuple[str, ...]],
+) -> None:
+    """For each cell that the results do not have yet: `script … --one CELL`, whose last line of output is the row.
+
+    `of(row)`: its cell. Rows that were made with other settings than `about` are not kept.
+    """
+    made = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    kept = made["rows"] if all(made.get(key) == value for key, value in about.items()) else []
+    rows = {of(row): row for row in kept}
+    for cell in (cell for cell in cells if cell not in rows):
+        done = subprocess.run([sys.executable, script, *sys.argv[1:], "--one", *cell], stdout=subprocess.PIPE, text=True, check=True)
+        rows[cell] = json.loads(done.stdout.splitlines()[-1])
+        sys.stdout.write(json.dumps(rows[cell]) + "\n")
+        sys.stdout.flush()
+        listed = [rows[name] for name in cells if name in rows] + [row for name, row in rows.items() if name not in cells]
+        results.parent.mkdir(exist_ok=True)
+        results.write_text(json.dumps({**about, "machine": machine(), "rows": listed}, indent=1) + "\n", encoding="utf-8")
