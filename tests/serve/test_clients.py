@@ -106,14 +106,20 @@ def test_openais_client_embeds_as_floats_and_as_base64(real: Real, client: opena
     assert caught.value.code == "dimensions_unsupported"
 
 
+def test_openais_client_gets_an_answer_of_its_schema(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"], "additionalProperties": False}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
+    made = client.chat.completions.create(model="a", messages=TURN, response_format=wanted, presence_penalty=1.0, max_tokens=40)
+    assert isinstance(json.loads(made.choices[0].message.content or "")["sure"], bool)
+
+
 def test_what_the_peft_engine_cannot_do_is_a_400_with_a_stable_code(client: openai.OpenAI) -> None:
-    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
     tools: Any = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
     more: Any
-    for more in ({"response_format": wanted}, {"tools": tools}, {"frequency_penalty": 1.0}):
+    for more, code in (({"logit_bias": {"5": 1}}, "unsupported_parameter"), ({"tools": tools}, "tools_unsupported")):
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model="a", messages=TURN, **more)
-        assert caught.value.code == "unsupported_parameter"
+        assert caught.value.code == code
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="a", prompt="word " * 3000, max_tokens=5)
     assert caught.value.code == "context_length_exceeded"

@@ -144,7 +144,12 @@ def test_log_probabilities_are_reported_beside_the_tokens(server: EngineProcess)
     [
         ({"echo": True}, "unsupported_parameter"),
         ({"guided_json": {}}, "unsupported_parameter"),
-        ({"frequency_penalty": 0.5}, "unsupported_parameter"),
+        ({"min_p": 0.5}, "unsupported_parameter"),
+        ({"logit_bias": {"5": 1}}, "unsupported_parameter"),
+        ({"response_format": {"type": "structural_tag"}}, "unsupported_parameter"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wrong"}}}}, "schema_invalid"),
+        ({"frequency_penalty": 3}, "invalid_request"),
+        ({"repetition_penalty": 0}, "invalid_request"),
         ({"temperature": -1}, "invalid_request"),
         ({"prompt": [10**6]}, "token_unknown"),
         ({"max_tokens": 5000}, "context_length_exceeded"),
@@ -153,6 +158,12 @@ def test_log_probabilities_are_reported_beside_the_tokens(server: EngineProcess)
 def test_what_it_cannot_do_is_a_400_with_a_stable_code(server: EngineProcess, body: dict[str, Any], expected: str) -> None:
     answer = server.post("/v1/completions", **{"model": "base", "prompt": PROMPTS[0], **body})
     assert (answer.status_code, code(answer)) == (400, expected)
+
+
+def test_a_chat_template_that_does_not_know_tools_is_a_400(server: EngineProcess) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    answer = server.post("/v1/chat/completions", model="base", messages=[{"role": "user", "content": "x"}], tools=tools)
+    assert (answer.status_code, code(answer)) == (400, "tools_unsupported")
 
 
 def test_without_the_key_only_health_answers(server: EngineProcess) -> None:

@@ -7,4 +7,5 @@ answers.py    OpenAI's response shapes       text.py      token ids → text, pi
 bank.py       one base, many adapters        batch.py     continuous batching with a KV cache
 sharing.py    modules anew, tensors shared
 sampling.py   logits → token                 worker.py    the one thread that touches the model
+structure.py  answers held to a schema       tools.py     tool calls, told to the template and read from the answer
 """

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from serve.engines.peft.sampling import TokenLogprobs
+from serve.engines.peft.tools import ToolCall
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +27,7 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish: str | None = None
+    calls: list[ToolCall] = field(default_factory=list[ToolCall])
 
     def add(self, other: "Piece") -> None:
         self.text += other.text
@@ -33,6 +35,7 @@ class Piece:
         self.logprobs += other.logprobs
         self.prompt_logprobs = self.prompt_logprobs or other.prompt_logprobs
         self.finish = other.finish
+        self.calls += other.calls
 
 
 class Answers:
@@ -78,7 +81,7 @@ class Answers:
         if self.kind == "text_completion":
             choice["text"] = piece.text
         else:
-            choice["delta" if streamed else "message"] = {"content": piece.text} | ({} if streamed else {"role": "assistant"})
+            choice["delta" if streamed else "message"] = _said(piece, streamed=streamed)
         if piece.prompt_logprobs is not None:
             choice["prompt_logprobs"] = [None, *(self._prompt_entry(entry) for entry in piece.prompt_logprobs)]
         if self._ids:
@@ -114,6 +117,18 @@ class Answers:
 
     def _word(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
+
+
+def _said(piece: Piece, *, streamed: bool) -> dict[str, Any]:
+    """A chat's message, or what is new of it; beside calls there is no empty content."""
+    said: dict[str, Any] = {"content": piece.text if piece.text or not piece.calls else None} | ({} if streamed else {"role": "assistant"})
+    if piece.calls:
+        said["tool_calls"] = [
+            {"id": call.identity, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            | ({"index": index} if streamed else {})
+            for index, call in enumerate(piece.calls)
+        ]
+    return said
 
 
 def embeddings(model: str, vectors: "np.ndarray", *, tokens: int, encoding: str | None) -> dict[str, Any]:

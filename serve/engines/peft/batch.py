@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from embedft.errors import EngineFailed
 from serve.engines.peft.bank import AdapterBank, Group
-from serve.engines.peft.sampling import Sampling, TokenLogprobs, choose, token_logprobs
+from serve.engines.peft.sampling import Sampling, TokenLogprobs, choose, penalised, token_logprobs
+from serve.engines.peft.structure import Structure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +40,7 @@ class Row:
     sampling: Sampling
     eos: frozenset[int]
     emit: Callable[[Step], None]
+    structure: Structure | None = None  # this row's own: it moves with every token
     tokens: list[int] = field(default_factory=list[int])
     cancelled: bool = False
     done: bool = False
@@ -170,11 +173,18 @@ class Batch:
 
         if row.generator is None and row.sampling.seed is not None:
             row.generator = torch.Generator().manual_seed(row.sampling.seed)
-        token = choose(logits, row.sampling, row.generator)
+        scores, complete = penalised(logits, row.sampling, prompt=row.prompt, tokens=row.tokens), False
+        try:
+            token = choose(row.structure.masked(scores) if row.structure else scores, row.sampling, row.generator)
+            complete = row.structure is not None and row.structure.take(token)
+        except EngineFailed as error:  # a grammar that grew too large ends its own row only
+            row.done = True
+            row.emit(Step(None, finish="error", error=error))
+            return
         count = row.sampling.logprobs
         row.tokens.append(token)
         finish = None
-        if (token in row.eos and not row.sampling.ignore_eos) or token in row.sampling.stop_token_ids:
+        if complete or (token in row.eos and not row.sampling.ignore_eos) or token in row.sampling.stop_token_ids:
             finish = "stop"
         elif len(row.tokens) >= row.sampling.max_tokens:
             finish = "length"

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from embedft.errors import InputInvalid
 from serve.engines.peft.sampling import Sampling
+from serve.engines.peft.tools import Schema, forced
 
 Tokens = Annotated[list[StrictInt], Field(min_length=1)]
 Prompt = StrictStr | Tokens | Annotated[list[StrictStr], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
@@ -23,6 +24,22 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: Literal[False] = False
+
+
+class PlainFormat(Body):
+    type: Literal["text", "json_object"]
+
+
+class NamedSchema(Body):
+    name: StrictStr | None = None
+    description: StrictStr | None = None
+    content: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
 
 
 class Generation(Body):
@@ -42,10 +59,23 @@ class Generation(Body):
     prompt_logprobs: int | None = Field(default=None, ge=0, le=100)
     return_token_ids: bool | None = None
     user: str | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    repetition_penalty: Literal[1] | None = None
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0)
     min_p: Literal[0] | None = None
+    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
+
+    @property
+    def tool_names(self) -> frozenset[str]:
+        """The tools that an answer may call."""
+        return frozenset()
+
+    def structure(self) -> Schema | None:
+        """The schema that an answer must have, if any. Raises InputInvalid."""
+        wanted = self.response_format
+        if isinstance(wanted, SchemaFormat):
+            return wanted.json_schema.content
+        return {"type": "object"} if wanted and wanted.type == "json_object" else None
 
     def sampling(self, *, max_tokens: int, logprobs: int | None) -> list[Sampling]:
         """One for each of the `n` answers."""
@@ -64,6 +94,9 @@ class Generation(Body):
                 ignore_eos=self.ignore_eos,
                 logprobs=logprobs,
                 prompt_logprobs=self.prompt_logprobs,
+                presence_penalty=self.presence_penalty or 0.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                repetition_penalty=self.repetition_penalty or 1.0,
             )
             for index in range(count)
         ]
@@ -83,7 +116,28 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)  # what else a message holds is the chat template's affair
 
     role: StrictStr
-    content: StrictStr
+    content: StrictStr | None = None
+
+
+class Function(Body):
+    name: Annotated[StrictStr, Field(min_length=1)]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: StrictStr
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class Chat(Generation):
@@ -92,7 +146,30 @@ class Chat(Generation):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools as a chat template is told of them."""
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or []] if self.tool_choice != "none" else []
+
+    @property
+    def tool_names(self) -> frozenset[str]:
+        return frozenset(tool["function"]["name"] for tool in self.offered)
+
+    def structure(self) -> Schema | None:
+        schema, choice = super().structure(), self.tool_choice
+        if choice in (None, "none", "auto"):
+            return schema
+        if schema is not None:
+            raise InputInvalid("unsupported_parameter", "response_format: not together with a tool that must be called", "response_format")
+        named = choice.function.name if isinstance(choice, NamedTool) else None
+        functions = [tool.function for tool in self.tools or [] if named in (None, tool.function.name)]
+        if not functions:
+            raise InputInvalid("invalid_request", "tool_choice: there is no such tool in `tools`", "tool_choice")
+        return forced([(function.name, function.parameters) for function in functions])
 
 
 class Embedding(Body):
@@ -134,7 +211,7 @@ def refusal(error: ValidationError) -> InputInvalid:
     """The first fault as a 400: an unknown field, or one asking for what this engine lacks, has its own code."""
     fault = error.errors(include_url=False)[0]
     param = ".".join(str(part) for part in fault["loc"]) or None
-    unsupported = fault["type"] in {"extra_forbidden", "literal_error", "none_required"}
+    unsupported = fault["type"] in {"extra_forbidden", "literal_error", "none_required", "union_tag_invalid"}
     code = "unsupported_parameter" if unsupported else "invalid_request"
     what = "the peft engine does not support this" if unsupported else fault["msg"]
     return InputInvalid(code, f"{param or 'body'}: {what}", param)

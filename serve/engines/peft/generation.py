@@ -8,8 +8,10 @@ from typing import Any
 from embedft.errors import InputInvalid
 from serve.engines.peft.answers import Answers, Piece
 from serve.engines.peft.batch import Row, Step
-from serve.engines.peft.bodies import Generation
+from serve.engines.peft.bodies import Chat, Generation
+from serve.engines.peft.structure import Structure
 from serve.engines.peft.text import Detokenizer
+from serve.engines.peft.tools import ToolReader
 from serve.engines.peft.worker import Worker
 
 
@@ -26,17 +28,22 @@ class Request:
         max_tokens: int,
         logprobs: int | None,
         eos: frozenset[int],
+        structure: Structure | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         tokenizer = worker.bank.base.tokenizer
         self._steps: asyncio.Queue[tuple[int, Step]] = asyncio.Queue()
         self.rows: list[Row] = []
         self._texts: list[Detokenizer] = []
+        self._tools: list[ToolReader] = []
+        self._one_call = isinstance(body, Chat) and body.parallel_tool_calls is False
         for prompt in prompts:
             for sampling in body.sampling(max_tokens=max_tokens, logprobs=logprobs):
                 emit = _across(loop, self._steps, len(self.rows))
-                self.rows.append(Row(adapter, prompt, sampling, eos, emit))
+                self.rows.append(Row(adapter, prompt, sampling, eos, emit, structure.copy() if structure else None))
                 self._texts.append(Detokenizer(tokenizer, sampling.stop))
+                if body.tool_names:
+                    self._tools.append(ToolReader(body.tool_names))
         for row in self.rows:
             worker.generate(row)
 
@@ -57,7 +64,19 @@ class Request:
             if finish:
                 ended[index] = True
                 left -= 1
-            yield Piece(index, text, [step.token], [step.logprobs] if step.logprobs else [], step.prompt_logprobs, finish)
+            piece = Piece(index, text, [step.token], [step.logprobs] if step.logprobs else [], step.prompt_logprobs, finish)
+            if self._tools:
+                self._find_calls(piece)
+            yield piece
+
+    def _find_calls(self, piece: Piece) -> None:
+        reader = self._tools[piece.index]
+        piece.text = reader.feed(piece.text)
+        if piece.finish:
+            rest, calls = reader.end()
+            piece.text += rest
+            piece.calls = calls[:1] if self._one_call else calls
+            piece.finish = "tool_calls" if calls and piece.finish == "stop" else piece.finish
 
     def _text(self, index: int, step: Step) -> tuple[str, bool]:
         assert step.token is not None
@@ -95,7 +114,7 @@ async def stream(request: Request, answers: Answers, *, usage: bool) -> AsyncIte
                 yield _event(answers.opening(index))
         async for piece in request.pieces():
             generated += len(piece.tokens)
-            if piece.text or piece.finish or piece.logprobs or piece.prompt_logprobs:
+            if piece.text or piece.finish or piece.logprobs or piece.prompt_logprobs:  # calls come with the finish
                 yield _event(answers.chunk(piece))
         if usage:
             yield _event(answers.closing(generated))

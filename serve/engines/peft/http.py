@@ -15,6 +15,8 @@ from starlette.routing import Route
 from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, EngineFailed, InputInvalid
 from serve.engines.peft import answers, bodies
 from serve.engines.peft.generation import Request, collect, room_for, stream
+from serve.engines.peft.structure import Grammars
+from serve.engines.peft.tools import for_template
 from serve.engines.peft.worker import Worker
 
 STATUS: dict[type[EmbedftError], int] = {AdapterNotFound: 404, EngineBusy: 503, EngineFailed: 500}  # any other of ours: 400
@@ -55,6 +57,7 @@ class Routes:
         ended: Any = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
         known = [self.tokenizer.eos_token_id, *(ended if isinstance(ended, list) else [ended])]
         self.eos = frozenset(int(token) for token in known if token is not None)
+        self.grammars = Grammars(self.tokenizer, vocabulary=base.model.config.vocab_size, eos=self.eos)
 
     async def health(self, request: HttpRequest) -> Response:
         del request
@@ -98,14 +101,22 @@ class Routes:
         body = bodies.parse(bodies.Chat, await request.body())
         if not self.tokenizer.chat_template:
             raise InputInvalid("chat_template_missing", "this base has no chat template: use /v1/completions", "messages")
-        messages = [message.model_dump() for message in body.messages]
-        try:
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        except Exception as error:  # whatever the template raises on roles it does not know
-            raise InputInvalid("messages_invalid", f"the chat template refuses these messages: {error}", "messages") from None
+        ids = self._rendered(for_template([message.model_dump() for message in body.messages]), body.offered)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return await self._generate(request, "chat.completion", body, [list(ids)], max_tokens, logprobs)
+        return await self._generate(request, "chat.completion", body, [ids], max_tokens, logprobs)
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+        def by(**more: Any) -> list[int]:
+            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False, **more))
+
+        try:
+            ids = by(tools=tools) if tools else by()
+        except Exception as error:  # whatever the template raises on roles it does not know
+            raise InputInvalid("messages_invalid", f"the chat template refuses these messages: {error}", "messages") from None
+        if tools and ids == by():
+            raise InputInvalid("tools_unsupported", "this base's chat template does not know tools: leave them out", "tools")
+        return ids
 
     async def _generate(
         self,
@@ -121,7 +132,11 @@ class Routes:
             raise InputInvalid("unsupported_parameter", "prompt_logprobs cannot be streamed", "prompt_logprobs")
         room = room_for(ids, max_tokens, context=self.context, vocabulary=self.worker.bank.base.model.config.vocab_size)
         shapes = answers.Answers(kind, body.model, self.tokenizer, ids, n=body.n or 1, ids=bool(body.return_token_ids))
-        generation = Request(self.worker, body, prompts=ids, adapter=adapter, max_tokens=room, logprobs=logprobs, eos=self.eos)
+        schema = body.structure()
+        structure = await asyncio.to_thread(self.grammars.compile, schema) if schema is not None else None
+        generation = Request(
+            self.worker, body, prompts=ids, adapter=adapter, max_tokens=room, logprobs=logprobs, eos=self.eos, structure=structure
+        )
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(stream(generation, shapes, usage=usage), media_type="text/event-stream")

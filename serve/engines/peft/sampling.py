@@ -1,5 +1,6 @@
 """Logits → the next token, and the log-probabilities an answer reports. Pure functions over one row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,13 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def penalised(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,20 @@ class TokenLogprobs:
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...]
+
+
+def penalised(logits: "Tensor", sampling: Sampling, *, prompt: Sequence[int], tokens: Sequence[int]) -> "Tensor":
+    """(vocabulary,) logits as vLLM penalises them: repetition by what stands in prompt or answer, the others by the answer alone."""
+    import torch
+
+    if not sampling.penalised:
+        return logits
+    counts = torch.bincount(torch.tensor(tokens, dtype=torch.long, device=logits.device), minlength=len(logits))
+    seen = counts > 0
+    said = seen.clone()
+    said[torch.tensor(prompt, dtype=torch.long, device=logits.device)] = True
+    weaker = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+    return torch.where(said, weaker, logits) - sampling.frequency_penalty * counts - sampling.presence_penalty * seen
 
 
 def choose(logits: "Tensor", sampling: Sampling, generator: "torch.Generator | None") -> int:
