@@ -77,7 +77,8 @@ class Admission:
 
     @asynccontextmanager
     async def placed(self, budget: Budget, engine: Engine, adapter: str | None, *, route: str, cost: int) -> AsyncGenerator[Ticket]:
-        """A place at `engine` inside the block; counted under `adapter`. Raises RateLimited, QueueFull."""
+        """A place at `engine` inside the block; counted under `adapter`. Raises RateLimited, QueueFull, NotReady."""
+        engine.supervisor.require_ready()  # those that wait for it to come back were asking it when it died: no others join them
         ticket, began = Ticket(engine, adapter, self._meters, budget), time.perf_counter()
         flow = await self._place(budget.tenant, engine, adapter, cost)
         ticket.waited = time.perf_counter() - began

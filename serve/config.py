@@ -56,7 +56,8 @@ class Limits(_Section):
     """Caps on one request; beyond them it is a 400 or a 413, never a slow death. And on what may wait: beyond that, 429 or 503.
 
     `requests`: under way in all; `queue`: requests waiting at one base, `tenant_queue` of one tenant; `queue_seconds`: the longest
-    wait; `held_bytes`: of all bodies at once; `mixes`: of one tenant, each kept so long after its last use.
+    wait, and how long one may go on that is asked again after its engine died; `held_bytes`: of all bodies at once; `mixes`: of one
+    tenant, each kept so long after its last use.
     """
 
     body_bytes: PositiveInt = 16 << 20

@@ -84,8 +84,7 @@ async def embed(
 ) -> Vectors:
     """The vectors of `inputs` (texts, or token ids taken as they are) by one way. InputInvalid where they do not fit it."""
     ids, truncated = await _ids(way, inputs, preparers, input_type=input_type, truncate=truncate)
-    way.engine.supervisor.require_ready()
-    answer: dict[str, Any] = await way.engine.client.call("/v1/embeddings", {"model": way.model, "input": ids, "encoding_format": "base64"})
+    answer: dict[str, Any] = await way.engine.asked("/v1/embeddings", {"model": way.model, "input": ids, "encoding_format": "base64"})
     rows = _decoded(answer["data"], len(ids))
     if way.dimensions:
         rows = _cut(rows, way.dimensions, normalize=way.settings.normalize)

@@ -1,10 +1,12 @@
 """An engine: one base in memory behind one supervised process. Knows which base it holds; not which adapters."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from embedft.base import base_folder
 from embedft.encode import EncodeSettings, TextPreparer
@@ -12,6 +14,7 @@ from embedft.model_folder import BaseInfo, describe, own_template, template_hash
 from serve.config import BaseConfig, ServerConfig
 from serve.engines.command import engine_command, engine_key
 from serve.engines.settings import KEY, EngineSettings
+from serve.errors import NotReady
 from serve.proxy import EngineClient
 from serve.supervisor import Command, Supervisor
 
@@ -20,13 +23,18 @@ BASE = "base"  # what every engine calls its base
 
 @dataclass(eq=False)
 class Engine:
-    """`lock` is held while adapters are loaded or unloaded; requests never take it."""
+    """`lock` is held while adapters are loaded or unloaded; requests never take it.
+
+    `retry_seconds`: how long after its beginning a request may be asked a second time.
+    """
 
     config: BaseConfig
     folder: Path
     info: BaseInfo
     client: EngineClient
     supervisor: Supervisor
+    retry_seconds: float = 120.0
+    retries: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -51,6 +59,21 @@ class Engine:
     def plain_settings(self) -> EncodeSettings:
         """How the base's own vectors are made: no prompts."""
         return EncodeSettings(self.info.pooling, self.info.normalize, self.max_length)
+
+    async def asked(self, path: str, body: Mapping[str, Any]) -> Any:
+        """A call that changes nothing and whose answer is always the same: asked again, once, when the engine dies under it.
+
+        Raises NotReady where it is not back, with its adapters, before the request's time is over.
+        """
+        deadline = time.monotonic() + self.retry_seconds
+        try:
+            self.supervisor.require_ready()
+            return await self.client.call(path, body)
+        except NotReady:
+            if not await self.supervisor.back(deadline):
+                raise
+        self.retries += 1
+        return await self.client.call(path, body)
 
     def preparer(self, settings: EncodeSettings) -> TextPreparer:
         return TextPreparer(self.folder, settings)
@@ -87,7 +110,7 @@ def create_engine(base: BaseConfig, server: ServerConfig, folder: Path, *, prepa
         start_seconds=server.start_seconds,
         stop_seconds=server.stop_seconds,
     )
-    engine = Engine(base, weights, info, client, supervisor)
+    engine = Engine(base, weights, info, client, supervisor, retry_seconds=server.limits.queue_seconds)
     return engine
 
 

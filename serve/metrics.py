@@ -47,6 +47,7 @@ class Meters:
         self._loads = Gauge("embedft_adapter_loads", "Loads by outcome", ("adapter", "outcome"), registry=self._registry)
         self._ready = Gauge("embedft_engine_ready", "1 where the engine answers", ("base",), registry=self._registry)
         self._restarts = Gauge("embedft_engine_restarts", "Restarts since the server began", ("base",), registry=self._registry)
+        self._retries = Gauge("embedft_engine_retries", "Requests asked again after the engine died", ("base",), registry=self._registry)
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         self._lora = Gauge("vllm:lora_requests_info", "Adapters in use, as vLLM tells it to routers", labels, registry=self._registry)
 
@@ -91,5 +92,6 @@ class Meters:
         for engine in self._lifecycle.engines.values():
             self._ready.labels(engine.name).set(engine.supervisor.state == "ready")
             self._restarts.labels(engine.name).set(engine.supervisor.restarts)
+            self._retries.labels(engine.name).set(engine.retries)
             names = ",".join(sorted(name for name, resident in list(self._lifecycle.live.items()) if resident.engine is engine))
             self._lora.labels(str(engine.config.max_loras), names, "").set(time.time())

@@ -78,8 +78,7 @@ async def _crossed(seen: Visible, engine: Engine, request: Request, body: Rerank
     if "adapter" in request.query_params or body.adapter is not None:
         raise InputInvalid("adapter_conflict", f"{engine.name!r} is a cross-encoder, which has no adapters", "adapter")
     async with seen.admitted(engine, None, route="rerank", cost=guessed(sum(len(body.query) + len(text) for text in texts))) as ticket:
-        engine.supervisor.require_ready()
-        made = await engine.client.call("/v1/score", {"query": body.query, "documents": texts})
+        made = await engine.asked("/v1/score", {"query": body.query, "documents": texts})
         ticket.count({"prompt_tokens": made["tokens"]})
     scores = np.asarray(made["scores"], dtype=np.float32)
     headers = {"x-embedft-adapter": BASE, "x-embedft-base": engine.name}

@@ -81,6 +81,14 @@ class Supervisor:
         if self.state != "ready":
             raise NotReady(f"the engine of base {self.name!r} is {self.state}: try again shortly")
 
+    async def back(self, deadline: float) -> bool:
+        """Wait, until `deadline` on the monotonic clock, for an engine that answers and has its adapters; whether there is one."""
+        while self.state != "stopped" and time.monotonic() < deadline:
+            if self.state == "ready" and await self._healthy():  # one that was just killed still counts as ready, and is not healthy
+                return True
+            await asyncio.sleep(0.05)
+        return False
+
     async def _watch(self) -> None:
         failures, since = 0, time.monotonic()
         while True:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -83,6 +84,7 @@ def test_a_killed_engine_comes_back_with_its_adapters(changing_world: World, cha
     serving = {row["name"]: row["id"] for row in server.client.get("/v1/adapters").json()["data"] if row["state"] == "serving"}
     pid = running(server, "embedding")
     os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: server.client.get("/ready").status_code == 503, 10, server)
     statuses: list[int] = []
 
     def asked() -> bool:
@@ -91,7 +93,7 @@ def test_a_killed_engine_comes_back_with_its_adapters(changing_world: World, cha
         if response.status_code == 503:
             assert response.headers["retry-after"]
             assert server.post("/v1/completions", {"model": "s", "prompt": "x"}).status_code == 200  # the other engine goes on
-        return response.status_code == 200 and 503 in statuses
+        return response.status_code == 200
 
     wait_for(asked, 30, server)
     assert set(statuses) == {200, 503}
@@ -99,6 +101,35 @@ def test_a_killed_engine_comes_back_with_its_adapters(changing_world: World, cha
     again = {row["name"]: row["id"] for row in server.client.get("/v1/adapters").json()["data"] if row["state"] == "serving"}
     assert again == serving
     assert 'embedft_engine_restarts{base="texts"} 1.0' in server.client.get("/metrics").text
+
+
+def killed_under_an_embedding(server: Server, *, after: float) -> httpx.Response:
+    """The answer to a request that the engine was working at when it was killed, `after` seconds later."""
+    before = server.post("/v1/embeddings", {"input": "x", "model": "a"})
+    assert before.status_code == 200
+    pid = running(server, "embedding")
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(httpx.post, f"{server.url}/v1/embeddings", json={"input": "x", "model": "a"}, timeout=60)
+        wait_for(lambda: server.client.get("/v1/adapters/a").json()["leases"] == 1)
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+        answer = future.result()
+    assert answer.status_code != 200 or answer.json()["data"] == before.json()["data"]
+    return answer
+
+
+def test_an_embedding_whose_engine_dies_under_it_is_asked_again_once_it_is_back(changing: Server) -> None:
+    answer = killed_under_an_embedding(changing, after=0.2)
+    assert answer.status_code == 200, answer.text
+    assert 'embedft_engine_retries{base="texts"} 1.0' in changing.client.get("/metrics").text
+
+
+def test_a_request_is_not_asked_again_when_its_time_is_over(start: Start) -> None:
+    server = start(limits={"queue_seconds": 0.4})
+    refused(killed_under_an_embedding(server, after=0.5), 503, "engine_not_ready")
+    server.wait_ready()
+    assert 'embedft_engine_retries{base="texts"} 0.0' in server.client.get("/metrics").text
 
 
 def test_an_engine_killed_in_mid_stream_ends_the_stream_with_an_error(changing: Server) -> None:
