@@ -147,6 +147,10 @@ def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(serve
     [
         ({"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "gone"}}}, "invalid_request"),
         ({"tool_choice": "required"}, "invalid_request"),
+        (
+            {"tools": [{**WAIT, "function": {"name": "x", "parameters": {"$defs": 5}}}], "tool_choice": "required"},
+            "schema_invalid",
+        ),
         ({"tools": [LOOK], "tool_choice": "required", "response_format": {"type": "json_object"}}, "unsupported_parameter"),
         ({"tools": [{"type": "code_interpreter"}]}, "unsupported_parameter"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": "{"}}]}]}, "messages_invalid"),

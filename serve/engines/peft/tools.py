@@ -91,9 +91,12 @@ def forced(functions: Sequence[tuple[str, Schema | None]]) -> Schema:
     shared: dict[str, Schema] = {"$defs": {}, "definitions": {}}  # a reference starts at the root, so definitions must stand there
     calls: list[Schema] = []
     for name, parameters in functions:
-        schema = dict(parameters or {"type": "object"})
+        schema: Schema = dict(parameters) if parameters else {"type": "object"}
         for place, known in shared.items():
-            for key, value in schema.pop(place, {}).items():
+            entries = schema.pop(place, {})
+            if not isinstance(entries, dict):
+                raise InputInvalid("schema_invalid", f"{place} of tool {name[:80]!r} is no object", "tools")
+            for key, value in entries.items():
                 if known.setdefault(key, value) != value:
                     raise InputInvalid("schema_invalid", f"two tools define {place}/{key} differently: rename one", "tools")
         properties = {"name": {"const": name}, "arguments": schema}
