@@ -1,5 +1,6 @@
 """Files → texts: Markdown, plain text, HTML, PDF and Python sources. What cannot be read is named with its reason."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -21,6 +22,7 @@ FORMATS: dict[str, Format] = {
 }
 MAX_BYTES = 32 << 20
 _PASSED_OVER = {"__pycache__", "node_modules", "site-packages"}
+_SPACES = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _html(text: str) -> str:
 class _Text(HTMLParser):
     """Visible text; headings as Markdown's, so that chunks know their section."""
 
-    hidden = frozenset({"script", "style", "noscript", "template", "svg", "head"})
+    hidden = frozenset({"script", "style", "noscript", "template", "svg", "title"})  # not head: its end may be left out
     blocks = frozenset(
         ("p", "div", "section", "article", "li", "ul", "ol", "table", "tr", "pre", "blockquote", "hr", "br", "dt", "dd", "main", "figure")
     )
@@ -145,6 +147,8 @@ class _Text(HTMLParser):
             self._parts.append(f"\n\n{'#' * int(tag[1:])} ")
         elif tag in self.blocks:
             self._parts.append("\n")
+        elif tag in ("td", "th"):
+            self._say(" ")
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden = max(0, self._hidden - (tag in self.hidden))
@@ -153,8 +157,16 @@ class _Text(HTMLParser):
             self._parts.append("\n")
 
     def handle_data(self, data: str) -> None:
-        if not self._hidden:
-            self._parts.append(data if self._pre else " ".join(data.split()) + " " * data[-1:].isspace())
+        if self._pre and not self._hidden:
+            self._parts.append(data)
+        elif not self._hidden:
+            self._say(_SPACES.sub(" ", data))
+
+    def _say(self, text: str) -> None:
+        """Space at the seams too: tags do not part words, and never are there two in a row."""
+        after_space = not self._parts or self._parts[-1][-1:].isspace()
+        if text := text.lstrip() if after_space else text:
+            self._parts.append(text)
 
     def result(self) -> str:
         lines = [line.rstrip() for line in "".join(self._parts).splitlines()]

@@ -1,0 +1,81 @@
+"""What is read of HTML and Python sources, and what a file that cannot be read leaves behind: its name and the reason."""
+
+from pathlib import Path
+
+import pytest
+
+from embedft.rag.chunks import Chunking, chunks_of
+from embedft.rag.documents import Document, read_documents
+
+
+def html(folder: Path, text: str) -> str:
+    (folder / "page.html").write_text(text)
+    return read_documents(folder / "page.html").documents[0].text
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<p>Wash <b>it</b> now, <i>then</i>\n<b>rest</b>.</p>", "Wash it now, then rest.\n"),
+        ("<p> Wash  <b> it </b> now</p>\n <p> Rest</p>", "Wash it now\n\nRest\n"),
+        ("<table><tr><th>Rice</th><th>Water</th></tr>\n<tr><td>1</td><td>2</td></tr></table>", "Rice Water\n\n1 2\n"),
+        ("<p>a</p><pre>if x:\n    y</pre>", "a\n\nif x:\n    y\n"),
+    ],
+)
+def test_words_of_html_stay_apart_where_a_browser_shows_them_apart(tmp_path: Path, page: str, text: str) -> None:
+    assert html(tmp_path, page) == text
+
+
+@pytest.mark.parametrize("close", ["</head>", ""])
+def test_a_head_that_is_never_closed_hides_its_title_and_nothing_else(tmp_path: Path, close: str) -> None:
+    page = f"<head><title>x</title><style>y{{}}</style>{close}<body><h1>Rice</h1><p>Wash it."
+    assert html(tmp_path, page) == "# Rice\n\nWash it.\n"
+
+
+def python(text: str, *, size: int = 180) -> dict[str | None, str]:
+    made = chunks_of([Document("code.py", text, "python")], Chunking(size=size, overlap=0))
+    return {chunk.metadata.get("section"): chunk.text for chunk in made}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_definitions_begin_where_python_says_even_after_characters_that_only_text_takes_for_line_ends(end: str) -> None:
+    source = [
+        "import os",
+        "\x0c",
+        'NOTE = "a\u2028b\x0bc"',
+        "def boil(water):",
+        "    return water",
+        "",
+        "@cached",
+        "def cool():",
+        "    pass",
+    ]
+    made = python(end.join(source) + end)
+    assert made["def boil"].split() == ["def", "boil(water):", "return", "water"]
+    assert made["def cool"].split() == ["@cached", "def", "cool():", "pass"]
+    assert "NOTE" in made[None]
+
+
+POT = '''class Pot:
+    """Holds water."""
+
+    size = 3
+
+    def boil(self):
+        return self.size * 100
+
+    class Lid:
+        def lift(self):
+            return "steam"
+
+    after = 4
+'''
+
+
+def test_a_class_that_fits_is_one_chunk_and_of_a_longer_one_each_method_is() -> None:
+    assert set(python(POT)) == {"class Pot"}
+    made = python(POT, size=20)
+    assert set(made) == {"class Pot", "class Pot / def boil", "class Pot / class Lid"}
+    assert made["class Pot / def boil"].split() == ["def", "boil(self):", "return", "self.size", "*", "100"]
+    together = " ".join(chunk.text for chunk in chunks_of([Document("c", POT, "python")], Chunking(size=20, overlap=0))).split()
+    assert sorted(together) == sorted(POT.split())  # nothing is lost and nothing is there twice
