@@ -1,6 +1,7 @@
 """Documents → chunks, by llama-index's node parsers: Markdown by sections, Python by definitions, all of it by sentences and size."""
 
 import ast
+import io
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ def chunks_of(documents: Sequence[Document], chunking: Chunking) -> Iterator[Chu
     )
     for document in documents:
         number = 0
-        for heading, text in _sections(document):
+        for heading, text in _sections(document, chunking.size):
             for piece in splitter.split_text(text):
                 if not piece.strip():
                     continue
@@ -57,12 +58,12 @@ def sentences(text: str) -> list[str]:
     return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True) if text[a:b]]
 
 
-def _sections(document: Document) -> Iterator[tuple[str, str]]:
+def _sections(document: Document, size: int) -> Iterator[tuple[str, str]]:
     """(headings, text) of each section."""
     if document.format in ("markdown", "html"):
         yield from _markdown(document.text)
     elif document.format == "python":
-        yield from _python(document.text)
+        yield from _python(document.text, size)
     else:
         yield "", document.text
 
@@ -78,22 +79,34 @@ def _markdown(text: str) -> Iterator[tuple[str, str]]:
         yield " / ".join(above), node.get_content(metadata_mode=MetadataMode.NONE)
 
 
-def _python(text: str) -> Iterator[tuple[str, str]]:
-    """Each top-level function and class, a class's methods by themselves, and the rest between them."""
+def _python(text: str, size: int) -> Iterator[tuple[str, str]]:
+    """Each top-level function and class, and the rest between them; of a class longer than `size` each method by itself."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         yield "", text
         return
-    lines, done = text.splitlines(keepends=True), 0
-    for node in tree.body:
+    lines = io.StringIO(text, newline="").readlines()  # str.splitlines also splits where Python does not, as at a form feed
+    yield from _definitions(tree.body, lines, (0, len(lines)), above="", size=size)
+
+
+def _definitions(
+    body: Sequence[ast.stmt], lines: Sequence[str], span: tuple[int, int], *, above: str, size: int
+) -> Iterator[tuple[str, str]]:
+    done, last = span
+    for node in body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+        end = node.end_lineno or start + 1
         if rest := "".join(lines[done:start]).strip():
-            yield "", rest
-        kind = "class" if isinstance(node, ast.ClassDef) else "def"
-        yield f"{kind} {node.name}", "".join(lines[start : node.end_lineno])
-        done = node.end_lineno or start
-    if rest := "".join(lines[done:]).strip():
-        yield "", rest
+            yield above, rest
+        heading = f"{above} / " * bool(above) + f"{'class' if isinstance(node, ast.ClassDef) else 'def'} {node.name}"
+        whole = "".join(lines[start:end])
+        if isinstance(node, ast.ClassDef) and len(_PIECES.findall(whole)) > size:
+            yield from _definitions(node.body, lines, (start, end), above=heading, size=size)
+        else:
+            yield heading, whole
+        done = end
+    if rest := "".join(lines[done:last]).strip():
+        yield above, rest
