@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from embedft.errors import DocumentsUnusable, EngineBusy, IndexInvalid, IndexNotFound
+from embedft.errors import DocumentsUnusable, EngineBusy, IndexInvalid, IndexNotFound, UsageError
 from embedft.rag.ann import AnnSettings
 from embedft.rag.engines import Embedder, Rows
 from embedft.rag.index import VectorIndex, current_version
@@ -60,10 +60,10 @@ def build_index(
         raise DocumentsUnusable(["the documents hold no text to index"])
     lineage, made_by = embedder.document_lineage(adapter)
     before = _opened(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    usable(folder)
     work = _Work(folder / "work" / f"{lineage[:32]}.sqlite")
     known = before.known() if before is not None and before.lineage == lineage else {}
-    missing = {chunk.hash: chunk.embedded or chunk.text for chunk in listed if chunk.hash not in known}
+    missing = {chunk.hash: chunk.whole for chunk in listed if chunk.hash not in known}
     for digest in work.known():
         missing.pop(digest, None)
     started = time.perf_counter()
@@ -88,6 +88,14 @@ def build_index(
         seconds=time.perf_counter() - began,
         embedding_seconds=spent,
     )
+
+
+def usable(folder: Path) -> None:
+    """Make `folder` unless it is there. UsageError where it cannot be made or is a file: said before hours of work, not after them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: no folder can be made there ({error.strerror}): name another") from None
 
 
 def _opened(folder: Path) -> VectorIndex | None:

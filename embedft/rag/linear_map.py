@@ -46,6 +46,13 @@ class LinearMap:
             return cls(source, target, file["weights"], float(recall), int(documents), int(queries))
 
 
+def enough(documents: int, queries: int) -> None:
+    """UsageError where there are too few to fit or measure anything."""
+    if documents < FEWEST or not queries:
+        there = f"there are {documents} to fit it on and {queries} to measure it with"
+        raise UsageError(f"a linear map needs at least {FEWEST} documents and a query to measure it with: {there}; index again")
+
+
 def fit(new: Rows, old: Rows, queries: Rows, *, source: str, target: str, ridge: float = 1e-3, seed: int = 7) -> LinearMap:
     """new (n, d1), old (n, d2): the same documents by both lineages; queries (m, d1) by the new one, none of them a fitted text.
 
@@ -53,8 +60,7 @@ def fit(new: Rows, old: Rows, queries: Rows, *, source: str, target: str, ridge:
     Raises UsageError where there are too few documents to fit or measure anything.
     """
     count = len(new)
-    if count < FEWEST or not len(queries):
-        raise UsageError(f"a linear map needs at least {FEWEST} documents and a query to measure it with: there are {count}; index again")
+    enough(count, len(queries))
     fitted = np.random.default_rng(seed).permutation(count)[: count * 4 // 5]
     x, y = new[fitted].astype(np.float64), old[fitted].astype(np.float64)
     gram = x.T @ x

@@ -30,9 +30,14 @@ class Chunk:
     embedded: str | None = None
 
     @property
+    def whole(self) -> str:
+        """What the vector is made of, and what a reranker reads."""
+        return self.embedded or self.text
+
+    @property
     def hash(self) -> str:
-        """sha256 (64 hex) of what the vector is made of: equal hashes under one lineage have equal vectors."""
-        return hashlib.sha256((self.embedded or self.text).encode()).hexdigest()
+        """sha256 (64 hex) of `whole`: equal hashes under one lineage have equal vectors."""
+        return hashlib.sha256(self.whole.encode()).hexdigest()
 
 
 class RowTable:

@@ -16,7 +16,7 @@ from embedft.rag.mapping import fit_map
 from embedft.rag.remote import RemoteEngine
 from tests.serve.world import ADMIN, Server, World, make_world, put_adapter
 
-TEXTS = [f"note {i} about thing{i}" for i in range(60)]
+TEXTS = [f"note {i} about thing{i}" for i in range(80)]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_bad_requests_are_named(rag: Server) -> None:
 
 
 def test_a_fitted_map_answers_another_adapters_questions_and_says_its_loss(rag: Server, rag_world: World) -> None:
-    build(rag_world, rag, "wide", "a", count=60)
+    build(rag_world, rag, "wide", "a", count=80)
     assert rag.client.put("/v1/rag/wide", json={}, headers=ADMIN).status_code == 200
     refused(ask(rag, "wide", "x", adapter="b", answer=False), 409, "lineage_mismatch")
     engine = RemoteEngine(rag.url)
