@@ -1,10 +1,11 @@
 """Files → texts: Markdown, plain text, HTML, PDF and Python sources. What cannot be read is named with its reason."""
 
+import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Literal
 
 from embedft.errors import DocumentsUnusable
@@ -49,11 +50,15 @@ class _Unreadable(Exception):
 
 def read_documents(source: Path, *, max_bytes: int = MAX_BYTES) -> Reading:
     """All documents of a file or a folder, in the order of their paths. DocumentsUnusable where none can be read."""
-    if not source.exists():
-        raise DocumentsUnusable([f"{source}: there is no such file or folder"])
-    root = source if source.is_dir() else source.parent
+    try:
+        mode = source.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise DocumentsUnusable([f"{source}: there is no such file or folder"]) from None
+    except OSError as error:
+        raise DocumentsUnusable([f"{source}: {_why(error)}"]) from None
+    root = source if S_ISDIR(mode) else source.parent
     documents, skipped, other = list[Document](), list[str](), 0
-    for path in _files(source):
+    for path in _files(source, skipped) if root is source else filter(_is_document, [source]):
         name = path.relative_to(root).as_posix()
         if path.suffix.lower() not in FORMATS:
             other += 1
@@ -64,6 +69,9 @@ def read_documents(source: Path, *, max_bytes: int = MAX_BYTES) -> Reading:
             documents.append(Document(name, _read(path, root, max_bytes), FORMATS[path.suffix.lower()]))
         except _Unreadable as error:
             skipped.append(f"{name}: {error}")
+        except OSError as error:
+            skipped.append(f"{name}: {_why(error)}")
+    skipped.sort()
     if not documents:
         raise DocumentsUnusable(
             skipped or [f"{source}: no document in it ({other} other files); these kinds are read: {', '.join(FORMATS)}"]
@@ -71,14 +79,33 @@ def read_documents(source: Path, *, max_bytes: int = MAX_BYTES) -> Reading:
     return Reading(tuple(documents), tuple(skipped), other)
 
 
-def _files(source: Path) -> Iterator[Path]:
-    if source.is_file():
-        yield source
-        return
-    for path in sorted(source.rglob("*")):
-        parts = path.relative_to(source).parts
-        if path.is_file() and not any(part.startswith(".") or part in _PASSED_OVER for part in parts):
-            yield path
+def _files(source: Path, skipped: list[str]) -> list[Path]:
+    """In the order of their paths, without what is hidden; folders that cannot be listed go to `skipped`."""
+
+    def closed(error: OSError) -> None:
+        skipped.append(f"{Path(error.filename).relative_to(source).as_posix()}: {_why(error)}")
+
+    found = list[Path]()
+    for folder, below, names in os.walk(source, onerror=closed):
+        below[:] = [name for name in below if not _passed_over(name)]
+        found += [Path(folder, name) for name in names if not _passed_over(name)]
+    return sorted(path for path in found if _is_document(path))
+
+
+def _passed_over(name: str) -> bool:
+    return name.startswith(".") or name in _PASSED_OVER
+
+
+def _is_document(path: Path) -> bool:
+    """A file, or something that does not let us see what it is: reading it says why."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
+
+
+def _why(error: OSError) -> str:
+    return f"it cannot be read ({error.strerror})"
 
 
 def _read(path: Path, root: Path, max_bytes: int) -> str:

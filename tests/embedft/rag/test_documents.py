@@ -1,9 +1,14 @@
 """What is read of HTML and Python sources, and what a file that cannot be read leaves behind: its name and the reason."""
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from embedft.errors import DocumentsUnusable
 from embedft.rag.chunks import Chunking, chunks_of
 from embedft.rag.documents import Document, read_documents
 
@@ -79,3 +84,40 @@ def test_a_class_that_fits_is_one_chunk_and_of_a_longer_one_each_method_is() -> 
     assert made["class Pot / def boil"].split() == ["def", "boil(self):", "return", "self.size", "*", "100"]
     together = " ".join(chunk.text for chunk in chunks_of([Document("c", POT, "python")], Chunking(size=20, overlap=0))).split()
     assert sorted(together) == sorted(POT.split())  # nothing is lost and nothing is there twice
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder that anybody may enter, for a process whose rights are anybody's while the test runs."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@contextmanager
+def anybody() -> Iterator[None]:
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65534)  # root may read what nobody may
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+
+
+def test_a_file_or_folder_that_may_not_be_read_is_named_and_the_rest_is_read(unprivileged: Path) -> None:
+    for name in ("open.md", "closed.md", "closed/inside.md", "listed/inside.md"):
+        (unprivileged / name).parent.mkdir(exist_ok=True)
+        (unprivileged / name).write_text("# Tea\n")
+    for name, mode in (("closed.md", 0), ("closed", 0), ("listed", 0o444)):
+        (unprivileged / name).chmod(mode)
+    with anybody():
+        reading = read_documents(unprivileged)
+        with pytest.raises(DocumentsUnusable, match=r"inside\.md.*Permission denied"):
+            read_documents(unprivileged / "listed" / "inside.md")
+    assert [document.id for document in reading.documents] == ["open.md"]
+    assert reading.skipped == tuple(
+        f"{name}: it cannot be read (Permission denied)" for name in ("closed.md", "closed", "listed/inside.md")
+    )
+    for name in ("closed", "listed"):
+        (unprivileged / name).chmod(0o755)
