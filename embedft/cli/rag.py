@@ -54,7 +54,11 @@ def add_commands(commands: Any) -> None:
     ask.add_argument("--sources-only", action="store_true", help="no answer, only what was found")
     evaluate = command(group, "eval", _eval, "score retriever adapters and reader adapters against each other")
     evaluate.add_argument("data", metavar="DATA", type=Path, help="a BEIR folder, or a file of questions and answers (then with --index)")
-    evaluate.add_argument("--adapter", action="append", help="a retriever's adapter; 'base' is the base; may be repeated")
+    evaluate.add_argument(
+        "--adapter",
+        action="append",
+        help="a retriever's adapter; 'base' is the base; may be repeated (default: the --index's own, or the base)",
+    )
     evaluate.add_argument("--lm-adapter", action="append", help="a reader's adapter; 'base' is the base; may be repeated")
     evaluate.add_argument("--index", type=Path, metavar="DIR", help="an index that there is; else one is made for each lineage")
     evaluate.add_argument("--out", type=Path, default=Path("runs/rag-eval"), metavar="DIR")
@@ -156,11 +160,18 @@ def _ask(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     _prepare()
+    from embedft.rag.build import usable
     from embedft.rag.evaluate import evaluate, load_questions
+    from embedft.rag.index import VectorIndex
     from embedft.rag.report import write_report
 
-    adapters = [_named(name) for name in arguments.adapter or ["base"]]
     data = load_questions(arguments.data, limit=arguments.queries)
+    usable(arguments.out)
+    own: str | None = None
+    if arguments.index is not None:
+        index = VectorIndex.open(arguments.index)
+        own, arguments.base = index.adapter, arguments.base or index.notes.get("base")
+    adapters = [_named(name) for name in arguments.adapter] if arguments.adapter else [own]
     embedder = _embedder(arguments, next((name for name in adapters if name), None))
     names = [_named(name) for name in arguments.lm_adapter or ([] if arguments.lm_base is None else ["base"])]
     reader = _reader(arguments, next((name for name in names if name), None)) if names else None

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from embedft.causal_lm.scores import token_f1
 from embedft.embedding.beir import is_beir, read_beir, splits
-from embedft.errors import DataError, UsageError
+from embedft.errors import DataError, InputInvalid, UsageError
 from embedft.rag.answer import faithfulness, messages_of, sources_of
 from embedft.rag.build import build_index
 from embedft.rag.engines import Embedder, Labelled, Reader
@@ -24,6 +24,7 @@ from embedft.rag.search import Rerank, Stages, fit_weight, search
 from embedft.training.statistics import paired_bootstrap
 
 DEPTH = 10
+CHUNKS = 5 * DEPTH  # that a stage fetches: so many of them that ten documents come together where each has several
 STAGES = ("dense", "bm25", "rrf", "weights", "rerank")
 Scores = dict[str, NDArray[np.float64]]
 
@@ -52,8 +53,14 @@ def load_questions(source: Path, *, limit: int | None = None, training_limit: in
         return _beir(source, limit, training_limit)
     if not source.is_file():
         raise UsageError(f"{source}: expected a BEIR folder or a file of questions and answers")
+    try:
+        content = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            [f"{source.name}: it cannot be read as UTF-8 text ({error}): expected questions and answers as JSON lines"]
+        ) from None
     questions, problems = list[Question](), list[str]()
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -127,9 +134,13 @@ def evaluate(
     """Everything that the report shows. Adapters whose documents have one lineage share one index.
 
     `rerank(adapter)`: the reranker to measure; `answered`: how many questions are put to the readers, k = 5 passages each.
-    Raises LineageMismatch where `index` was built with vectors that an adapter may not be compared with.
+    Raises LineageMismatch where `index` was built with vectors that an adapter may not be compared with, DataError where it has none of
+    the documents that the questions name.
     """
     retrieval, answers, indexes = list[Cell](), list[Cell](), dict[str, Any]()
+    notes = _missing(data.questions, VectorIndex.open(index).documents()) if index is not None else []
+    for note in notes:
+        tell(note)
     for adapter in adapters:
         name = adapter or "base"
         opened = _index_of(data, embedder, adapter, out, index, indexes, tell)
@@ -147,10 +158,23 @@ def evaluate(
             answers.append(_answered(data.questions[:answered], ranked["dense"], reader, name, lm, max_tokens))
     return {
         "questions": len(data.questions),
+        "notes": notes,
         "indexes": list(indexes.values()),
         "retrieval": [cell.figures(retrieval[0]) for cell in retrieval],
         "answers": [cell.figures(answers[0]) for cell in answers],
     }
+
+
+def _missing(questions: Sequence[Question], documents: Sequence[str]) -> list[str]:
+    """A note where the index lacks some of the documents that the questions name. DataError where it has none of them."""
+    named = {document for question in questions for document in question.relevant}
+    if not (missing := sorted(named.difference(documents))):
+        return []
+    if len(missing) == len(named):
+        has = f"the index has {documents[0]}" if documents else "the index is empty"
+        raise DataError([f"none of the {len(named)} documents that the questions name is in the index: they say {missing[0]}, {has}"])
+    which = f"{len(missing)} of the {len(named)} documents that the questions name are not in the index"
+    return [f"{which}, such as {missing[0]}: they count as missed"]
 
 
 def _index_of(
@@ -184,17 +208,17 @@ def _index_of(
 def _stages(
     index: VectorIndex, data: EvaluationSet, embedder: Embedder, adapter: str | None, rerank: Callable[[str | None], Rerank] | None
 ) -> list[tuple[str, Stages, str]]:
-    listed = [("dense", Stages(k=DEPTH), "")]
+    listed = [("dense", Stages(k=CHUNKS), "")]
     if index.bm25 is not None:
-        listed += [("bm25", Stages(k=DEPTH, fusion="sparse"), ""), ("rrf", Stages(k=DEPTH, fusion="rrf"), "")]
+        listed += [("bm25", Stages(k=CHUNKS, fusion="sparse"), ""), ("rrf", Stages(k=CHUNKS, fusion="rrf"), "")]
         training = [question for question in data.training if question.relevant]
         if training:
             weight, reached = fit_weight(_lists(index, training, _vectors(embedder, training, adapter)))
             note = f"weight of dense {weight:.2f}, fitted on {len(training)} training queries (their MRR@10 {reached:.3f})"
-            listed.append(("weights", Stages(k=DEPTH, fusion="weights", weight=weight), note))
+            listed.append(("weights", Stages(k=CHUNKS, fusion="weights", weight=weight), note))
     if rerank is not None:
         fusion = "rrf" if index.bm25 is not None else "none"
-        listed.append(("rerank", Stages(k=DEPTH, fusion=fusion, rerank=rerank(adapter)), f"over {fusion}"))
+        listed.append(("rerank", Stages(k=CHUNKS, fusion=fusion, rerank=rerank(adapter)), f"over {fusion}"))
     return listed
 
 
@@ -235,14 +259,27 @@ def _retrieval_scores(questions: Sequence[Question], ranked: Sequence[Sequence[F
 def _answered(
     questions: Sequence[Question], ranked: Sequence[Sequence[Found]], reader: Reader, retriever: str, lm: str | None, max_tokens: int
 ) -> Cell:
-    """Exact match and F1 (best over the references; only where there are some) and faithfulness by token overlap."""
+    """Exact match and F1 (best over the references; only where there are some) and faithfulness by token overlap.
+
+    A prompt that the reader refuses scores 0 and is counted in the note. Raises InputInvalid where it refuses all of them.
+    """
     scores: dict[str, list[float]] = {"exact_match": [], "f1": [], "faithfulness": []}
+    refused = list[InputInvalid]()
     for question, found in zip(questions, ranked, strict=False):
         sources = sources_of(found[:5])
-        said = reader.chat(messages_of(question.text, sources), adapter=lm, max_tokens=max_tokens, temperature=0.0).strip()
-        scores["faithfulness"].append(faithfulness(said, sources))
+        said: str | None = None
+        try:
+            said = reader.chat(messages_of(question.text, sources), adapter=lm, max_tokens=max_tokens, temperature=0.0).strip()
+        except InputInvalid as error:
+            refused.append(error)
+        scores["faithfulness"].append(0.0 if said is None else faithfulness(said, sources))
         if question.answers:
-            scores["exact_match"].append(float(any(said.lower() == answer.strip().lower() for answer in question.answers)))
-            scores["f1"].append(max(token_f1(said, answer) for answer in question.answers))
+            same = said is not None and any(said.lower() == answer.strip().lower() for answer in question.answers)
+            scores["exact_match"].append(float(same))
+            scores["f1"].append(max(token_f1(said, answer) for answer in question.answers) if said else 0.0)
+    asked = len(scores["faithfulness"])
+    if refused and len(refused) == asked:
+        raise refused[0]
     kept = {name: np.array(values, dtype=np.float64) for name, values in scores.items() if values}
-    return Cell(retriever, "dense", kept, reader=lm or "base")
+    note = f"{len(refused)} of {asked} prompts refused and scored 0: {refused[0]}" if refused else ""
+    return Cell(retriever, "dense", kept, reader=lm or "base", note=note)

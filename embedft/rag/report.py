@@ -79,6 +79,7 @@ def _gain(row: dict[str, Any], name: str) -> str:
 
 def _markdown(report: dict[str, Any], tables: Sequence[Table], figures: Sequence[str]) -> Iterable[str]:
     yield f"# RAG evaluation: {report['data']}, {report['questions']} questions\n\nIn brackets: 95 % bootstrap intervals.\n"
+    yield from (f"Note: {note}.\n" for note in report.get("notes", ()))
     for title, head, rows in tables:
         yield f"## {title}\n\n| " + " | ".join(head) + " |\n|" + " --- |" * len(head)
         yield from ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
@@ -90,6 +91,7 @@ def _html(report: dict[str, Any], tables: Sequence[Table], figures: Mapping[str,
     parts = [
         f"<h1>RAG evaluation: {html.escape(report['data'])}, {report['questions']} questions</h1><p>In brackets: 95 % bootstrap intervals."
     ]
+    parts += [f"<p>Note: {html.escape(note)}." for note in report.get("notes", ())]
     for title, head, rows in tables:
         parts.append(f"<h2>{html.escape(title)}</h2><table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>")
         parts += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]

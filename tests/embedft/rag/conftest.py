@@ -8,6 +8,8 @@ import pytest
 from embedft.adapters.passport import read_passport
 from embedft.adapters.store import AdapterStore
 from embedft.adapters.transfer import import_folder
+from embedft.base import BaseSpec
+from embedft.rag.local import LocalReader
 from tests.embedft.adapter_fixtures import make_adapter
 from tests.serve.world import Server, World, make_world, put_adapter
 
@@ -36,6 +38,12 @@ def minilm_store(tmp_path_factory: pytest.TempPathFactory) -> AdapterStore:
     read_passport(folder / "one").model_copy(update={"side": "query", "name": "ask"}).write(folder / "one")
     import_folder(store, folder / "one", name="ask")
     return store
+
+
+@pytest.fixture(scope="session")
+def seed_reader() -> LocalReader:
+    """The language model that comes with the package, loaded once."""
+    return LocalReader(BaseSpec("seed-lm"))
 
 
 @pytest.fixture

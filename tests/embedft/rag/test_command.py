@@ -87,6 +87,8 @@ def test_an_adapter_that_is_gone_since_indexing_is_named(server: Server, rag_wor
 def test_mistakes_are_named(run: Run, docs: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (docs / "bad.txt").write_bytes(b"\0")
+    (tmp_path / "paper.pdf").write_bytes(b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n")
+    write_rows(tmp_path / "qa.jsonl", [{"question": "tea", "document": "tea.md"}])
     run("index", docs, "--out", tmp_path / "i", "--adapter", "a")
     for code, arguments in (
         ("documents_unusable", ("index", tmp_path / "empty", "--out", tmp_path / "j")),
@@ -99,6 +101,10 @@ def test_mistakes_are_named(run: Run, docs: Path, tmp_path: Path) -> None:
         ("usage", ("ask", "x", "--index", tmp_path / "i", "--weight", 2)),
         ("usage", ("eval", tmp_path / "none.jsonl")),
         ("data_invalid", ("eval", docs / "bread.txt")),
+        ("data_invalid", ("eval", tmp_path / "paper.pdf")),
+        ("usage", ("index", docs, "--out", docs / "bread.txt")),
+        ("usage", ("index", docs, "--out", docs / "bread.txt" / "below")),
+        ("usage", ("eval", tmp_path / "qa.jsonl", "--index", tmp_path / "i", "--out", docs / "bread.txt")),
     ):
         status, told = run(*arguments)
         assert status in (1, 2)
