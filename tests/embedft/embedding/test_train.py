@@ -1,12 +1,8 @@
-"""Training end to end on tiny bases: what is learnt, what is published, and exact resume."""
+"""Training end to end on tiny bases: what is learnt, and what is published."""
 
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,88 +12,14 @@ import pytest
 from embedft.adapters.passport import read_passport
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, base_folder, load_base, load_model
-from embedft.embedding.losses import LOSSES
 from embedft.embedding.proof import evaluate_adapter
 from embedft.embedding.train import train
 from embedft.encode import Encoder, EncodeSettings
-from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError, ResumeRefused, TrainingInterrupted
+from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError
 from embedft.methods import load_adapter
-from embedft.recipe import EmbeddingRecipe, load_recipe, parse_recipe
-from embedft.training.measure import AdapterResult, DryRunReport
-from tests.fixtures_embedding import another, planted_rows, tiny_decoder, tiny_encoder, write_beir, write_rows
-
-GAP = 0.15  # nDCG@10 that a trained tiny base gains at least; shuffled pairs must stay below it
-
-Make = Callable[..., EmbeddingRecipe]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("embedding")
-
-
-@pytest.fixture(scope="module")
-def bases(root: Path) -> dict[str, str]:
-    return {
-        "mean": str(tiny_encoder(root / "mean", pooling="mean")),
-        "cls": str(tiny_encoder(root / "cls", pooling="cls", normalize=False)),
-        "lasttoken": str(tiny_decoder(root / "decoder")),
-    }
-
-
-@pytest.fixture(scope="module")
-def beir(root: Path) -> str:
-    return write_beir(root / "beir", train=192, test=48)
-
-
-@pytest.fixture(scope="module")
-def make(bases: dict[str, str], beir: str) -> Make:
-    def recipe(base: str = "mean", *, name: str = "tiny", data: dict[str, Any] | None = None, **sections: Any) -> EmbeddingRecipe:
-        content: dict[str, Any] = {
-            "task": "embedding",
-            "name": name,
-            "base": {"model": bases.get(base, base), "quantization": sections.pop("quantization", "none")},
-            "data": {"train": beir} | (data or {}),
-            "train": {"batch": 16, "lr": 5e-3, "epochs": 3, "max_length": 16} | sections.pop("train", {}),
-            "eval": {"guard": None} | sections.pop("eval", {}),
-        }
-        made = parse_recipe(content | sections)
-        assert isinstance(made, EmbeddingRecipe)
-        return made
-
-    return recipe
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> AdapterStore:
-    return AdapterStore(tmp_path / "adapters")
-
-
-def trained(recipe: EmbeddingRecipe, store: AdapterStore, **options: Any) -> AdapterResult:
-    result = train(recipe, store=store, progress=False, **options)
-    assert isinstance(result, AdapterResult)
-    return result
-
-
-def gain(result: AdapterResult) -> float:
-    metrics: Any = result.metrics
-    return metrics["adapter"]["ndcg@10"] - metrics["base"]["ndcg@10"]
-
-
-def weights(store: AdapterStore, name: str = "tiny") -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    return load_file(store.folder(name) / "adapter_model.safetensors")
+from embedft.training.measure import DryRunReport
+from tests.embedft.embedding.runs import GAP, PADDED, Make, gain, trained
+from tests.fixtures_embedding import planted_rows, tiny_encoder, write_beir, write_rows
 
 
 @pytest.mark.parametrize("base", ["mean", "cls", "lasttoken"])
@@ -152,108 +74,6 @@ def test_a_tiny_nf4_base_evaluates_and_then_trains_on(make: Make, store: Adapter
     assert gain(trained(recipe, store)) > GAP
 
 
-PADDED, PACKED, PART = {"dropout": 0.1}, {}, {"layers": 1}  # dropout keeps a model from running packed
-
-
-RESUMED = [
-    *((q, adapter, stop, {}) for q in ("none", "nf4") for adapter, stop in ((PADDED, 5), (PACKED, 5), (PART, 17), ({"side": "query"}, 14))),
-    ("int8", {}, 5, {}),
-    ("nf4", {}, 9, {"evaluate_every": 4}),
-]
-
-
-@pytest.mark.parametrize(("quantization", "adapter", "stop", "section"), RESUMED)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    quantization: str,
-    adapter: dict[str, Any],
-    stop: int,
-    section: dict[str, Any],
-    make: Make,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from embedft.training.interrupt import InterruptGuard
-
-    recipe = make("mean", quantization=quantization, adapter=adapter, train={"epochs": 2} | section)
-    whole, broken = AdapterStore(tmp_path / "whole"), AdapterStore(tmp_path / "broken")
-    trained(recipe, whole)
-    on_step_end = InterruptGuard.on_step_end
-
-    def stop_at_five(self: InterruptGuard, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if state.global_step == stop:
-            self.stop()
-        on_step_end(self, args, state, control, **rest)
-
-    monkeypatch.setattr(InterruptGuard, "on_step_end", stop_at_five)
-    with pytest.raises(TrainingInterrupted) as caught:
-        trained(recipe, broken)
-    monkeypatch.undo()
-    assert "--resume" in caught.value.command
-    saved = sorted(path.name for path in Path(caught.value.checkpoint).iterdir())
-    assert "trainable.safetensors" in saved
-    assert not any("model.safetensors" in name for name in saved), "the base is never written"
-    trained(recipe, broken, resume=True)
-    one, other = weights(whole), weights(broken)
-    assert one.keys() == other.keys()
-    assert all(np.array_equal(one[name], other[name]) for name in one)
-    assert whole.current("tiny") == broken.current("tiny")
-    with pytest.raises(ResumeRefused):
-        trained(recipe, broken, resume=True)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from embedft.adapters.store import AdapterStore
-from embedft.embedding.train import train
-from embedft.recipe import load_recipe
-from embedft.training.progress import ProgressETA
-
-def killed(self, args, state, control, **rest):
-    if state.global_step == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-ProgressETA.on_step_end = killed
-train(load_recipe(sys.argv[1]), store=AdapterStore(Path(sys.argv[2])))
-"""
-
-
-@pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_a_killed_run_goes_on_to_the_same_adapter_and_only_under_the_same_recipe_data_and_threads(
-    quantization: str, make: Make, beir: str, tmp_path: Path
-) -> None:
-    import torch
-
-    given = make("mean", quantization=quantization, train={"epochs": 1, "checkpoint_every": 3}).model_dump(mode="json")
-    copied = shutil.copytree(beir, tmp_path / "data")
-    given["data"]["train"] = str(copied)
-    (tmp_path / "tiny.yaml").write_text(json.dumps(given))
-    recipe = load_recipe(tmp_path / "tiny.yaml")
-    assert isinstance(recipe, EmbeddingRecipe)
-    whole, broken = AdapterStore(tmp_path / "whole"), AdapterStore(tmp_path / "broken")
-    trained(recipe, whole)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
-    argv = [sys.executable, "-c", KILLED, str(tmp_path / "tiny.yaml"), str(broken.root)]
-    child = subprocess.run(argv, env=environment, capture_output=True, timeout=100, check=False)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
-    torch.set_num_threads(2)
-    with pytest.raises(ResumeRefused, match="the run's threads was 1, is now 2"):
-        trained(recipe, broken, resume=True)
-    torch.set_num_threads(1)
-    with pytest.raises(ResumeRefused, match=r"train\.lr was 0\.005, is now 0\.01"):
-        trained(recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": 0.01})}), broken, resume=True)
-    rows = (copied / "queries.jsonl").read_text()
-    (copied / "queries.jsonl").write_text(rows.replace('"text": "', '"text": "find ', 1))
-    with pytest.raises(ResumeRefused, match="the data changed"):
-        trained(recipe, broken, resume=True)
-    (copied / "queries.jsonl").write_text(rows)
-    trained(recipe, broken, resume=True)
-    one, other = weights(whole), weights(broken)
-    assert all(np.array_equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
 def test_the_best_weights_on_the_dev_queries_are_published_and_patience_ends_the_run(
     quantization: str, make: Make, store: AdapterStore
@@ -289,73 +109,6 @@ def test_trackers_get_the_loss_and_one_that_is_not_installed_is_named(
     monkeypatch.setattr("embedft.training.arguments.find_spec", lambda _: None)
     with pytest.raises(RecipeError, match="mlflow is not installed: pip install mlflow"):
         trained(make(train={"trackers": ["mlflow"]}), store)
-
-
-@pytest.mark.parametrize(
-    ("name", "adapter", "dimensions"),
-    [(name, PACKED, ()) for name in LOSSES]
-    + [(name, PADDED, ()) for name in ("cached_mnrl", "gist", "kl")]
-    + [("mnrl", PACKED, (16, 32)), ("cached_mnrl", PADDED, (32,)), ("kl", PACKED, (16,))],
-)
-def test_each_loss_falls_while_it_trains(
-    name: str, adapter: dict[str, Any], dimensions: tuple[int, ...], make: Make, beir: str, root: Path, tmp_path: Path
-) -> None:
-    from embedft.embedding.batches import BatchPlan
-    from embedft.embedding.data import load_data
-    from embedft.embedding.train import make_trainer, settings_for
-    from embedft.methods import attach
-
-    scored, taught, rows = LOSSES[name].takes == "scored", LOSSES[name].takes == "distilled", planted_rows(96)
-    triplets: list[dict[str, Any]] = [
-        row | {"negative": rows[another(i)]["document"]} | ({"scores": [9.0, -3.0]} if taught else {}) for i, row in enumerate(rows)
-    ]
-    pairs: list[dict[str, Any]] = [
-        {"query": r["query"], "document": r[key], "score": float(key == "document")} for r in triplets for key in ("document", "negative")
-    ]
-    recipe = make(
-        data={"train": write_rows(root / f"{name}.jsonl", pairs if scored else triplets), "eval": beir},
-        loss={"name": name, "dimensions": dimensions},
-        adapter=adapter,
-        train={"lr": 1e-2},
-    )
-    examples, _ = load_data(recipe.data, recipe.eval, scored=scored, taught=taught)
-    assert (examples.rows[0].score is not None) == scored
-    base = load_base(BaseSpec(recipe.base.model), task="embedding")
-    plan = BatchPlan(examples, batch=16, seed=7, exclusive=not scored)
-    model = attach(base, recipe.adapter, task="embedding")
-    trainer = make_trainer(model, base, settings_for(recipe, base), examples, recipe, plan=plan, output=tmp_path)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) >= 3
-    assert losses[-1] < 0.9 * losses[0]
-
-
-def test_gradients_of_the_cached_loss_are_those_of_the_plain_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from embedft.embedding.data import load_data
-    from embedft.embedding.train import make_trainer, plan_for, settings_for
-    from embedft.methods import attach
-
-    monkeypatch.setattr("embedft.embedding.losses.MINI_BATCH", 3)
-    found: list[dict[str, torch.Tensor]] = []
-    for name in ("mnrl", "cached_mnrl"):
-        recipe = make(loss={"name": name})
-        examples, _ = load_data(recipe.data, recipe.eval, scored=False)
-        base = load_base(BaseSpec(recipe.base.model), task="embedding")
-        torch.manual_seed(1)
-        model = attach(base, recipe.adapter, task="embedding")
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.1)
-        plan = plan_for(examples, recipe, loss=LOSSES[name], model=model)
-        trainer = make_trainer(model, base, settings_for(recipe, base), examples, recipe, plan=plan, output=tmp_path)
-        trainer.compute_loss(trainer.model, {"rows": torch.arange(16)}).backward()
-        found.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for key, gradient in found[0].items():
-        assert gradient.norm() > 0
-        assert (gradient - found[1][key]).norm() <= 1e-6 * gradient.norm(), key
 
 
 def test_a_query_only_adapter_leaves_documents_to_the_base(make: Make, bases: dict[str, str], store: AdapterStore) -> None:

@@ -1,0 +1,78 @@
+"""Every loss trains, and those that are one loss twice give one gradient."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.base import BaseSpec, load_base
+from embedft.embedding.losses import LOSSES
+from tests.embedft.embedding.runs import PACKED, PADDED, Make
+from tests.fixtures_embedding import another, planted_rows, write_rows
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "dimensions"),
+    [(name, PACKED, ()) for name in LOSSES]
+    + [(name, PADDED, ()) for name in ("cached_mnrl", "gist", "kl")]
+    + [("mnrl", PACKED, (16, 32)), ("cached_mnrl", PADDED, (32,)), ("kl", PACKED, (16,))],
+)
+def test_each_loss_falls_while_it_trains(
+    name: str, adapter: dict[str, Any], dimensions: tuple[int, ...], make: Make, beir: str, root: Path, tmp_path: Path
+) -> None:
+    from embedft.embedding.batches import BatchPlan
+    from embedft.embedding.data import load_data
+    from embedft.embedding.train import make_trainer, settings_for
+    from embedft.methods import attach
+
+    scored, taught, rows = LOSSES[name].takes == "scored", LOSSES[name].takes == "distilled", planted_rows(96)
+    triplets: list[dict[str, Any]] = [
+        row | {"negative": rows[another(i)]["document"]} | ({"scores": [9.0, -3.0]} if taught else {}) for i, row in enumerate(rows)
+    ]
+    pairs: list[dict[str, Any]] = [
+        {"query": r["query"], "document": r[key], "score": float(key == "document")} for r in triplets for key in ("document", "negative")
+    ]
+    recipe = make(
+        data={"train": write_rows(root / f"{name}.jsonl", pairs if scored else triplets), "eval": beir},
+        loss={"name": name, "dimensions": dimensions},
+        adapter=adapter,
+        train={"lr": 1e-2},
+    )
+    examples, _ = load_data(recipe.data, recipe.eval, scored=scored, taught=taught)
+    assert (examples.rows[0].score is not None) == scored
+    base = load_base(BaseSpec(recipe.base.model), task="embedding")
+    plan = BatchPlan(examples, batch=16, seed=7, exclusive=not scored)
+    model = attach(base, recipe.adapter, task="embedding")
+    trainer = make_trainer(model, base, settings_for(recipe, base), examples, recipe, plan=plan, output=tmp_path)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) >= 3
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_gradients_of_the_cached_loss_are_those_of_the_plain_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from embedft.embedding.data import load_data
+    from embedft.embedding.train import make_trainer, plan_for, settings_for
+    from embedft.methods import attach
+
+    monkeypatch.setattr("embedft.embedding.losses.MINI_BATCH", 3)
+    found: list[dict[str, torch.Tensor]] = []
+    for name in ("mnrl", "cached_mnrl"):
+        recipe = make(loss={"name": name})
+        examples, _ = load_data(recipe.data, recipe.eval, scored=False)
+        base = load_base(BaseSpec(recipe.base.model), task="embedding")
+        torch.manual_seed(1)
+        model = attach(base, recipe.adapter, task="embedding")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        plan = plan_for(examples, recipe, loss=LOSSES[name], model=model)
+        trainer = make_trainer(model, base, settings_for(recipe, base), examples, recipe, plan=plan, output=tmp_path)
+        trainer.compute_loss(trainer.model, {"rows": torch.arange(16)}).backward()
+        found.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, gradient in found[0].items():
+        assert gradient.norm() > 0
+        assert (gradient - found[1][key]).norm() <= 1e-6 * gradient.norm(), key

@@ -1,0 +1,116 @@
+"""Stopped and killed runs go on to bitwise the same adapter, or say why not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedft.adapters.store import AdapterStore
+from embedft.errors import ResumeRefused, TrainingInterrupted
+from embedft.recipe import EmbeddingRecipe, load_recipe
+from tests.embedft.embedding.runs import PACKED, PADDED, PART, Make, trained, weights
+
+RESUMED = [
+    *((q, adapter, stop, {}) for q in ("none", "nf4") for adapter, stop in ((PADDED, 5), (PACKED, 5), (PART, 17), ({"side": "query"}, 14))),
+    ("int8", {}, 5, {}),
+    ("nf4", {}, 9, {"evaluate_every": 4}),
+]
+
+
+@pytest.mark.parametrize(("quantization", "adapter", "stop", "section"), RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    quantization: str,
+    adapter: dict[str, Any],
+    stop: int,
+    section: dict[str, Any],
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from embedft.training.interrupt import InterruptGuard
+
+    recipe = make("mean", quantization=quantization, adapter=adapter, train={"epochs": 2} | section)
+    whole, broken = AdapterStore(tmp_path / "whole"), AdapterStore(tmp_path / "broken")
+    trained(recipe, whole)
+    on_step_end = InterruptGuard.on_step_end
+
+    def stop_in_time(self: InterruptGuard, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == stop:
+            self.stop()
+        on_step_end(self, args, state, control, **rest)
+
+    monkeypatch.setattr(InterruptGuard, "on_step_end", stop_in_time)
+    with pytest.raises(TrainingInterrupted) as caught:
+        trained(recipe, broken)
+    monkeypatch.undo()
+    assert "--resume" in caught.value.command
+    saved = sorted(path.name for path in Path(caught.value.checkpoint).iterdir())
+    assert "trainable.safetensors" in saved
+    assert not any("model.safetensors" in name for name in saved), "the base is never written"
+    trained(recipe, broken, resume=True)
+    one, other = weights(whole), weights(broken)
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert whole.current("tiny") == broken.current("tiny")
+    with pytest.raises(ResumeRefused):
+        trained(recipe, broken, resume=True)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from embedft.adapters.store import AdapterStore
+from embedft.embedding.train import train
+from embedft.recipe import load_recipe
+from embedft.training.progress import ProgressETA
+
+def killed(self, args, state, control, **rest):
+    if state.global_step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ProgressETA.on_step_end = killed
+train(load_recipe(sys.argv[1]), store=AdapterStore(Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_killed_run_goes_on_to_the_same_adapter_and_only_under_the_same_recipe_data_and_threads(
+    quantization: str, make: Make, beir: str, tmp_path: Path
+) -> None:
+    import torch
+
+    given = make("mean", quantization=quantization, train={"epochs": 1, "checkpoint_every": 3}).model_dump(mode="json")
+    copied = shutil.copytree(beir, tmp_path / "data")
+    given["data"]["train"] = str(copied)
+    (tmp_path / "tiny.yaml").write_text(json.dumps(given))
+    recipe = load_recipe(tmp_path / "tiny.yaml")
+    assert isinstance(recipe, EmbeddingRecipe)
+    whole, broken = AdapterStore(tmp_path / "whole"), AdapterStore(tmp_path / "broken")
+    trained(recipe, whole)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    argv = [sys.executable, "-c", KILLED, str(tmp_path / "tiny.yaml"), str(broken.root)]
+    child = subprocess.run(argv, env=environment, capture_output=True, timeout=100, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
+    torch.set_num_threads(2)
+    with pytest.raises(ResumeRefused, match="the run's threads was 1, is now 2"):
+        trained(recipe, broken, resume=True)
+    torch.set_num_threads(1)
+    with pytest.raises(ResumeRefused, match=r"train\.lr was 0\.005, is now 0\.01"):
+        trained(recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": 0.01})}), broken, resume=True)
+    rows = (copied / "queries.jsonl").read_text()
+    (copied / "queries.jsonl").write_text(rows.replace('"text": "', '"text": "find ', 1))
+    with pytest.raises(ResumeRefused, match="the data changed"):
+        trained(recipe, broken, resume=True)
+    (copied / "queries.jsonl").write_text(rows)
+    trained(recipe, broken, resume=True)
+    one, other = weights(whole), weights(broken)
+    assert all(np.array_equal(one[name], other[name]) for name in one)
