@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from embedft.embedding.batches import BatchPlan
 from embedft.embedding.packed import PackedEncoder
@@ -144,6 +144,7 @@ class PackedTrainer(AdapterCheckpoints, Trainer):  # pyright: ignore[reportIncom
         self.plan, self.loss = plan, loss
         self.labels = None if labels is None else torch.tensor(labels)
         super().__init__(model=model, args=args, train_dataset=_Numbers(plan.rows))
+        self.add_callback(_Written(model))
         self.model_accepts_loss_kwargs = False  # so that accumulated gradients are means over all batches
 
     def get_train_dataloader(self) -> Any:
@@ -175,6 +176,16 @@ class PackedTrainer(AdapterCheckpoints, Trainer):  # pyright: ignore[reportIncom
                 feature["guide"] = self.model.base_vectors(column)
         labels = None if self.labels is None else self.labels[inputs["rows"]]
         return self.loss(features, labels)
+
+
+class _Written(TrainerCallback):
+    """The packed layers merge again when a parameter's version has changed, and bitsandbytes' optimizers write past that counter."""
+
+    def __init__(self, model: PackedModel) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        torch.autograd.graph.increment_version(self._parameters)
 
 
 class _Numbers(torch.utils.data.Dataset[int]):

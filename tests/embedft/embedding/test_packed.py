@@ -12,6 +12,8 @@ from embedft.embedding.packed import PackedEncoder, unpackable
 from embedft.encode import Encoder, EncodeSettings, TextPreparer, finish, pad, pool
 from embedft.methods import attach
 from embedft.recipe import EmbeddingAdapterSection
+from embedft.training.arguments import OPTIMIZERS
+from tests.embedft.embedding.runs import Make
 from tests.fixtures_embedding import text, tiny_decoder, tiny_encoder
 
 TEXTS = [text("document", i, i) + " " + text("query", 2 * i, i) * (i % 3) for i in range(8)] + [text("query", 3, 3)]
@@ -103,6 +105,32 @@ def test_an_optimizer_step_is_seen_and_so_is_the_adapter_being_off(root: Path) -
         assert torch.allclose(packed.encode(ids), torch.tensor(encoder.encode(TEXTS)), atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("method", "quantization", "optimizer"),
+    [("lora", "none", name) for name in OPTIMIZERS]
+    + [("qlora", "nf4", "adamw"), ("lora_plus", "none", "adamw_8bit"), ("lora_fa", "none", "adamw")],
+)
+def test_training_runs_on_what_each_optimizer_wrote(method: str, quantization: str, optimizer: str, make: Make, tmp_path: Path) -> None:
+    """bitsandbytes writes where autograd's version counter does not look."""
+    from embedft.embedding.data import load_data
+    from embedft.embedding.losses import LOSSES
+    from embedft.embedding.train import make_trainer, plan_for, settings_for
+
+    recipe = make(quantization=quantization, adapter={"method": method}, train={"max_steps": 2, "optimizer": optimizer})
+    examples, _ = load_data(recipe.data, recipe.eval, scored=False)
+    base = load_base(BaseSpec(recipe.base.model, quantization), task="embedding")
+    model, settings = attach(base, recipe.adapter, task="embedding"), settings_for(recipe, base)
+    plan = plan_for(examples, recipe, loss=LOSSES["mnrl"], model=model)
+    trainer = make_trainer(model, base, settings, examples, recipe, plan=plan, output=tmp_path)
+    trainer.train()
+    with torch.no_grad():
+        seen = trainer.model.encoder.encode(ids_of(base, settings))
+    encoder = Encoder(model, base.folder, settings)
+    assert torch.allclose(seen, torch.tensor(encoder.encode(TEXTS)), atol=2e-6)
+    with model.disable_adapter():
+        assert not torch.allclose(seen, torch.tensor(encoder.encode(TEXTS)), atol=1e-3)
+
+
 def packed_model(base: Base, model: Any, *, side: str = "both", rematerialize: int | None = None) -> PackedModel:
     settings = EncodeSettings("mean", True, 16)
     ids = ids_of(base, settings)
@@ -147,8 +175,8 @@ def test_documents_of_a_query_only_adapter_are_the_bases_and_are_encoded_once_a_
         plain = torch.tensor(encoder.encode(TEXTS))
     assert torch.allclose(vectors[1], plain[[1, 2, 1]], atol=2e-6)
     assert not torch.allclose(vectors[0], plain[[8, 8, 0]], atol=1e-3)
-    assert not vectors[1].requires_grad or vectors[1].grad_fn is not None
-    assert gradients(model, vectors[0])
+    assert any(gradient.any() for gradient in gradients(model, vectors[0]).values())
+    assert not any(gradient.any() for gradient in gradients(model, packed(columns_of(packed))[1]).values())
 
 
 def test_states_below_the_adapted_layers_may_lie_in_a_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
