@@ -144,16 +144,16 @@ def finish(vectors: "Tensor", settings: EncodeSettings) -> "Tensor":
 
 
 class _evaluating:
-    """The model in eval mode inside, in the mode it was in after."""
+    """The model in eval mode inside; after, each module in the mode that it was in: a trainer may train only some of them."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __enter__(self) -> None:
-        self.was_training = self.model.training
-        if self.was_training:
+        self.trained = [module for module in self.model.modules() if module.training] if self.model.training else []
+        if self.trained:
             self.model.eval()
 
     def __exit__(self, *_: object) -> None:
-        if self.was_training:
-            self.model.train()
+        for module in self.trained:
+            module.training = True

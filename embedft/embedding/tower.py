@@ -56,6 +56,7 @@ class Tower(InputModule):
         super().train(mode)
         if mode:
             self.model.eval()
+            self.model.training = True  # an evaluation between two steps looks here whether there is dropout to switch off
             for layer in self.model.modules():
                 if isinstance(layer, BaseTunerLayer):
                     for name, child in layer.named_children():  # pyright: ignore[reportAttributeAccessIssue]
