@@ -28,7 +28,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="embedft", summary="Many adapters over one frozen base, chosen per request with adapter=", redoc_url=None)
     responses: dict[int | str, dict[str, Any]] = {"default": {"description": "OpenAI's error envelope with a stable code"}}
 
-    async def started() -> None:
+    async def started(_: Request) -> None:
         if not gateway.started:
             raise NotReady("the server is starting: /ready says when it is done")
 

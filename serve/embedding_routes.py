@@ -13,6 +13,7 @@ from embedft.errors import InputInvalid
 from serve.admission import Budget, guessed
 from serve.body import read_body, unless_gone
 from serve.config import Limits
+from serve.direct import DirectRoute
 from serve.embedding import Preparers, Vectors, Way, embed, way_of
 from serve.gateway import Gateway
 from serve.openapi import described
@@ -24,7 +25,7 @@ Inputs = list[str] | list[list[int]]
 
 
 def embedding_routes(gateway: Gateway) -> APIRouter:
-    router, preparers = APIRouter(tags=["embeddings"]), Preparers()
+    router, preparers = APIRouter(tags=["embeddings"], route_class=DirectRoute), Preparers()
 
     @router.post("/v1/embeddings", **described(EmbeddingRequest, "Vectors of texts, by the base or an adapter, or one adapter an input"))
     async def embeddings(request: Request) -> Response:

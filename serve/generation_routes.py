@@ -1,9 +1,9 @@
 """/v1/chat/completions and /v1/completions: what the engine speaks passes through; `model` becomes the public name."""
 
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -14,6 +14,7 @@ from embedft.errors import EmbedftError, InputInvalid, TemplateMismatch
 from serve.admission import Ticket, guessed
 from serve.body import read_body, unless_gone
 from serve.config import Limits
+from serve.direct import DirectRoute
 from serve.engine import BASE
 from serve.errors import as_envelope
 from serve.gateway import Gateway
@@ -24,12 +25,15 @@ from serve.schemas import OURS, ChatRequest, CompletionRequest
 from serve.visible import visible
 
 DONE = b"[DONE]"
+# Events are not parsed but for the one with the usage. Inside a JSON string each quote has a backslash before it, so these match keys only.
+_MODEL = re.compile(rb'(?<!\\)"model"\s*:\s*"(?:[^"\\]|\\.)*"')
+_NO_CHOICES = re.compile(rb'(?<!\\)"choices"\s*:\s*\[\s*\]')
 SALTED = ("vllm", "fake")  # engines that keep prefixes from one request to the next
 DEFAULT_TOKENS = 256  # of an answer, where the request names no number
 
 
 def generation_routes(gateway: Gateway) -> APIRouter:
-    router = APIRouter(tags=["generation"])
+    router = APIRouter(tags=["generation"], route_class=DirectRoute)
 
     @router.post("/v1/chat/completions", **described(ChatRequest, "A chat's next turn, by the base or an adapter"))
     async def chat(request: Request) -> Response:
@@ -81,6 +85,8 @@ class Call:
         self.ticket, self.base = ticket, choice.engine.name
         self.adapter = ticket.adapter
         self.public = resident.name if resident else self.base
+        written = b'"model":' + to_json(self.public)
+        self._model: Callable[[re.Match[bytes]], bytes] = lambda _: written  # a function: in bytes a backslash would be an escape
         self.headers = {"x-embedft-adapter": resident.id if resident else BASE, "x-embedft-base": self.base}
 
     async def relabelled(self, events: AsyncIterator[bytes], *, usage_wanted: bool) -> AsyncIterator[bytes]:
@@ -94,14 +100,11 @@ class Call:
                 if payload == DONE:
                     yield b"data: [DONE]\n\n"
                     return
-                event: dict[str, Any] = from_json(payload)
-                if event.get("usage") and not event.get("choices"):
+                if _NO_CHOICES.search(payload) and (event := from_json(payload)).get("usage") and not event.get("choices"):
                     self.ticket.count(event["usage"])
                     if not usage_wanted:
                         continue
-                if "model" in event:
-                    event["model"] = self.public
-                yield b"data: " + to_json(event) + b"\n\n"
+                yield b"data: " + _MODEL.sub(self._model, payload, count=1) + b"\n\n"
             self.ticket.status = "error"
         except EmbedftError as error:
             self.ticket.status = "error"

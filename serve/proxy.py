@@ -9,42 +9,53 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 from pydantic_core import from_json, to_json
 
 from embedft.errors import AdapterInvalid, EngineBusy, EngineFailed
 from serve.errors import EngineRejected, NotReady
 
 LOAD_SECONDS = 300.0
+CONNECT_SECONDS = 5.0
+KEPT_SECONDS = 2.0  # engines close after 5
+UNLIMITED = aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS)
+FAILURES = (aiohttp.ClientError, OSError)  # a TimeoutError is an OSError
 _CODE = re.compile(r"[a-z][a-z0-9_]{2,63}")
 
 
 class EngineClient:
-    """Connections to the engine at `socket`. `name` is the base's, for messages."""
+    """Connections to the engine at `socket`. `name` is the base's, for messages. Use it from one event loop."""
 
     def __init__(self, name: str, socket: Path, key: str) -> None:
         self.name = name
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
-        self._http = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(socket), limits=limits),
-            base_url="http://engine",
-            headers={"authorization": f"Bearer {key}", "content-type": "application/json"},
-            timeout=httpx.Timeout(None, connect=5.0),
-        )
+        self._socket, self._key = str(socket), key
+        self._http: aiohttp.ClientSession | None = None
+
+    def _session(self) -> aiohttp.ClientSession:
+        if self._http is None:  # not before a loop runs
+            self._http = aiohttp.ClientSession(
+                "http://engine",
+                connector=aiohttp.UnixConnector(self._socket, limit=0, keepalive_timeout=KEPT_SECONDS),
+                headers={"authorization": f"Bearer {self._key}", "content-type": "application/json"},
+                timeout=UNLIMITED,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._http
 
     async def close(self) -> None:
-        await self._http.aclose()
+        if self._http is not None:
+            await self._http.close()
 
     async def healthy(self) -> bool:
         try:
-            return (await self._http.get("/health", timeout=5.0)).status_code == 200
-        except httpx.HTTPError:
+            async with self._session().get("/health", timeout=aiohttp.ClientTimeout(5.0)) as response:
+                return response.status == 200
+        except FAILURES:
             return False
 
     async def call(self, path: str, body: Mapping[str, Any], *, timeout: float | None = None) -> Any:
         """The parsed answer. Raises EngineRejected, EngineBusy, EngineFailed or NotReady."""
-        async with self._answer(path, body, timeout) as response:
-            return from_json(response.content)
+        return from_json(await self._answer(path, body, timeout))
 
     async def load(self, adapter: str, folder: Path) -> None:
         """Load an adapter folder as `adapter`. AdapterInvalid with the engine's reason where it will not take it."""
@@ -63,53 +74,49 @@ class EngineClient:
             return
 
     async def _done(self, path: str, body: Mapping[str, Any]) -> None:
-        async with self._answer(path, body, LOAD_SECONDS):
-            return
+        await self._answer(path, body, LOAD_SECONDS)
 
-    @asynccontextmanager
-    async def _answer(self, path: str, body: Mapping[str, Any], timeout: float | None) -> AsyncGenerator[httpx.Response]:
-        limit = httpx.Timeout(timeout, connect=5.0)
+    async def _answer(self, path: str, body: Mapping[str, Any], timeout: float | None) -> bytes:
+        limit = aiohttp.ClientTimeout(timeout, sock_connect=CONNECT_SECONDS)
         try:
-            response = await self._http.post(path, content=to_json(body), timeout=limit)
-        except httpx.TimeoutException:
+            async with self._session().post(path, data=to_json(body), timeout=limit) as response:
+                status, content = response.status, await response.read()
+        except TimeoutError:
             raise EngineFailed(f"the engine of base {self.name!r} did not answer in time") from None
-        except httpx.TransportError:
+        except FAILURES:
             raise NotReady(f"the engine of base {self.name!r} went away: try again shortly") from None
-        self._check(response)
-        yield response
+        self._check(status, content)
+        return content
 
     @asynccontextmanager
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[bytes]]:
         """The answer's server-sent events (`data: ` cut off). Leaving the block cancels what runs upstream."""
-        request = self._http.build_request("POST", path, content=to_json(body))
         try:
-            response = await self._http.send(request, stream=True)
-        except httpx.TransportError:
+            response = await self._session().post(path, data=to_json(body), timeout=UNLIMITED)
+        except FAILURES:
             raise NotReady(f"the engine of base {self.name!r} went away: try again shortly") from None
         try:
-            if response.status_code != 200:
-                await response.aread()
-                self._check(response)
+            if response.status != 200:
+                self._check(response.status, await response.read())
             yield self._events(response)
         finally:
-            await response.aclose()
+            response.close()  # the connection with it, unless all was read
 
-    async def _events(self, response: httpx.Response) -> AsyncIterator[bytes]:
+    async def _events(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         rest = b""
         try:
-            async for chunk in response.aiter_raw():
+            async for chunk in response.content.iter_any():
                 *lines, rest = (rest + chunk).split(b"\n")  # bytes: a str would also split at U+2028 inside JSON
                 for line in lines:
                     if line.startswith(b"data:"):
                         yield line[5:].strip()
-        except httpx.TransportError:
+        except FAILURES:
             raise NotReady(f"the engine of base {self.name!r} went away in mid-answer") from None
 
-    def _check(self, response: httpx.Response) -> None:
-        status = response.status_code
+    def _check(self, status: int, content: bytes) -> None:
         if status == 200:
             return
-        message, code, param = _reason(response.content)
+        message, code, param = _reason(content)
         if status == 404:
             raise EngineBusy(f"the engine of base {self.name!r} lacks what was asked of it: {message}")
         if status in (400, 413, 422):

@@ -15,6 +15,7 @@ from pydantic_core import to_json
 from embedft.errors import InputInvalid
 from serve.admission import guessed
 from serve.body import read_body, unless_gone
+from serve.direct import DirectRoute
 from serve.embedding import Preparers, embed, unit, way_of
 from serve.embedding_routes import check_size, together
 from serve.engine import BASE, Engine
@@ -26,7 +27,7 @@ from serve.visible import Visible, visible
 
 
 def rerank_routes(gateway: Gateway) -> APIRouter:
-    router, preparers = APIRouter(tags=["embeddings"]), Preparers()
+    router, preparers = APIRouter(tags=["embeddings"], route_class=DirectRoute), Preparers()
 
     async def rerank(request: Request) -> Response:
         body = await read_body(request, RerankRequest, limit=gateway.config.limits.body_bytes)

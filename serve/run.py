@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Generator
+from typing import Any
 
 import uvicorn
 
@@ -18,7 +19,8 @@ from serve.gateway import Gateway
 
 def run(config: ServerConfig) -> int:
     """Serve until a signal; returns the exit status. What a failing engine raised is raised again after all have ended."""
-    return asyncio.run(_run(config))
+    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:  # uvloop's, where that is installed
+        return runner.run(_run(config))
 
 
 class _Server(uvicorn.Server):
@@ -33,7 +35,8 @@ async def _run(config: ServerConfig) -> int:
     listening = _listen(config)
     port = listening.getsockname()[1]
     gateway = Gateway(config)
-    server = _Server(uvicorn.Config(create_app(gateway), log_level="warning", access_log=False, server_header=False, lifespan="off"))
+    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False, "proxy_headers": False}
+    server = _Server(uvicorn.Config(create_app(gateway), lifespan="off", **quiet))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.handle_exit, number, None)
