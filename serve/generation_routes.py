@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 from fastapi import APIRouter, Request, Response
@@ -85,8 +85,6 @@ class Call:
         self.ticket, self.base = ticket, choice.engine.name
         self.adapter = ticket.adapter
         self.public = resident.name if resident else self.base
-        written = b'"model":' + to_json(self.public)
-        self._model: Callable[[re.Match[bytes]], bytes] = lambda _: written  # a function: in bytes a backslash would be an escape
         self.headers = {"x-embedft-adapter": resident.id if resident else BASE, "x-embedft-base": self.base}
 
     async def relabelled(self, events: AsyncIterator[bytes], *, usage_wanted: bool) -> AsyncIterator[bytes]:
@@ -100,15 +98,25 @@ class Call:
                 if payload == DONE:
                     yield b"data: [DONE]\n\n"
                     return
-                if _NO_CHOICES.search(payload) and (event := from_json(payload)).get("usage") and not event.get("choices"):
+                if without_choices(payload) and (event := from_json(payload)).get("usage") and not event.get("choices"):
                     self.ticket.count(event["usage"])
                     if not usage_wanted:
                         continue
-                yield b"data: " + _MODEL.sub(self._model, payload, count=1) + b"\n\n"
+                yield b"data: " + renamed(payload, self.public) + b"\n\n"
             self.ticket.status = "error"
         except EmbedftError as error:
             self.ticket.status = "error"
             yield b"data: " + to_json(as_envelope(error)) + b"\n\n"
+
+
+def renamed(payload: bytes, public: str) -> bytes:
+    """An event's JSON under another `model`; all else as it was, byte for byte."""
+    return _MODEL.sub(lambda _: b'"model":' + to_json(public), payload, count=1)
+
+
+def without_choices(payload: bytes) -> bool:
+    """Whether an event's JSON has an empty list of choices, as the one with the usage has."""
+    return _NO_CHOICES.search(payload) is not None
 
 
 class OwnedStream(StreamingResponse):

@@ -7,8 +7,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serve.engines.fake import text
+from serve.generation_routes import renamed, without_choices
 from tests.serve.test_choice import expected
 from tests.serve.world import Server, World, put_adapter, wait_for
 
@@ -50,6 +53,33 @@ def test_a_stream_passes_through_under_the_public_name(shared: Server, shared_wo
     assert len(events) == (4 if usage else 3)
     assert bool(events[-1].get("usage")) is usage
     assert events[0]["choices"][0]["delta"]["content"] == text(engine_id(shared_world, "s"), MESSAGES)
+
+
+NASTY = [
+    '"model":"x"',
+    "\\",
+    '\\"model": "y"',
+    '"choices":[]',
+    '\\\\"choices": []',
+    "\u2028é",
+    '{"model":"z","choices":[]}',
+    '",\\"model\\":"',
+]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    said=st.text() | st.sampled_from(NASTY) | st.lists(st.sampled_from(NASTY)).map("".join),
+    public=st.text(min_size=1) | st.sampled_from(NASTY),
+    empty=st.booleans(),
+)
+def test_an_event_gets_its_public_name_whatever_is_said_in_it(said: str, public: str, empty: bool) -> None:
+    choice = {"index": 0, "delta": {"content": said}, "logprobs": {"content": [{"token": said}]}}
+    event = {"id": said, "object": "chat.completion.chunk", "model": f"s@{said}", "choices": [] if empty else [choice]}
+    for written in (json.dumps(event), json.dumps(event, ensure_ascii=False), json.dumps(event, separators=(",", ":"))):
+        payload = written.encode("utf-8", "replace")
+        assert json.loads(renamed(payload, public)) == {**json.loads(payload), "model": public}
+        assert without_choices(payload) is empty
 
 
 def test_streams_are_counted_though_nobody_asked_for_usage(shared: Server) -> None:
