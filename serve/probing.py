@@ -1,6 +1,6 @@
 """An adapter's probes through the live engine: base, adapter, base again in one run, held against what the trainer recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedft.adapters.probes import Probe, ProbeReport, compare, read_probes
-from embedft.errors import AdapterInvalid, EngineFailed
+from embedft.errors import AdapterInvalid, EngineFailed, ProbesFailed
 from serve.engine import BASE, Engine
 from serve.errors import EngineRejected
 
@@ -17,16 +17,26 @@ PROBE_SECONDS = 300.0
 
 
 async def probe(engine: Engine, adapter: str, folder: Path) -> ProbeReport:
-    """Replay the probes of the adapter in `folder`, which the engine holds as `adapter`. AdapterInvalid if they cannot be run."""
+    """Replay the probes of the adapter in `folder`, which the engine holds as `adapter`. AdapterInvalid or ProbesFailed if they cannot be run."""
     recorded = read_probes(folder)
     ask = _vectors if engine.config.task == "embedding" else _log_probabilities
     try:
         base = await ask(engine, BASE, recorded.probes)
-        adapted = await ask(engine, adapter, recorded.probes)
+        adapted = await _of_adapter(ask, engine, adapter, recorded.probes)
         again = await ask(engine, BASE, recorded.probes)
     except EngineRejected as error:
         raise AdapterInvalid(adapter.partition("@")[0], f"the engine cannot run its probes: {error}") from None
     return compare(recorded, base=base, adapted=adapted, base_again=again)
+
+
+async def _of_adapter(
+    ask: Callable[[Engine, str, Sequence[Probe]], Awaitable[Outputs]], engine: Engine, adapter: str, probes: Any
+) -> Outputs:
+    """The engine has just answered for its base: where it fails now, that is the adapter's doing."""
+    try:
+        return await ask(engine, adapter, probes)
+    except EngineFailed as error:
+        raise ProbesFailed(adapter.partition("@")[0], f"the engine fails at them: {error}") from None
 
 
 async def _vectors(engine: Engine, model: str, probes: Sequence[Probe]) -> Outputs:

@@ -3,7 +3,9 @@
 Knows vLLM's HTTP and nothing of names, generations or tenants.
 """
 
+import asyncio
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,11 +18,16 @@ from embedft.errors import AdapterInvalid, EngineBusy, EngineFailed
 from serve.errors import EngineRejected, NotReady
 
 LOAD_SECONDS = 300.0
+UNLOAD_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 KEPT_SECONDS = 2.0  # engines close after 5
 UNLIMITED = aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS)
 FAILURES = (aiohttp.ClientError, OSError)  # a TimeoutError is an OSError
 _CODE = re.compile(r"[a-z][a-z0-9_]{2,63}")
+
+
+class EngineLacks(EngineBusy):
+    """It does not have what the request names: an adapter that is on its way out, or in."""
 
 
 class EngineClient:
@@ -67,11 +74,23 @@ class EngineClient:
             raise AdapterInvalid(adapter.partition("@")[0], f"the engine refused it: {error}") from None
 
     async def unload(self, adapter: str) -> None:
-        """Unload; an adapter that is not loaded is no error."""
-        try:
-            await self._done("/v1/unload_lora_adapter", {"lora_name": adapter})
-        except (EngineRejected, EngineBusy):
-            return
+        """Unload; an adapter that is not loaded is no error. One that still works for a client who has gone is waited for.
+
+        Raises EngineBusy where that takes longer than UNLOAD_SECONDS.
+        """
+        until = time.monotonic() + UNLOAD_SECONDS
+        while True:
+            try:
+                await self._done("/v1/unload_lora_adapter", {"lora_name": adapter})
+                return
+            except (EngineRejected, EngineLacks):
+                return
+            except NotReady:
+                raise
+            except EngineBusy:
+                if time.monotonic() > until:
+                    raise
+                await asyncio.sleep(0.05)
 
     async def _done(self, path: str, body: Mapping[str, Any]) -> None:
         await self._answer(path, body, LOAD_SECONDS)
@@ -118,7 +137,7 @@ class EngineClient:
             return
         message, code, param = _reason(content)
         if status == 404:
-            raise EngineBusy(f"the engine of base {self.name!r} lacks what was asked of it: {message}")
+            raise EngineLacks(f"the engine of base {self.name!r} lacks what was asked of it: {message}")
         if status in (400, 413, 422):
             raise EngineRejected(message, code=code, param=param)
         if status in (429, 503):

@@ -23,6 +23,8 @@ START_SECONDS = 400
 class EngineProcess:
     client: httpx.Client
     process: "subprocess.Popen[bytes]"
+    socket: Path
+    key: str
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(path, json=body)
@@ -61,7 +63,7 @@ def engine(kind: EngineKind, folder: Path, task: Any, **settings: Any) -> Iterat
         with httpx.Client(transport=transport, base_url="http://engine", headers=headers, timeout=200) as client:
             try:
                 _wait(client, process, log)
-                yield EngineProcess(client, process)
+                yield EngineProcess(client, process, socket, env[KEY])
             finally:
                 process.terminate()
                 try:

@@ -1,5 +1,6 @@
 """The peft engine as a process: mixed batches equal solo answers, sequences come and go, and it says no to what it cannot do."""
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from embedft.encode import Encoder, EncodeSettings
 from embedft.model_folder import describe
 from embedft.quantize import quantize
+from serve.proxy import EngineClient
 from tests.fixtures_embedding import text, tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import (
@@ -103,6 +106,38 @@ def test_a_client_that_hangs_up_frees_its_place(server: EngineProcess, adapters:
     server.load("a", adapters["a"])
 
 
+def test_an_unload_waits_for_what_nobody_reads_any_more(server: EngineProcess, adapters: dict[str, Path]) -> None:
+    long = events(server, "/v1/completions", model="a", prompt=PROMPTS[0], max_tokens=LONG, temperature=0, ignore_eos=True)
+    next(long)
+
+    async def unload() -> None:
+        client = EngineClient("base", server.socket, server.key)
+        going = asyncio.create_task(client.unload("a"))
+        await asyncio.sleep(0.3)
+        assert not going.done()
+        await asyncio.to_thread(long.close)
+        await going
+        await client.close()
+
+    asyncio.run(unload())
+    server.load("a", adapters["a"])
+
+
+def test_an_adapter_that_is_not_finite_fails_alone(server: EngineProcess, adapters: dict[str, Path], tmp_path: Path) -> None:
+    tensors = load_file(adapters["a"] / "adapter_model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((adapters["a"] / "adapter_config.json").read_text())
+    server.load("nan", tmp_path)
+    before = server.complete("b", PROMPTS[1], max_tokens=40)["token_ids"]
+    with ThreadPoolExecutor(2) as pool:
+        beside = pool.submit(server.complete, "b", PROMPTS[1], max_tokens=40)
+        for temperature in (0, 1):
+            answer = server.post("/v1/completions", model="nan", prompt=PROMPTS[0], max_tokens=3, temperature=temperature)
+            assert (answer.status_code, code(answer)) == (500, "engine_failed")
+        assert beside.result()["token_ids"] == before
+    assert server.post("/v1/unload_lora_adapter", lora_name="nan").status_code == 200
+
+
 def test_a_stream_says_what_the_whole_answer_says(server: EngineProcess) -> None:
     messages = [{"role": "user", "content": "number 3: what does red mean?"}]
     body = {"model": "b", "messages": messages, "max_tokens": 20, "temperature": 0, "ignore_eos": True}
@@ -174,8 +209,6 @@ def test_without_the_key_only_health_answers(server: EngineProcess) -> None:
 def test_a_damaged_adapter_is_refused_and_leaves_the_rest_as_it_was(
     server: EngineProcess, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     before = server.complete("b", PROMPTS[1])["token_ids"]
     tensors = load_file(adapters["a"] / "adapter_model.safetensors")
     del tensors[sorted(tensors)[0]]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_ROWS = 32
+NOT_FINITE = "the model's outputs are not finite with this adapter"
 PREFILL_TOKENS = 4096  # of one forward pass, padding included: bounds how long running rows wait for new ones
 
 
@@ -173,11 +174,9 @@ class Batch:
 
         if row.generator is None and row.sampling.seed is not None:
             row.generator = torch.Generator().manual_seed(row.sampling.seed)
-        scores, complete = penalised(logits, row.sampling, prompt=row.prompt, tokens=row.tokens), False
         try:
-            token = choose(row.structure.masked(scores) if row.structure else scores, row.sampling, row.generator)
-            complete = row.structure is not None and row.structure.take(token)
-        except EngineFailed as error:  # a grammar that grew too large ends its own row only
+            token, complete = self._choose(row, logits)
+        except EngineFailed as error:  # it ends this row only
             row.done = True
             row.emit(Step(None, finish="error", error=error))
             return
@@ -190,6 +189,17 @@ class Batch:
             finish = "length"
         row.done = finish is not None
         row.emit(Step(token, None if count is None else token_logprobs(logits, token, count), prompt, finish))
+
+    @staticmethod
+    def _choose(row: Row, logits: "Tensor") -> tuple[int, bool]:
+        """(token, whether the row's structure is complete with it). EngineFailed: weights that are not finite, a grammar grown too large."""
+        if logits.isnan().any():
+            raise EngineFailed(NOT_FINITE)
+        scores = penalised(logits, row.sampling, prompt=row.prompt, tokens=row.tokens)
+        if row.structure is None:
+            return choose(scores, row.sampling, row.generator), False
+        token = choose(row.structure.masked(scores), row.sampling, row.generator)
+        return token, row.structure.take(token)
 
     def _join(self, rows: list[Row], cache: Any, mask: "Tensor") -> None:
         """Put the new rows' cache under the running one's, both padded on the left to the longer."""

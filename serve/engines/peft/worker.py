@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.errors import AdapterError, EngineBusy, EngineFailed
 from serve.engines.peft.bank import AdapterBank, Group, read
-from serve.engines.peft.batch import Batch, Row, Step
+from serve.engines.peft.batch import NOT_FINITE, Batch, Row, Step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,6 +166,8 @@ class Worker:
             self._embed_group(group, members)
 
     def _embed_group(self, group: Group, requests: list[_Embed]) -> None:
+        import numpy as np
+
         assert self.encoder is not None
         ids = [row for request in requests for row in request.ids]
         adapters = [request.adapter for request in requests for _ in request.ids]
@@ -179,5 +181,6 @@ class Worker:
             return
         start = 0
         for request in requests:
-            request.done(vectors[start : start + len(request.ids)])
+            own = vectors[start : start + len(request.ids)]
+            request.done(own if np.isfinite(own).all() else EngineFailed(NOT_FINITE))
             start += len(request.ids)
