@@ -17,7 +17,10 @@ PROBE_SECONDS = 300.0
 
 
 async def probe(engine: Engine, adapter: str, folder: Path) -> ProbeReport:
-    """Replay the probes of the adapter in `folder`, which the engine holds as `adapter`. AdapterInvalid or ProbesFailed if they cannot be run."""
+    """Replay the probes of the adapter in `folder`, which the engine holds as `adapter`.
+
+    Raises AdapterInvalid or ProbesFailed if they cannot be run.
+    """
     recorded = read_probes(folder)
     ask = _vectors if engine.config.task == "embedding" else _log_probabilities
     try:
@@ -29,9 +32,10 @@ async def probe(engine: Engine, adapter: str, folder: Path) -> ProbeReport:
     return compare(recorded, base=base, adapted=adapted, base_again=again)
 
 
-async def _of_adapter(
-    ask: Callable[[Engine, str, Sequence[Probe]], Awaitable[Outputs]], engine: Engine, adapter: str, probes: Any
-) -> Outputs:
+Ask = Callable[[Engine, str, Sequence[Probe]], Awaitable[Outputs]]
+
+
+async def _of_adapter(ask: Ask, engine: Engine, adapter: str, probes: Sequence[Probe]) -> Outputs:
     """The engine has just answered for its base: where it fails now, that is the adapter's doing."""
     try:
         return await ask(engine, adapter, probes)

@@ -192,7 +192,7 @@ class Batch:
 
     @staticmethod
     def _choose(row: Row, logits: "Tensor") -> tuple[int, bool]:
-        """(token, whether the row's structure is complete with it). EngineFailed: weights that are not finite, a grammar grown too large."""
+        """(token, whether the row's structure is complete with it). EngineFailed: weights not finite, a grammar too large."""
         if logits.isnan().any():
             raise EngineFailed(NOT_FINITE)
         scores = penalised(logits, row.sampling, prompt=row.prompt, tokens=row.tokens)
