@@ -13,33 +13,27 @@ OPEN = {"/health", "/ready"}
 STREAMED = {"/v1/chat/completions", "/v1/completions", "/v1/rag/{index}/query"}
 RERANK = ("/v1/rerank", "/v2/rerank", "/rerank")
 BY_ADAPTER = {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/embed", *RERANK}
-ANSWERS: dict[tuple[str, str], type[BaseModel] | str] = {  # a media type: a text, or JSON vectors
-    ("get", "/health"): answers.Health,
-    ("get", "/ready"): answers.Readiness,
-    ("get", "/metrics"): "text/plain",
-    ("get", "/v1/models"): answers.ModelList,
-    ("get", "/v1/models/{model}"): answers.Model,
-    ("post", "/v1/chat/completions"): answers.Generated,
-    ("post", "/v1/completions"): answers.Generated,
-    ("post", "/v1/embeddings"): answers.EmbeddingList,
-    ("post", "/embed"): "application/json",
-    **{("post", path): answers.RankedList for path in RERANK},
-    ("get", "/v1/adapters"): answers.AdapterList,
-    ("get", "/v1/adapters/{name}"): answers.AdapterShown,
-    ("put", "/v1/adapters/{name}"): answers.AdapterShown,
-    ("delete", "/v1/adapters/{name}"): answers.AdapterShown,
-    ("post", "/v1/adapters/{name}/verify"): answers.Verified,
-    ("get", "/v1/aliases"): answers.AliasList,
-    ("put", "/v1/aliases/{name}"): answers.AliasShown,
-    ("delete", "/v1/aliases/{name}"): answers.AliasShown,
-    ("post", "/v1/load_lora_adapter"): "text/plain",
-    ("post", "/v1/unload_lora_adapter"): "text/plain",
-    ("get", "/v1/rag"): answers.Rows,
-    ("get", "/v1/rag/{index}"): answers.Shown,
-    ("put", "/v1/rag/{index}"): answers.Shown,
-    ("delete", "/v1/rag/{index}"): answers.Shown,
-    ("post", "/v1/rag/{index}/query"): answers.Shown,
+_BY_PATH: dict[str, dict[str, type[BaseModel] | str]] = {  # a text is a media type: a text, or JSON vectors
+    "/health": {"get": answers.Health},
+    "/ready": {"get": answers.Readiness},
+    "/metrics": {"get": "text/plain"},
+    "/v1/models": {"get": answers.ModelList},
+    "/v1/models/{model}": {"get": answers.Model},
+    **{path: {"post": answers.Generated} for path in ("/v1/chat/completions", "/v1/completions")},
+    "/v1/embeddings": {"post": answers.EmbeddingList},
+    "/embed": {"post": "application/json"},
+    **{path: {"post": answers.RankedList} for path in RERANK},
+    "/v1/adapters": {"get": answers.AdapterList},
+    "/v1/adapters/{name}": dict.fromkeys(("get", "put", "delete"), answers.AdapterShown),
+    "/v1/adapters/{name}/verify": {"post": answers.Verified},
+    "/v1/aliases": {"get": answers.AliasList},
+    "/v1/aliases/{name}": dict.fromkeys(("put", "delete"), answers.AliasShown),
+    **{path: {"post": "text/plain"} for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")},
+    "/v1/rag": {"get": answers.Rows},
+    "/v1/rag/{index}": dict.fromkeys(("get", "put", "delete"), answers.Shown),
+    "/v1/rag/{index}/query": {"post": answers.Shown},
 }
+ANSWERS = {(method, path): answer for path, methods in _BY_PATH.items() for method, answer in methods.items()}
 _VECTORS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
 _NAMING = [
     {"name": "adapter", "in": "query", "required": False, "schema": {"type": "string", "minLength": 1}},

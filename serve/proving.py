@@ -15,8 +15,8 @@ from typing import Any
 
 from embedft.adapters.passport import CONFIG, WEIGHTS, BaseIdentity, Passport, read_passport
 from embedft.adapters.store import AdapterStore, check_folder
+from embedft.adapters.transfer import check_weights
 from embedft.errors import AdapterInvalid, EmbedftError, UsageError
-from embedft.files import HeaderInvalid, tensor_table
 
 
 def main(path: Path) -> int:
@@ -91,14 +91,7 @@ def import_unproven(store: AdapterStore, source: Path, *, name: str, base: str, 
 def strip(stage: Path, name: str) -> None:
     """Keep PEFT's two files, after a look at them, and nothing else."""
     check_folder(stage, name)
-    for required in (CONFIG, WEIGHTS):
-        if not (stage / required).is_file():
-            raise AdapterInvalid(name, f"its folder lacks {required}")
-    try:
-        if not tensor_table(stage / WEIGHTS):
-            raise AdapterInvalid(name, f"{WEIGHTS} holds no tensors")
-    except HeaderInvalid as error:
-        raise AdapterInvalid(name, str(error)) from None
+    check_weights(stage, name)
     for path in stage.iterdir():
         if path.name not in (CONFIG, WEIGHTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

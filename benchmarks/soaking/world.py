@@ -1,13 +1,14 @@
 """What a soak runs over: two bases, many adapters far apart from one another, and what each of them answers alone."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedft.adapters.store import AdapterStore
-from embedft.base import BaseSpec, load_base, load_model
+from embedft.base import Base, BaseSpec, load_base
+from serve.engines.peft.sharing import sharing_copy
 from serve.proving import run as prove
 
 TEXTS = ["sort a list in place", "x", "read a file line by line", "the committee met on Tuesday and put off its decision"]
@@ -41,6 +42,7 @@ class World:
 def make_world(folder: Path, *, embedding: Path, language: Path, count: int, scale: float = 0.1) -> World:
     """`count` adapters over two bases, half each."""
     bases = {"texts": embedding, "words": language}
+    loaded = {name: load_base(BaseSpec(str(base)), task=TASKS[name]) for name, base in bases.items()}
     world = World(folder, AdapterStore(folder / "adapters"), bases, {name: [] for name in bases})
     for number in range(count):
         base = ("texts", "words")[number % 2]
@@ -48,15 +50,15 @@ def make_world(folder: Path, *, embedding: Path, language: Path, count: int, sca
         world.names[base].append(name)
         for turn in range(2 if number < 2 else 1):
             with world.store.stage() as stage:
-                random_lora(stage, bases[base], TASKS[base], seed=1000 * turn + number, scale=scale)
+                random_lora(stage, loaded[base], TASKS[base], seed=1000 * turn + number, scale=scale)
                 prove({"kind": "import", "folder": str(stage), "base": str(bases[base]), "task": TASKS[base], "name": name, "model": base})
                 world.generations.setdefault(name, []).append(world.store.put(stage, name))
     for base in bases:
-        _answer_alone(world, base)
+        _answer_alone(world, base, loaded[base].model)
     return world
 
 
-def random_lora(folder: Path, base: Path, task: Any, *, seed: int, scale: float) -> None:
+def random_lora(folder: Path, base: Base, task: Any, *, seed: int, scale: float) -> None:
     """A LoRA that changes much, as a trainer saves it."""
     import torch
 
@@ -64,23 +66,21 @@ def random_lora(folder: Path, base: Path, task: Any, *, seed: int, scale: float)
     from embedft.recipe import AdapterSection
 
     torch.manual_seed(seed)
-    model = attach(load_base(BaseSpec(str(base)), task=task), AdapterSection(r=8, alpha=16), task=task)
+    model = attach(replace(base, model=sharing_copy(base.model)), AdapterSection(r=8, alpha=16), task=task)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(std=scale)
     save_weights(model, folder, base_name="soak")
 
 
-def _answer_alone(world: World, base: str) -> None:
+def _answer_alone(world: World, base: str, bare: Any) -> None:
     from embedft.methods import load_adapter
 
     folder = world.bases[base]
     own = [identity for name in world.names[base] for identity in world.generations[name]]
     world.solo[base] = {}
     for identity in ["base", *own]:
-        model: Any = load_model(folder, task=TASKS[base])
-        if identity != "base":
-            model = load_adapter(model, world.store.folder(identity))
+        model = bare if identity == "base" else load_adapter(sharing_copy(bare), world.store.folder(identity))
         alone = _vectors(model, folder) if base == "texts" else [_greedy(model, prompt) for prompt in PROMPTS]
         world.solo[base][identity] = alone
 

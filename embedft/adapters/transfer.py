@@ -87,6 +87,11 @@ def check_contents(folder: Path, name: str) -> None:
     """A passport, PEFT's two files and readable tensors: what any adapter must have before an engine hears of it."""
     check_folder(folder, name)
     read_passport(folder, name=name)
+    check_weights(folder, name)
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """PEFT's two files, with tensors that can be read. AdapterInvalid."""
     for required in (CONFIG, WEIGHTS):
         if not (folder / required).is_file():
             raise AdapterInvalid(name, f"its folder lacks {required}")
