@@ -186,7 +186,11 @@ class Lifecycle:
             return resident.report
 
     async def populate(self, engine: Engine) -> None:
-        """A fresh engine process: load what belongs in it. The first time that is the store's, later what was serving."""
+        """A fresh engine process: load what belongs in it. The first time that is the store's, later what was serving.
+
+        With fewer slots than adapters: the pinned, those that requests wait with, the last used. Nothing makes room for another here,
+        since a request that holds a slot may itself be waiting for the engine.
+        """
         if engine.name not in self._populated:
             await self._from_store(engine)
             self._populated.add(engine.name)
@@ -195,10 +199,12 @@ class Lifecycle:
         slots.all_went()
         for resident in [held for held in self._held.values() if held.engine is engine and (held.retired or held.earlier)]:
             del self._held[resident.id]
-        for resident in [held for held in self.live.values() if held.engine is engine]:
+        serving = [held for held in self.live.values() if held.engine is engine]
+        for resident in sorted(serving, key=lambda held: (not held.pinned, not held.leases, -held.used)):
             try:
                 async with engine.lock:
-                    await slots.make_room(self._evict)
+                    if slots.full:
+                        return
                     await self._install(resident)
                     slots.came(resident)
             except (AdapterInvalid, MethodUnsupported, ProbesFailed) as error:

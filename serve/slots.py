@@ -91,11 +91,15 @@ class Slots:
         for seat in list(self.loaded):
             self.went(seat)
 
+    @property
+    def full(self) -> bool:
+        return self.size is not None and len(self.loaded) >= self.size
+
     async def make_room(self, unload: Unload) -> None:
         """Evict until one slot is free. The engine's lock must be held. SlotsPinned where only pinned ones are there."""
         chosen: Seat | None = None
         try:
-            while self.size is not None and len(self.loaded) >= self.size:
+            while self.full:
                 loose = [seat for seat in self.loaded if not seat.pinned]
                 if not loose:
                     raise SlotsPinned(f"all {self.size} slots hold pinned adapters: unpin one, or raise `slots` of the base")
