@@ -6,9 +6,10 @@ step, the old one drains and is unloaded. A refusal leaves what was serving unto
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,10 @@ class Resident(Seat):
         return f"{self.name}@{self.generation[:12]}"
 
 
+class _Superseded(Exception):
+    """Another resident stands for what was asked."""
+
+
 class Lifecycle:
     """All adapters over all engines. A name changes under that name's lock; the switch itself has no await in it."""
 
@@ -72,8 +77,13 @@ class Lifecycle:
 
         Raises AdapterNotFound, AdapterUnavailable, SlotsPinned, NotReady.
         """
-        resident = self.get(name)
-        async with self.slots_of(resident.engine).held(resident, load=lambda: self._reload(resident), unload=self._evict):
+        async with AsyncExitStack() as stack:
+            while True:
+                resident = self.get(name)
+                held = self.slots_of(resident.engine).held(resident, load=functools.partial(self._reload, resident), unload=self._evict)
+                with contextlib.suppress(_Superseded):
+                    await stack.enter_async_context(held)
+                    break
             yield resident
         if resident.earlier:
             self._trim(resident.engine)
@@ -122,7 +132,12 @@ class Lifecycle:
             await seat.engine.client.unload(seat.id)
 
     async def _reload(self, resident: Resident) -> None:
-        """Into a slot of the running engine. Probed unless it was before and its files are the same. The engine's lock is held."""
+        """Into a slot of the running engine. Probed unless it was before and its files are the same. The engine's lock is held.
+
+        Raises _Superseded where it has drained while the request waited: then nobody would ever unload it.
+        """
+        if self._held.get(resident.id) is not resident:
+            raise _Superseded
         resident.engine.supervisor.require_ready()
         try:
             if resident.proven is not None and resident.proven == _state(resident.folder):

@@ -134,6 +134,8 @@ class FakeEngine:
         return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in ("base", *self.adapters)]})
 
     async def load(self, body: dict[str, Any]) -> Response:
+        if body["lora_name"] in self.adapters:
+            return _error(400, f"adapter {body['lora_name']} is already loaded")
         try:
             self.adapters[body["lora_name"]] = load(Path(body["lora_path"]))
         except (EmbedftError, OSError, ValueError) as error:
