@@ -220,6 +220,8 @@ class Lifecycle:
                 async with engine.lock:
                     if slots.full:
                         return
+                    if self.live.get(resident.name) is not resident or resident.loaded:  # replaced, or loaded, while this waited
+                        continue
                     await self._install(resident)
                     slots.came(resident)
             except (AdapterInvalid, MethodUnsupported, ProbesFailed) as error:
@@ -267,6 +269,8 @@ class Lifecycle:
         resident = Resident(name, found.generation, found.folder, passport, engine, pinned=pin)
         slots = self.slots_of(engine)
         async with engine.lock:
+            if not starting:
+                engine.supervisor.require_ready()  # it may have died while this waited: then what belongs in it is loaded first
             held = self._held.get(resident.id)
             if held and held.loaded:  # draining, or asked for by its generation: take it back
                 held.report = await probe(engine, held.id, held.folder)
