@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each worker: two pools t
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-LONGEST = ("test_line.py", "test_readme.py", "test_engine_vllm.py", "test_kinds_of_base.py")
+LONGEST = ("test_line.py", "test_readme.py", "test_engine_vllm.py", "test_soak.py", "test_kinds_of_base.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
