@@ -46,7 +46,9 @@ class BatchPlan:
         yield from self.of_epoch(self.epoch)
 
     def of_epoch(self, epoch: int) -> list[list[int]]:
-        return self._plan(epoch)[: self._count]
+        """As many batches as `len` says: an order that fits worse gives fewer, and the first of them come twice."""
+        batches = self._plan(epoch) or self._plan(0)
+        return [batches[number % len(batches)] for number in range(self._count)]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """Full batches in random order, then those that the last rows fill only in part; a batch of one teaches nothing."""

@@ -16,12 +16,12 @@ EVERY = 8  # so many of the standard library's files are read: enough functions,
 
 
 def forgetting(
-    model: Any, folder: Path, settings: EncodeSettings, guard: GuardSection, *, side: str, metric: str, batch_size: int
+    model: Any, folder: Path, settings: EncodeSettings, guard: GuardSection, *, data: RetrievalSet, side: str, metric: str, batch_size: int
 ) -> dict[str, Any]:
-    """Base and adapter on the general set. `held`: the fall is beyond the bound."""
+    """Base and adapter on `data`, the guard's general set. `held`: the fall is beyond the bound."""
     from embedft.training.statistics import paired_bootstrap
 
-    results = compare_towers(model, folder, settings, general_set(guard), side=side, batch_size=batch_size).results
+    results = compare_towers(model, folder, settings, data, side=side, batch_size=batch_size).results
     base, adapter = (results[name].per_query[metric] for name in ("base", "adapter"))
     return {
         "data": guard.data if guard.data == "pydocs" else Path(guard.data).name,

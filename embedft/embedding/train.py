@@ -10,7 +10,7 @@ from embedft.base import Base, BaseSpec, load_base
 from embedft.embedding.batches import WINDOW, BatchPlan
 from embedft.embedding.data import Examples, RetrievalSet, data_hash, load_data, split_dev
 from embedft.embedding.evaluate import compare_towers, evaluate_retrieval
-from embedft.embedding.guard import forgetting
+from embedft.embedding.guard import forgetting, general_set
 from embedft.embedding.losses import Loss, loss_named
 from embedft.embedding.proof import comparison, per_query
 from embedft.embedding.start import start_batches
@@ -48,12 +48,16 @@ def train(
     from embedft.training.publish import Published, publish
     from embedft.training.run import open_run
 
+    _check_together(recipe)
     loss = loss_named(recipe.loss.name)
     examples, retrieval = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
     _check_negatives(examples, loss)
+    _note_negatives(examples, loss, name=recipe.name)
     dev = None
     if recipe.train.evaluate_every is not None:
         examples, dev = split_dev(examples, recipe.data.dev)
+    spec = recipe.eval.guard
+    general = general_set(spec) if spec else None
     base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision), task="embedding")
     settings = settings_for(recipe, base)
     _check_tokenizer(base, settings)
@@ -62,6 +66,7 @@ def train(
     shown = start_batches(examples, base, settings, batch=recipe.train.batch, seed=recipe.train.seed)
     model = attach(base, recipe.adapter, task="embedding", batches=shown)
     plan = plan_for(examples, recipe, loss=loss, model=model)
+    _check_batches(plan)
     steps = ceil(len(plan) / recipe.train.accumulate)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -79,8 +84,8 @@ def train(
     model.eval()
     options: Any = {"side": recipe.adapter.side, "batch_size": recipe.eval.batch}
     towers = compare_towers(model, base.folder, settings, retrieval, **options)
-    metric, spec = recipe.eval.metric, recipe.eval.guard
-    guard = forgetting(model, base.folder, settings, spec, metric=metric, **options) if spec else None
+    metric = recipe.eval.metric
+    guard = forgetting(model, base.folder, settings, spec, data=general, metric=metric, **options) if spec and general else None
     held = bool(guard and guard["held"] and not force)
     published = Published(
         metrics=comparison(towers, retrieval, metric=metric) | chosen | ({"guard": guard} if guard else {}),
@@ -208,16 +213,44 @@ def training_columns(examples: Examples, loss: Loss) -> dict[str, list[Any]]:
     if loss.takes == "scored":
         columns["label"] = [row.score for row in rows]
         return columns
-    for index in range(examples.negatives if loss.most is None else min(loss.most, examples.negatives)):
+    for index in range(_used_negatives(examples, loss)):
         columns[f"negative_{index + 1}"] = [row.negatives[index] for row in rows]
     if loss.takes == "distilled":
         columns["label"] = [list(row.scores[: 1 + examples.negatives]) for row in rows]
     return columns
 
 
+def _check_together(recipe: EmbeddingRecipe) -> None:
+    if recipe.train.evaluate_every is None and (recipe.train.patience or recipe.data.dev):
+        raise RecipeError(recipe.name, ["train.patience and data.dev go with train.evaluate_every: set it too"])
+
+
+def _used_negatives(examples: Examples, loss: Loss) -> int:
+    return examples.negatives if loss.most is None else min(loss.most, examples.negatives)
+
+
 def _check_negatives(examples: Examples, loss: Loss) -> None:
     if loss.takes in {"triplets", "distilled"} and examples.negatives == 0:
         raise DataError([f"loss {loss.name!r} takes triplets, and some rows have no negative; expected a negative in every row"])
+
+
+def _note_negatives(examples: Examples, loss: Loss, *, name: str) -> None:
+    """A loss takes columns: as many negatives of every row as it knows, and as the row with the fewest has."""
+    from embedft.training.progress import note
+
+    used = _used_negatives(examples, loss)
+    most = max((len(row.negatives) for row in examples.rows), default=0)
+    if loss.takes != "scored" and most > used:
+        short = sum(len(row.negatives) == examples.negatives for row in examples.rows)
+        why = (
+            f"loss {loss.name!r} takes no more" if used < examples.negatives else f"{short} rows have no more, and every row gives as many"
+        )
+        note(f"{name}: {used} of up to {most} negatives a row are used: {why}")
+
+
+def _check_batches(plan: BatchPlan) -> None:
+    if not len(plan):
+        raise DataError(["no two training rows may share a batch: all of them have one answer; expected rows with different documents"])
 
 
 def _check_dimensions(dimensions: Sequence[int], base: Base) -> None:

@@ -59,6 +59,16 @@ def add_companion(model: Any, rank: int) -> None:
         parameter.requires_grad_(name in trained)
 
 
+def drop_companion(model: Any) -> None:
+    """Only the trained pair is left."""
+    if FROZEN in model.peft_config:
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.delete_adapter(FROZEN)
+        model.base_model.set_adapter([TRAINED])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+
+
 def has_companion(model: Any) -> bool:
     return FROZEN in model.peft_config
 

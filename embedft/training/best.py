@@ -32,12 +32,19 @@ class BestCheckpoint(TrainerCallback):
         """The first step that reached the highest score."""
         return max(self.history, key=lambda entry: (entry[1], -entry[0]))
 
+    @property
+    def _hopeless(self) -> bool:
+        return bool(self.patience and self.history) and sum(step > self.best[0] for step, _ in self.history) >= self.patience
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         path = self.folder / "history.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and state.global_step else []
         self.history = [(step, score) for step, score in known if step <= state.global_step]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._hopeless:  # resumed at its very end
+            control.should_training_stop = True
+            return
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         score = self.evaluate()
@@ -45,7 +52,7 @@ class BestCheckpoint(TrainerCallback):
             self._trainer._save(str(self.folder))
         self.history.append((state.global_step, score))
         write_text(self.folder / "history.json", json.dumps(self.history))
-        if self.patience is not None and sum(step > self.best[0] for step, _ in self.history) >= self.patience:
+        if self._hopeless:
             control.should_training_stop = True
 
     def restore(self, *, name: str) -> dict[str, Any]:

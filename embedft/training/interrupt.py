@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import TrainerCallback
 
 from embedft.errors import TrainingInterrupted
-from embedft.methods.companion import FROZEN, add_companion
+from embedft.methods.companion import FROZEN, add_companion, drop_companion
 from embedft.training.method_steps import MethodSteps, adapted_model, method_steps
 from embedft.training.optimizers import method_optimizer
-from embedft.training.run import COMPLETE, Run, last_checkpoint
+from embedft.training.run import COMPLETE, FINISHED, Run, last_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +45,8 @@ def load_trainable(model: "nn.Module", folder: Path) -> None:
     ranks = [value.shape[0] for name, value in saved.items() if name.endswith(f"lora_A.{FROZEN}.weight")]
     if ranks:
         add_companion(adapted_model(model), ranks[0])
+    elif (adapted := adapted_model(model)) is not None:
+        drop_companion(adapted)  # the checkpoint is older than the pair
     current = _kept(model)
     if saved.keys() != current.keys():
         raise KeyError(f"the checkpoint's tensors are not this adapter's: {sorted(saved.keys() ^ current.keys())[:4]}")
@@ -66,7 +68,9 @@ class AdapterCheckpoints:
     model: Any
     args: Any
     state: Any
+    control: Any
     optimizer: Any
+    callback_handler: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -99,6 +103,8 @@ class AdapterCheckpoints:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         folder = Path(self.args.output_dir)
         done = folder / f"checkpoint-{self.state.global_step}"
+        if self._ended():
+            (done / FINISHED).touch()
         for path in done.iterdir():
             _fsync(path)
         (done / COMPLETE).touch()
@@ -106,6 +112,11 @@ class AdapterCheckpoints:
         for old in folder.glob("checkpoint-*"):
             if old != done:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _ended(self) -> bool:
+        """This is the run's last step, and no signal made it so."""
+        guards = [each for each in self.callback_handler.callbacks if isinstance(each, InterruptGuard)]
+        return self.control.should_training_stop and not any(guard.stopped for guard in guards)
 
 
 def _fsync(path: Path) -> None:
@@ -118,6 +129,7 @@ def _fsync(path: Path) -> None:
 
 class InterruptGuard(TrainerCallback):
     """While entered, the first SIGINT or SIGTERM ends the run after the current step, with a checkpoint; a second one at once.
+    The last step is kept as well: whatever goes wrong after it, no training is lost.
 
     `raise_if_stopped()` after `Trainer.train` turns that into TrainingInterrupted. In a thread other than the main one
     (where Python allows no signal handlers) it does nothing until `stop()` is called.
@@ -125,7 +137,7 @@ class InterruptGuard(TrainerCallback):
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._asked = self._stopped = False
+        self._asked = self.stopped = False
         self._before: dict[int, Any] = {}
 
     def stop(self) -> None:
@@ -150,10 +162,12 @@ class InterruptGuard(TrainerCallback):
         self._asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._asked and state.global_step < state.max_steps:
-            self._stopped = True
-            control.should_save = control.should_training_stop = True
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        if self._asked and not ends:
+            self.stopped = control.should_training_stop = True
+        if self.stopped or ends:
+            control.should_save = True
 
     def raise_if_stopped(self) -> None:
-        if self._stopped:
+        if self.stopped:
             raise TrainingInterrupted(str(last_checkpoint(self._run.folder)), self._run.command)

@@ -4,14 +4,18 @@ import json
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
 from embedft.errors import ResumeRefused
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
+from embedft.training.progress import note
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is ignored
+FINISHED = "finished"  # in the checkpoint of a run's last step: nothing is left to train
 
 
 @dataclass(frozen=True)
@@ -22,18 +26,25 @@ class Run:
     checkpoint: Path | None
     command: str
 
+    @property
+    def finished(self) -> bool:
+        """Everything is trained; what came after it went wrong."""
+        return self.checkpoint is not None and (self.checkpoint / FINISHED).is_file()
+
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def open_run(recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash: str, base_fingerprint: str, resume: bool) -> Run:
-    """Begin a run afresh under `root`/.training/<name>, or find where the last one stopped.
+    """Begin a run afresh under `root`/.training/<name>, or find where the last one stopped. What is thrown away is told of.
 
     Raises ResumeRefused where there is no complete checkpoint, or naming each setting that is no longer the same.
     """
     folder = root / ".training" / recipe.name
     facts = {"recipe": recipe.model_dump(mode="json"), "data": data_hash, "base": base_fingerprint, "machine": _machine()}
     if not resume:
+        if given_up := last_checkpoint(folder):
+            note(f"{recipe.name}: begun afresh; what an earlier run had trained ({given_up.name}) is gone: --resume goes on with it")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "run.json").write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
@@ -64,7 +75,16 @@ def _machine() -> dict[str, Any]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": device}
+    return {"torch": str(torch.__version__), **_versions(), "threads": torch.get_num_threads(), "device": device}
+
+
+def _versions() -> dict[str, str | None]:
+    """Of whatever else decides what a step computes."""
+    found: dict[str, str | None] = dict.fromkeys(("transformers", "peft", "tokenizers", "bitsandbytes", "sentence-transformers"))
+    for name in found:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _refuse_changes(name: str, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -59,6 +59,16 @@ def test_a_batch_of_one_is_left_out_and_more_rows_than_there_are_is_one_batch() 
     assert [len(batch) for batch in plan] == [5]
 
 
+def test_every_epoch_has_as_many_batches_as_the_first_however_badly_its_order_fits() -> None:
+    """Two rows with one answer fit into two batches or into three, as their order goes."""
+    rows = [Example("q1", "a"), Example("q2", "a"), Example("q3", "b"), Example("q4", "c")]
+    lengths = {
+        seed: [len(plan.of_epoch(epoch)) for epoch in range(50)] for seed in range(6) for plan in [plan_of(rows, batch=2, seed=seed)[0]]
+    }
+    assert lengths == {seed: [len(plan_of(rows, batch=2, seed=seed)[0])] * 50 for seed in range(6)}
+    assert {counts[0] for counts in lengths.values()} == {1, 2}, "the orders do differ"
+
+
 def test_losses_of_scored_pairs_may_compare_a_querys_documents() -> None:
     examples = make_examples([Example("q", f"d{i}", score=float(i)) for i in range(8)])
     assert [len(batch) for batch in BatchPlan(examples, batch=8, seed=7, exclusive=False)] == [8]

@@ -63,6 +63,63 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         trained(recipe, broken, resume=True)
 
 
+LATE = [
+    ({"max_steps": 5}, {}),
+    ({"max_steps": 5}, {"method": "adalora"}),
+    ({"epochs": 12, "lr": 3e-2, "evaluate_every": 5, "patience": 2}, {}),
+]
+
+
+@pytest.mark.parametrize(("section", "adapter"), LATE)
+def test_what_goes_wrong_after_the_last_step_costs_no_training(
+    section: dict[str, Any], adapter: dict[str, Any], make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedft.training.progress import ProgressETA
+
+    recipe = make(train=section, adapter=adapter)
+    whole, broken = AdapterStore(tmp_path / "whole"), AdapterStore(tmp_path / "broken")
+    metrics = trained(recipe, whole).metrics
+    broken.root.mkdir()
+    (broken.root / "objects").touch()  # nothing can be published
+    with pytest.raises(OSError, match="objects"):
+        trained(recipe, broken)
+    (broken.root / "objects").unlink()
+    monkeypatch.setattr(ProgressETA, "on_step_end", lambda *_, **__: pytest.fail("another step was trained"))
+    assert trained(recipe, broken, resume=True).metrics.get("best") == metrics.get("best")
+    one, other = weights(whole), weights(broken)
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert whole.current("tiny") == broken.current("tiny")
+
+
+def test_a_run_begun_afresh_says_what_it_throws_away(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from embedft.training.run import open_run
+
+    options: Any = {"root": tmp_path, "data_hash": "", "base_fingerprint": "", "resume": False}
+    run = open_run(make(), **options)
+    assert capsys.readouterr().err == ""
+    (run.folder / "checkpoint-3").mkdir()
+    (run.folder / "checkpoint-3" / "complete").touch()
+    open_run(make(), **options)
+    assert "(checkpoint-3) is gone: --resume" in capsys.readouterr().err
+    assert not (run.folder / "checkpoint-3").exists()
+
+
+def test_a_run_goes_on_only_under_the_versions_that_it_began_with(make: Make, tmp_path: Path) -> None:
+    from embedft.training.run import open_run
+
+    options: Any = {"root": tmp_path, "data_hash": "", "base_fingerprint": ""}
+    run = open_run(make(), resume=False, **options)
+    (run.folder / "checkpoint-3").mkdir()
+    (run.folder / "checkpoint-3" / "complete").touch()
+    assert open_run(make(), resume=True, **options).checkpoint == run.folder / "checkpoint-3"
+    facts = json.loads((run.folder / "run.json").read_text())
+    for name in ("torch", "transformers", "peft", "tokenizers", "bitsandbytes", "sentence-transformers"):
+        changed = facts | {"machine": facts["machine"] | {name: "0.1"}}
+        (run.folder / "run.json").write_text(json.dumps(changed))
+        with pytest.raises(ResumeRefused, match=f"the run's {name} was '0.1', is now"):
+            open_run(make(), resume=True, **options)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -177,7 +177,9 @@ def test_training_ids_carry_the_prompts_of_inference(make: Make, bases: dict[str
     assert texts.ids[texts.columns["document"][row]] == tuple(preparer.prepare([examples.rows[row].document], "document").ids[0])
 
 
-def test_frozen_layers_have_no_dropout_while_the_adapter_trains(make: Make, bases: dict[str, str]) -> None:
+def test_frozen_layers_have_no_dropout_while_the_adapter_trains_and_nothing_has_while_it_is_evaluated(
+    make: Make, bases: dict[str, str]
+) -> None:
     from torch import nn
 
     from embedft.embedding.tower import sentence_transformer
@@ -192,6 +194,15 @@ def test_frozen_layers_have_no_dropout_while_the_adapter_trains(make: Make, base
     active = {name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.training}
     assert active
     assert all("lora_dropout" in name for name in active)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    inner, texts = model[0].model, [row["query"] for row in planted_rows(4)]
+    encoder = Encoder(inner, base.folder, EncodeSettings("mean", True, 16))
+    between = encoder.encode(texts)
+    assert active == {name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.training}
+    inner.eval()
+    assert np.array_equal(between, encoder.encode(texts)), "an evaluation between two steps drops nothing"
 
 
 def test_faults_of_data_and_loss_are_told_before_a_model_loads(
@@ -204,6 +215,17 @@ def test_faults_of_data_and_loss_are_told_before_a_model_loads(
         train(make(loss={"name": "nmrl"}), store=store)
     with pytest.raises(DataError, match="no negative"):
         train(make(loss={"name": "triplet"}), store=store)
+    for alone in ({"train": {"patience": 2}}, {"data": {"dev": str(root / "dev.jsonl")}}):
+        with pytest.raises(RecipeError, match=r"go with train\.evaluate_every"):
+            train(make(**alone), store=store)
+    with pytest.raises(DataError, match=r"typo\.jsonl"):
+        train(make(eval={"guard": {"data": str(root / "typo.jsonl")}}), store=store)
+
+
+def test_rows_of_one_answer_are_refused_for_they_make_no_batch(make: Make, store: AdapterStore, root: Path, beir: str) -> None:
+    same = [{"query": f"q{i}", "document": "the one answer"} for i in range(8)]
+    with pytest.raises(DataError, match="no two training rows may share a batch"):
+        train(make(data={"train": write_rows(root / "same.jsonl", same), "eval": beir}), store=store)
 
 
 def test_a_base_whose_tokenizer_files_disagree_is_refused(make: Make, root: Path, store: AdapterStore) -> None:

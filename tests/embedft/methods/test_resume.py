@@ -1,6 +1,7 @@
 """A run stopped and resumed gives bitwise the adapter of the unbroken run, whatever the method remembers between its steps."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,9 +35,34 @@ def test_resume_is_exact(method: str, bases: dict[str, Path], tmp_path: Path) ->
     assert torch.equal(unbroken.outputs(unbroken.model), again.outputs(again.model))
 
 
-def stop_after(trainer: object, step: int) -> None:
-    from typing import Any
+@pytest.mark.parametrize(("method", "options"), [("relora", {}), ("delta_lora", {"begin": 0.5})])
+def test_the_best_weights_may_be_older_than_the_frozen_pair(
+    method: str, options: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    import torch
 
+    from embedft.training.best import BestCheckpoint
+
+    made, kept = cell(tmp_path, bases["causal_lm"], "causal_lm", method, "none", max_steps=6, options=options), {}
+    scores = iter([0.9, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+    def worse_each_time() -> float:
+        kept.setdefault("outputs", made.outputs(made.model))
+        return next(scores)
+
+    best = BestCheckpoint(made.trainer, tmp_path, worse_each_time, every=1, patience=None)
+    made.trainer.train()
+    assert "frozen" in made.model.peft_config
+    assert not torch.allclose(made.outputs(made.model), kept["outputs"], atol=1e-3)
+    assert best.restore(name="c")["step"] == 1
+    assert "frozen" not in made.model.peft_config
+    assert torch.allclose(made.outputs(made.model), kept["outputs"], atol=1e-6)
+    assert {name for name, value in made.model.named_parameters() if value.requires_grad} == {
+        name for name, _ in made.model.named_parameters() if ".lora_" in name
+    }
+
+
+def stop_after(trainer: object, step: int) -> None:
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):
