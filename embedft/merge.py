@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 from embedft.adapters.passport import Passport, read_passport
 from embedft.adapters.probes import compare, read_probes, write_probes
 from embedft.base import BaseSpec, load_model, source_folder
-from embedft.errors import AdapterInvalid, MethodUnsupported, UsageError
+from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, UsageError
 from embedft.files import publish_folder, staged_folder
 from embedft.methods import load_adapter, method_named, save_weights
+from embedft.model_folder import fingerprint
 from embedft.quantize import copy_rest, quantize
 from embedft.verify import as_record, outputs, record, settings_of, trained_base
 
@@ -30,15 +31,17 @@ def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | No
     """Write base + adapter as one full-precision model folder to `out`, quantized by `scheme` if asked for.
 
     `base`: the full-precision folder to merge into (default: the weights that the passport's base was quantized from). Raises
-    MethodUnsupported where the method cannot be merged, AdapterInvalid, UsageError for an `out` that holds files.
+    MethodUnsupported where the method cannot be merged, AdapterInvalid, BaseMismatch, UsageError for an `out` that holds files.
     """
     passport, recorded = read_passport(folder), read_probes(folder)
     method = method_named(passport.method)
     if not method.merges:
         raise MethodUnsupported(method.name, where="merged", why="it is no change of weights: serve it by the peft engine")
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty: name a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is {'not empty' if out.is_dir() else 'a file'}: name a new folder")
     source = base or source_folder(BaseSpec(passport.base.model, "none", passport.base.revision))
+    if (given := fingerprint(source)) not in {passport.base.fingerprint, passport.base.parent}:
+        raise BaseMismatch(passport.name, trained_on=passport.base.parent or passport.base.fingerprint, serving=given)
     settings = settings_of(passport) if passport.task == "embedding" else None
     model: Any = load_model(source, task=passport.task)
     plain = outputs(model, recorded.probes, folder=source, settings=settings)

@@ -148,12 +148,18 @@ def compare(base: Generation | None, adapter: Generation | None, metric: str) ->
 
 
 def evaluate_adapter(
-    name: "str | Path", data: str, store: "AdapterStore", *, base: "str | Path | None" = None, max_new_tokens: int = 32, batch: int = 32
+    name: "str | Path",
+    data: str,
+    store: "AdapterStore",
+    *,
+    base: "str | Path | None" = None,
+    max_new_tokens: int | None = None,
+    batch: int = 32,
 ) -> dict[str, Any]:
     """A stored adapter (or an adapter folder) and its base on other rows: what `embedft eval` prints.
 
-    `base`: the folder of a base that the passport cannot name (a local folder's). Raises DataError,
-    AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
+    `base`: the folder of a base that the passport cannot name (a local folder's). `max_new_tokens`: as many as its recipe said, so
+    that figures are those of the passport. Raises DataError, AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
     """
     from transformers import AutoTokenizer
 
@@ -171,8 +177,21 @@ def evaluate_adapter(
     template = template_with_hash(AutoTokenizer.from_pretrained(source), passport.template_hash)
     model: Any = load_adapter(load_model(source, task="causal_lm"), folder)
     metric = str(passport.metrics.get("metric", "exact_match"))
-    limits = {"max_new_tokens": max_new_tokens, "batch": batch, "max_length": passport.max_length}
+    limits = {"max_new_tokens": max_new_tokens or _trained_tokens(folder), "batch": batch, "max_length": passport.max_length}
     adapted = evaluate_generation(model, template, rows, metric=metric, **limits)
     with model.disable_adapter():
         plain = evaluate_generation(model, template, rows, metric=metric, **limits)
     return {"adapter": passport.name, **compare(plain, adapted, metric)}
+
+
+def _trained_tokens(folder: Path) -> int:
+    """How long the answers were that the adapter's passport speaks of."""
+    import yaml
+
+    from embedft.recipe import CausalLMEval
+
+    path = folder / "recipe.yaml"
+    said: Any = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    section: Any = said.get("eval") if isinstance(said, dict) else None
+    given: Any = section.get("max_new_tokens") if isinstance(section, dict) else None
+    return given if isinstance(given, int) and given > 0 else CausalLMEval().max_new_tokens

@@ -31,7 +31,10 @@ def add_commands(commands: Any) -> None:
     ):
         made.add_argument("data", metavar="DATA", help=what)
         made.add_argument("out", metavar="OUT", type=Path, help="a new .jsonl file")
-        made.add_argument("--base", default="minilm", help="the model that ranks" + ("" if made is mine else "; bm25: none"))
+        if made is mine:
+            made.add_argument("--base", help="the model that ranks (default: minilm, or the adapter's own)")
+        else:
+            made.add_argument("--base", default="minilm", help="the model that ranks; bm25: none")
         made.add_argument("--quantization", choices=("none", "int8", "nf4"), default="none")
         made.add_argument("--max-length", type=int, default=256)
         made.add_argument("--seed", type=int, default=7)

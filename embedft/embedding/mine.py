@@ -47,7 +47,7 @@ class Mining:
 
 @dataclass(frozen=True)
 class MineReport:
-    """`kept_out`: candidates by reason. `filled`: negatives drawn at random where the rankers gave too few."""
+    """`kept_out`: candidates and pairs by reason. `negatives`: those added. `filled`: drawn at random where the rankers gave too few."""
 
     rows: int
     negatives: int
@@ -75,7 +75,7 @@ def mine(
     out: Path,
     *,
     mining: Mining,
-    base: str = "minilm",
+    base: str | None = None,
     quantization: str = "none",
     adapter: str | None = None,
     store: "AdapterStore | None" = None,
@@ -84,9 +84,12 @@ def mine(
     cross_encoder: str | None = None,
     review: Path | None = None,
 ) -> MineReport:
-    """Write `source`'s training pairs with `mining.negatives` negatives each to `out` (JSONL: query, document, negatives).
+    """Write `source`'s training pairs with `mining.negatives` more negatives each to `out` (JSONL: query, document, negatives).
 
-    `adapter`: also ranks with this adapter of the store, on the base that it was trained on. `cross_encoder`: a model folder; what it
+    A pair that is left without any is not written: a loss takes as many negatives of every row as the poorest row has.
+
+    `base`: the model that ranks (default: minilm). `adapter`: also ranks with this adapter of the store, on the base that it was
+    trained on (`base`: where its passport's name does not lead there). `cross_encoder`: a model folder; what it
     scores as high as the answer is kept out, and its scores are written (column `scores`: the answer's, then each negative's).
     Raises DataError, AdapterNotFound, BaseNotFound.
     """
@@ -98,13 +101,16 @@ def mine(
     queries = _queries(rows, documents, rankers, mining)
     reasons: Counter[str] = Counter()
     chosen = {query.text: _choose(query, documents, mining, reasons) for query in queries}
-    lines, filled = _rows(rows, documents, queries, chosen, mining, judge, reasons)
+    lines, counts, filled = _rows(rows, documents, queries, chosen, mining, judge, reasons)
+    if not lines:
+        raise DataError(
+            [f"{Path(source).name}: no pair has a negative left ({dict(reasons)}); expected more documents, or smaller margins"]
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, _jsonl(lines))
     doubts = [row for query in queries for row in _doubts(query, documents)]
     if review:
         write_text(review, _jsonl(doubts))
-    counts = [len(line["negatives"]) for line in lines]
     short = sum(count < mining.negatives for count in counts)
     where = str(review) if review else None
     return MineReport(len(lines), sum(counts), filled, short, len(doubts), dict(reasons), str(out), where)
@@ -129,28 +135,23 @@ def _read(source: str) -> tuple[tuple[Example, ...], list[str]]:
 
 
 def _rankers(
-    base: str, quantization: str, adapter: str | None, store: "AdapterStore | None", prompts: Mapping[str, str], max_length: int
+    base: str | None, quantization: str, adapter: str | None, store: "AdapterStore | None", prompts: Mapping[str, str], max_length: int
 ) -> dict[str, Encoder]:
     """Name → encoder. With an adapter: itself, and its base with it switched off."""
     from embedft.base import BaseSpec, base_folder, load_model
     from embedft.model_folder import describe
 
     if adapter is None:
-        folder = base_folder(BaseSpec(base, quantization))
+        folder = base_folder(BaseSpec(base or "minilm", quantization))
         info = describe(folder)
         settings = EncodeSettings(info.pooling, info.normalize, min(max_length, info.max_length), prompts)
         return {"base": Encoder(load_model(folder, task="embedding"), folder, settings)}
-    from embedft.adapters.passport import read_passport
-    from embedft.errors import AdapterInvalid
-    from embedft.methods import load_adapter
+    from embedft.adapters.store import AdapterStore
+    from embedft.embedding.proof import open_adapter
+    from embedft.verify import settings_of
 
-    place = Path(adapter) if Path(adapter).is_dir() or store is None else store.folder(adapter)
-    passport = read_passport(place)
-    if passport.task != "embedding" or passport.pooling is None or passport.normalize is None:
-        raise AdapterInvalid(passport.name, "it is no embedding adapter, so it ranks nothing")
-    folder = base_folder(BaseSpec(base if base != "minilm" else passport.base.model, passport.base.quantization, passport.base.revision))
-    settings = EncodeSettings(passport.pooling, passport.normalize, passport.max_length, passport.prompts)
-    model = load_adapter(load_model(folder, task="embedding"), place)
+    model, folder, passport = open_adapter(adapter, store or AdapterStore(), base=base)
+    settings = settings_of(passport)
     return {"base": _Off(model, folder, settings), "adapter": _OneSided(model, folder, settings, side=passport.side)}
 
 
@@ -245,31 +246,36 @@ def _rows(
     mining: Mining,
     judge: Any,
     reasons: Counter[str],
-) -> tuple[list[dict[str, Any]], int]:
+) -> tuple[list[dict[str, Any]], list[int], int]:
+    """What is written, how many negatives each line got, and how many of all were drawn at random."""
     known, filled = {query.text: query for query in queries}, 0
     lines: list[dict[str, Any]] = []
+    counts: list[int] = []
     for row in rows:
-        query, candidates = known[row.query], chosen[row.query]
-        scores: dict[int, float] = {}
-        answer = 0.0
+        query, candidates = known[row.query], [c for c in chosen[row.query] if documents[c] not in row.negatives]
+        scores: dict[str, float] = {}
         if judge is not None:
-            texts = [row.document, *(documents[c] for c in candidates)]
-            answer, *others = (float(score) for score in judge.predict([(row.query, text) for text in texts]))
-            scores = dict(zip(candidates, others, strict=True))
-            struck = [c for c in candidates if scores[c] >= answer]
+            texts = [row.document, *row.negatives, *(documents[c] for c in candidates)]
+            scores = dict(zip(texts, map(float, judge.predict([(row.query, text) for text in texts])), strict=True))
+            struck = [c for c in candidates if scores[documents[c]] >= scores[row.document]]
             reasons["the cross-encoder prefers it"] += len(struck)
             candidates = [c for c in candidates if c not in struck]
         picked = candidates[: mining.negatives]
-        extra = _fill(query, documents, picked, mining) if judge is None else []
+        extra = _fill(query, documents, picked, mining, own=row.negatives) if judge is None else []
+        negatives = [*row.negatives, *(documents[c] for c in (*picked, *extra))]
+        if not negatives:
+            reasons["pairs without a negative, not written"] += 1
+            continue
         filled += len(extra)
-        line: dict[str, Any] = {"query": row.query, "document": row.document, "negatives": [documents[c] for c in (*picked, *extra)]}
+        line: dict[str, Any] = {"query": row.query, "document": row.document, "negatives": negatives}
         if judge is not None:
-            line["scores"] = [round(answer, 6), *(round(scores[c], 6) for c in picked)]
+            line["scores"] = [round(scores[text], 6) for text in (row.document, *negatives)]
         lines.append(line)
-    return lines, filled
+        counts.append(len(picked) + len(extra))
+    return lines, counts, filled
 
 
-def _fill(query: _Query, documents: Sequence[str], picked: Sequence[int], mining: Mining) -> list[int]:
+def _fill(query: _Query, documents: Sequence[str], picked: Sequence[int], mining: Mining, *, own: Sequence[str]) -> list[int]:
     """Documents drawn at random, always the same for a query, so that every row has as many negatives."""
     missing, taken = mining.negatives - len(picked), {*picked, *query.answers, *query.doubtful}
     if missing <= 0:
@@ -279,7 +285,7 @@ def _fill(query: _Query, documents: Sequence[str], picked: Sequence[int], mining
     random.Random(f"{mining.seed}-{query.text}").shuffle(order)
     found: list[int] = []
     for row in order:
-        if row not in taken and not _reason(query, row, documents, said, mining):
+        if row not in taken and documents[row] not in own and not _reason(query, row, documents, said, mining):
             found.append(row)
             if len(found) == missing:
                 break

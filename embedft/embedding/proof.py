@@ -95,7 +95,7 @@ def evaluate_adapter(
     store: "AdapterStore",
     *,
     base: str | Path | None = None,
-    metric: str = "ndcg@10",
+    metric: str | None = None,
     queries: int | None = None,
     documents: int | None = None,
     batch_size: int = 64,
@@ -106,14 +106,15 @@ def evaluate_adapter(
 
     `base` names the base's folder where the passport's name (a local folder's) does not lead to it. `against`: another adapter, on the
     same queries: a query-only adapter's price against one that moves documents too. `mteb`: MTEB's own evaluator scores them as well.
-    Raises DataError, AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
+    `metric`: what the intervals are of (default: what the adapter was trained by). Raises DataError, AdapterNotFound, AdapterInvalid,
+    BaseNotFound and BaseMismatch.
     """
     from embedft.embedding.data import load_retrieval, reduce_to
     from embedft.training.statistics import paired_bootstrap
 
     retrieval = reduce_to(load_retrieval(data), queries=queries, documents=documents)
     model, folder, passport = open_adapter(name, store, base=base)
-    settings = _settings(passport)
+    settings, metric = _settings(passport), metric or str(passport.metrics.get("metric", "ndcg@10"))
     towers = compare_towers(model, folder, settings, retrieval, side=passport.side, batch_size=batch_size)
     report = comparison(towers, retrieval, metric=metric) | {"side": passport.side}
     if mteb:

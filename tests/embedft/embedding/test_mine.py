@@ -8,12 +8,15 @@ import pytest
 
 from embedft.embedding.data import load_data
 from embedft.embedding.mine import MineReport, Mining, mine
-from embedft.errors import DataError
+from embedft.errors import BaseMismatch, DataError
 from embedft.recipe import EmbeddingData, EmbeddingEval
-from tests.fixtures_embedding import tiny_encoder, write_rows
+from tests.embedft.adapter_fixtures import make_adapter
+from tests.fixtures_embedding import planted_rows, tiny_encoder, write_rows
 
 FRUITS = ("apple", "banana", "cherry", "damson", "elderberry", "fig", "grape", "hawthorn", "kiwi", "lemon", "mango", "nectarine")
 PLACES = ("cellar", "fridge", "pantry", "basket", "bowl", "drawer", "attic", "crate", "sack", "shed", "jar", "box")
+
+ANYTHING = {"relative": -9.0, "absolute": -9.0}  # margins that keep nothing out
 
 
 def answer(fruit: str) -> str:
@@ -109,13 +112,47 @@ def test_a_cross_encoder_strikes_what_it_prefers_and_its_scores_are_written(tmp_
     BertForSequenceClassification(config).save_pretrained(folder)
     for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
         (folder / name).unlink(missing_ok=True)
-    report, rows, _ = mined(beir(tmp_path / "beir"), tmp_path, cross_encoder=str(folder))
-    assert report.rows == len(FRUITS)
+    source = write_rows(tmp_path / "rows.jsonl", planted_rows(16))
+    report, rows, _ = mined(source, tmp_path, mining=ANYTHING, cross_encoder=str(folder))
+    assert report.rows == len(rows) > 0
+    assert report.kept_out["the cross-encoder prefers it"] > 0
+    assert report.negatives > 0
     for row in rows:
         assert len(row["scores"]) == 1 + len(row["negatives"])
         assert all(score < row["scores"][0] for score in row["scores"][1:])
     with pytest.raises(DataError, match="cannot be loaded"):
         mine(beir(tmp_path / "other"), tmp_path / "x.jsonl", mining=Mining(), cross_encoder=str(tmp_path / "absent"))
+
+
+def test_a_rows_own_negatives_stay_and_others_come_after_them(tmp_path: Path) -> None:
+    rows = [
+        {"query": f"how long does a ripe {f} stay fresh?", "document": answer(f), "negative": f"A {f} is sold in a box."} for f in FRUITS
+    ]
+    report, lines, _ = mined(write_rows(tmp_path / "rows.jsonl", rows), tmp_path, mining={"relative": 0.0})
+    assert report.negatives == 3 * len(FRUITS)
+    for row, line in zip(rows, lines, strict=True):
+        assert line["negatives"][0] == row["negative"]
+        assert len(set(line["negatives"])) == 4
+
+
+def test_a_pair_without_a_negative_is_not_written_for_it_would_cost_all_others_theirs(tmp_path: Path) -> None:
+    alone = [{"query": "what is a comet?", "document": "a comet is ice"}, {"query": "what is a comet?", "document": "a comet is dust"}]
+    other = [{"query": "is a comet ice?", "document": "a comet is ice"}]
+    report, lines, _ = mined(write_rows(tmp_path / "rows.jsonl", [*alone, *other]), tmp_path, mining=ANYTHING)
+    assert [line["query"] for line in lines] == ["is a comet ice?"]
+    assert (report.rows, report.kept_out["pairs without a negative, not written"]) == (1, 2)
+    with pytest.raises(DataError, match="no pair has a negative left"):
+        mine(write_rows(tmp_path / "alone.jsonl", alone), tmp_path / "none.jsonl", mining=Mining())
+
+
+def test_an_adapter_ranks_only_on_the_base_that_it_was_trained_on(tmp_path: Path) -> None:
+    one, other = (tiny_encoder(tmp_path / name, pooling=name) for name in ("mean", "cls"))
+    adapter = str(make_adapter(tmp_path / "adapter", model=str(one)))
+    with pytest.raises(BaseMismatch):
+        mined(beir(tmp_path / "beir"), tmp_path, adapter=adapter, base=str(other))
+    report, _, review = mined(str(tmp_path / "beir"), tmp_path, adapter=adapter, mining=ANYTHING)
+    assert report.rows == len(FRUITS)
+    assert all(set(line["ranks"]) == {"bm25", "base", "adapter"} for line in review)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from embedft.adapters.passport import read_passport
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, base_folder, load_model
 from embedft.convert import CERTIFICATE, convert
-from embedft.errors import AdapterInvalid, MethodUnsupported, ProbesFailed, UsageError
+from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, ProbesFailed, UsageError
 from embedft.merge import combine, merge
 from embedft.methods import METHODS, load_adapter
 from embedft.verify import verify
 from tests.embedft.methods.cells import WHOLE
 from tests.embedft.methods.published import published
+from tests.fixtures_lm import tiny_llama
 
 QUANTIZED = {"qlora": "nf4", "llm_int8": "int8", "loftq": "nf4"}
 # Methods whose files are laid out alike are one another's tests; with WHOLE every method.
@@ -136,6 +137,16 @@ def test_a_merged_model_can_be_quantized_and_holds_its_tokenizer(adapter: Any, b
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     with pytest.raises(UsageError, match="not empty"):
         merge(folder, tmp_path / "out", base=bases["causal_lm"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        merge(folder, tmp_path / "file", base=bases["causal_lm"])
+
+
+def test_nothing_is_merged_into_another_base_of_the_same_shapes(adapter: Any, tmp_path: Path) -> None:
+    folder, _ = adapter("lora")
+    with pytest.raises(BaseMismatch):
+        merge(folder, tmp_path / "out", base=tiny_llama(tmp_path / "other", layers=1, seed=5))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("how", "exact"), [("cat", True), ("svd", False), ("linear", False), ("ties", False), ("dare_linear", False)])
