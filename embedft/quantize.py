@@ -45,8 +45,8 @@ def quantize(source: Path, out: Path, *, scheme: str, calibration: Path | None =
         raise QuantizationUnsupported(f"{scheme} takes no calibration: it is for w4a16")
     if quantization_of(source) != "none":
         raise QuantizationUnsupported(f"{source} is already {quantization_of(source)}: start from the unquantized weights")
-    if out.exists() and any(out.iterdir()):
-        raise QuantizationUnsupported(f"{out} is not empty: name a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise QuantizationUnsupported(f"{out} is {'not empty' if out.is_dir() else 'a file'}: name a new folder")
     with staged_folder(out.parent) as stage:
         _write_compressed(source, stage, scheme, calibration) if scheme in BITS else _write_weights(source, stage, scheme)
         copy_rest(source, stage)

@@ -76,6 +76,10 @@ class AdapterStore:
         path = self._held / f"{name}.json"
         return str(json.loads(path.read_text(encoding="utf-8"))["generation"]) if path.is_file() else None
 
+    def all_held(self) -> dict[str, str]:
+        """Name → the generation held back from it, sorted by name; some of these names point at nothing."""
+        return {path.stem: self.held(path.stem) or "" for path in sorted(self._held.glob("*.json"))}
+
     def point(self, name: str, generation: str, *, expected: str | None = None) -> str:
         """Let `name` be a generation that the store already holds (a rollback). Returns the full generation."""
         check_name(name)
@@ -131,8 +135,9 @@ class AdapterStore:
         return read_passport(self.folder(name_or_generation), name=name_or_generation)
 
     def remove(self, name: str) -> None:
-        """Forget `name`, damaged or not. Its objects stay until `collect`. AdapterNotFound."""
-        if name not in self.damaged():
+        """Forget `name`, damaged or not, and what is held back from it. Its objects stay until `collect`. AdapterNotFound."""
+        check_name(name)
+        if name not in self.damaged() and self.held(name) is None:
             self.history(name)
         with locked(self.root / ".lock"):
             for folder in (self._names, self._held):
@@ -144,7 +149,7 @@ class AdapterStore:
             if broken := self.damaged():
                 raise AdapterInvalid(next(iter(broken)), "nothing is deleted while its pointer is damaged: mend or remove it first")
             named = {identity for name in self.names() for identity in self.history(name)}
-            named |= {self.held(path.stem) or "" for path in self._held.glob("*.json")}
+            named |= set(self.all_held().values())
             unused = [path for path in self._objects.glob("[0-9a-f]*") if path.name not in named and path.name not in leased]
             for path in unused:
                 shutil.rmtree(path)

@@ -43,16 +43,19 @@ def export_folder(store: AdapterStore, name: str, out: Path, *, keep_texts: bool
     return left_out
 
 
-def push(store: AdapterStore, name: str, place: str) -> str:
-    """Upload the current generation of `name` to `place` (a folder, hf://user/repo or any fsspec URL); returns the generation."""
+def push(store: AdapterStore, name: str, place: str, *, keep_texts: bool = False) -> tuple[str, list[str]]:
+    """Upload the current generation of `name` to `place` (a folder, hf://user/repo or any fsspec URL); returns the generation, and
+    the files left out because they carry texts."""
     source, generation = store.folder(name), store.current(name)
+    texts = source / "eval" / TEXTS
+    left_out = [f"eval/{TEXTS}"] if texts.is_file() and not keep_texts else []
     try:
         if place.startswith("hf://"):
             _hub().create_repo(place[5:], exist_ok=True)
-            _hub().upload_folder(repo_id=place[5:], folder_path=str(source))
+            _hub().upload_folder(repo_id=place[5:], folder_path=str(source), ignore_patterns=left_out)
         else:
             files, root = _filesystem(place)
-            for path in sorted(item for item in source.rglob("*") if item.is_file()):
+            for path in sorted(item for item in source.rglob("*") if item.is_file() and not (left_out and item == texts)):
                 target = f"{root}/{path.relative_to(source).as_posix()}"
                 files.makedirs(target.rpartition("/")[0], exist_ok=True)
                 files.put_file(str(path), target)
@@ -60,7 +63,7 @@ def push(store: AdapterStore, name: str, place: str) -> str:
         raise
     except Exception as error:  # fsspec's backends and the hub raise what they like
         raise TransferFailed(f"pushing {name!r} to {place} failed: {error}") from error
-    return generation
+    return generation, left_out
 
 
 def pull(store: AdapterStore, place: str, *, name: str | None = None) -> tuple[str, str]:

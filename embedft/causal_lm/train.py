@@ -10,11 +10,12 @@ from embedft.causal_lm.data import Row, data_hash, read_rows
 from embedft.causal_lm.evaluate import Generation, compare, evaluate_generation, pad_token
 from embedft.causal_lm.template import Example, Template, template_of
 from embedft.errors import DataError, MethodUnsupported, RecipeError
-from embedft.methods import attach
+from embedft.methods import attach, supported
 from embedft.recipe import CausalLMRecipe, CausalLMTrain
 from embedft.training.arguments import hf_arguments, steps_an_epoch
 from embedft.training.loop import fit, rehearse
 from embedft.training.measure import AdapterResult, DryRunReport, PeakMemory
+from embedft.training.progress import note
 from embedft.training.publish import Published, publish
 from embedft.training.run import open_run
 
@@ -55,6 +56,7 @@ def train(
         if dry_run:
             report = _dry_run(base, examples, recipe)
             return replace(report, peak_bytes=max(report.peak_bytes, peak.bytes))
+        supported(recipe.adapter, task="causal_lm", info=base.info)  # before anything is scored
         run = open_run(recipe, root=Path(store.root), data_hash=split.hash, base_fingerprint=base.info.fingerprint, resume=resume)
         before = _evaluate(base.model, template, split.test, recipe)
         model = _seeded_adapter(base, examples, recipe)
@@ -104,14 +106,14 @@ def read_split(recipe: CausalLMRecipe) -> Split:
 
 
 def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -> list[Example]:
-    """Examples of the rows whose answer begins within max_length. DataError if that is fewer than nine in ten."""
+    """Examples of the rows whose answer begins within max_length; the others are told of. DataError if they are more than one in ten."""
     made = [template.example(row, max_length=recipe.train.max_length, train_on_inputs=recipe.data.train_on_inputs) for row in rows]
     kept = [example for example in made if example is not None]
-    if len(kept) < 0.9 * len(rows):
-        limit = recipe.train.max_length
-        raise DataError(
-            [f"{len(rows) - len(kept)} of {len(rows)} prompts fill all {limit} tokens and leave no answer: raise train.max_length"]
-        )
+    if lost := len(rows) - len(kept):
+        fault = f"{lost} of {len(rows)} prompts fill all {recipe.train.max_length} tokens and leave no answer"
+        if lost > 0.1 * len(rows):
+            raise DataError([f"{fault}: raise train.max_length"])
+        note(f"{recipe.name}: {fault}: those rows are left out, unless you raise train.max_length")
     return kept
 
 

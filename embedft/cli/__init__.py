@@ -20,16 +20,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except EmbedftError as error:
-        if arguments.json:
-            print(json.dumps({"error": {"code": error.code, "message": str(error)}}))
-        print(f"embedft: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(arguments, str(error), code=error.code, status=error.exit_code)
     except KeyboardInterrupt:
         print("embedft: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader went away: `embedft … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a file that is not there, or may not be written
+        said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        return _failed(arguments, said, code="file_failed", status=1)
+
+
+def _failed(arguments: argparse.Namespace, message: str, *, code: str, status: int) -> int:
+    if arguments.json:
+        print(json.dumps({"error": {"code": code, "message": message}}))
+    print(f"embedft: {message}", file=sys.stderr)
+    return status
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -59,7 +59,7 @@ def add_commands(commands: Any) -> None:
             action.add_argument("--how", default="cat", choices=("cat", "svd", "linear", "ties", "dare_linear", "dare_ties"))
             action.add_argument("--rank", type=int, help="of svd (default: the largest of the parts)")
             action.add_argument("--density", type=float, default=0.5, help="what ties and dare keep")
-        if name == "export":
+        if name in {"export", "push"}:
             action.add_argument("--keep-texts", action="store_true", help="also copy evaluation texts, where the adapter carries them")
 
 
@@ -77,10 +77,15 @@ def _adapters_list(arguments: argparse.Namespace) -> None:
     for reason in damaged.values():
         print(f"embedft: {reason}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"adapters": rows, "damaged": damaged}))
-    elif rows:
+        print(json.dumps({"adapters": rows, "damaged": damaged, "held": store.all_held()}))
+        return
+    if rows:
         show_table(rows)
-    else:
+    for name, identity in store.all_held().items():
+        print(
+            f"held back from {name}: {identity[:12]}, which forgets too much: train-embed --force takes it, adapters remove {name} drops it"
+        )
+    if not rows and not store.all_held():
         print(f"no adapters in {store.root}; train one: embedft recipes list")
 
 
@@ -135,7 +140,8 @@ def _adapters_remove(arguments: argparse.Namespace) -> None:
 def _adapters_push(arguments: argparse.Namespace) -> None:
     from embedft.adapters.transfer import push
 
-    show(arguments, {"generation": push(store_of(arguments), arguments.adapter, arguments.place), "place": arguments.place}, title="pushed")
+    generation, left_out = push(store_of(arguments), arguments.adapter, arguments.place, keep_texts=arguments.keep_texts)
+    show(arguments, {"generation": generation, "place": arguments.place, "left out": left_out}, title="pushed")
 
 
 def _adapters_pull(arguments: argparse.Namespace) -> None:

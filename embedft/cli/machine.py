@@ -24,8 +24,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from embedft.demo import demo
 
     report = demo(arguments.out, engine=arguments.engine, quick=arguments.quick)
-    if arguments.json:
-        print(json.dumps(report))
+    print(json.dumps(report) if arguments.json else (arguments.out / "report.md").read_text(encoding="utf-8").rstrip())
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -49,6 +49,8 @@ def _recipes_copy(arguments: argparse.Namespace) -> None:
     from embedft.recipe import load_recipe, shipped_recipes
 
     load_recipe(arguments.recipe)  # says what there is, where there is none of that name
+    if arguments.recipe not in shipped_recipes():
+        raise UsageError(f"{arguments.recipe} is a file of your own already: copy it as any file")
     if arguments.out.exists():
         raise UsageError(f"{arguments.out} exists already: name a new file")
     arguments.out.write_text(shipped_recipes()[arguments.recipe].read_text(encoding="utf-8"), encoding="utf-8")

@@ -55,7 +55,6 @@ def demo(out: Path, *, engine: str | None = None, quick: bool = False) -> dict[s
     report["memory_bytes"] = _memory(store)
     report["seconds"] = round(time.perf_counter() - started, 1)
     write_report(out, report)
-    sys.stdout.write((out / "report.md").read_text(encoding="utf-8"))
     return report
 
 

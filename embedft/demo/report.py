@@ -10,10 +10,10 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
     """Write all three into `out`."""
     (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _figure(out / "report.png", report["quality"])
-    (out / "report.md").write_text("\n".join(_markdown(report)) + "\n", encoding="utf-8")
+    (out / "report.md").write_text("\n".join(_markdown(report, adapters=out / "adapters")) + "\n", encoding="utf-8")
 
 
-def _markdown(report: dict[str, Any]) -> Iterable[str]:
+def _markdown(report: dict[str, Any], *, adapters: Path) -> Iterable[str]:
     engines = ", ".join(f"{base} in {engine}" for base, engine in report["engines"].items())
     yield f"# embedft demo: four adapters, two quantized bases, one server ({engines})\n"
     if report["quick"]:
@@ -59,10 +59,10 @@ def _markdown(report: dict[str, Any]) -> Iterable[str]:
     first = report["quality"][0]["adapter"]
     yield (
         f"\nReady {report['ready_seconds']:.0f} s after its start; {report['seconds']:.0f} s in all.\n\n## Next\n\n```\n"
-        "embedft serve --adapters runs/demo/adapters\n"
+        f"embedft serve --adapters {adapters}\n"
         'curl localhost:8000/v1/embeddings -H "content-type: application/json" \\\n'
         f'  -d \'{{"adapter": "{first}", "input": "a query", "input_type": "query"}}\'\n'
-        "embedft recipes list\nembedft adapters list --adapters runs/demo/adapters\n```"
+        f"embedft recipes list\nembedft adapters list --adapters {adapters}\n```"
     )
 
 

@@ -177,11 +177,18 @@ def supported(adapter: AdapterSection, *, task: Task, info: BaseInfo) -> Method:
     if unknown:
         known = ", ".join(method.options) or "none"
         raise MethodUnsupported(method.name, where=f"with the option {unknown[0]!r}", why=f"its options are: {known}")
+    for name, value in adapter.options.items():
+        kind = type(method.options[name])
+        if not (type(value) is kind or (kind is float and type(value) is int)):
+            raise MethodUnsupported(method.name, where=f"with {name}={value!r}", why=f"expected {_KINDS[kind]}")
     if adapter.dropout and not method.dropout:
         raise MethodUnsupported(method.name, where="with dropout", why="it has nothing to drop: set adapter.dropout=0")
     if adapter.targets != "all-linear" and not method.targets:
         raise MethodUnsupported(method.name, where="with targets", why="it does not choose linear layers: leave adapter.targets out")
     return method
+
+
+_KINDS: Mapping[type, str] = MappingProxyType({int: "a whole number", float: "a number", bool: "true or false", str: "a text"})
 
 
 def option(adapter: AdapterSection, name: str) -> Any:

@@ -180,7 +180,8 @@ def test_a_weights_file_with_a_false_header_is_refused(adapter: Path, store: Ada
 def test_push_and_pull_round_trip_bit_for_bit(adapter: Path, store: AdapterStore, tmp_path: Path) -> None:
     import_folder(store, adapter, name="legal")
     for place in (str(tmp_path / "elsewhere"), "memory://adapters/legal"):
-        pushed = push(store, "legal", place)
+        pushed, left_out = push(store, "legal", place)
+        assert left_out == []
         other = AdapterStore(tmp_path / f"other{len(place)}")
         assert pull(other, place, name="copy") == ("copy", pushed)
         for path in store.folder("legal").rglob("*"):
@@ -194,6 +195,11 @@ def test_export_leaves_evaluation_texts_out_and_says_so(adapter: Path, store: Ad
     import_folder(store, adapter, name="legal")
     assert export_folder(store, "legal", tmp_path / "out") == ["eval/texts.jsonl"]
     assert not (tmp_path / "out" / "eval" / "texts.jsonl").exists()
+    for number, keep in enumerate((False, True)):
+        pushed, left_out = push(store, "legal", str(tmp_path / f"pushed{number}"), keep_texts=keep)
+        assert (pushed, left_out) == (store.current("legal"), [] if keep else ["eval/texts.jsonl"])
+        assert (tmp_path / f"pushed{number}" / "eval" / "texts.jsonl").exists() == keep
+        assert (tmp_path / f"pushed{number}" / "passport.json").is_file()
     assert read_passport(tmp_path / "out").name == "a"
     with pytest.raises(AdapterExists):
         export_folder(store, "legal", tmp_path / "out")

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from embedft.axolotl import CHOICES, KEYS, REASONS, TOGETHER, translate
+from embedft.axolotl import translate
+from embedft.axolotl_keys import CHOICES, KEYS, REASONS, TOGETHER
 from embedft.cli import main
 from embedft.errors import RecipeError
 from embedft.recipe import CausalLMRecipe, load_recipe, parse_recipe
@@ -153,3 +154,12 @@ def test_a_file_that_is_none_of_axolotls_is_refused(in_folder: Path) -> None:
     assert main(["recipes", "import", "other.yml"]) == 2
     with pytest.raises(RecipeError, match="data: field required"):
         translate({"base_model": "m"}, name="x")
+
+
+def test_counts_that_are_no_whole_numbers_are_told_of() -> None:
+    made = translate(lora(num_epochs=2.5, micro_batch_size="auto", gradient_accumulation_steps=4), name="x")
+    assert made.recipe["train"] == {"epochs": 2, "accumulate": 4}
+    assert made.left_out["num_epochs"] == "2.5 is no whole number: train.epochs is 2"
+    assert made.left_out["micro_batch_size"] == "'auto' is no number: set train.batch"
+    with pytest.raises(RecipeError, match="a text where a number is due"):
+        translate(lora(max_steps="many"), name="x")

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from embedft.base import BaseSpec, base_folder, compute_dtype, load_base, source_folder
 from embedft.errors import BaseNotFound, MethodUnsupported, QuantizationUnsupported
 from embedft.files import hash_tensors
-from embedft.methods import attach, targeted_modules
+from embedft.methods import attach, supported, targeted_modules
 from embedft.model_folder import describe, fingerprint
 from embedft.quantize import quantize
 from embedft.recipe import AdapterSection
@@ -88,6 +88,14 @@ def test_an_unknown_method_names_the_nearest() -> None:
     base = load_base(BaseSpec("minilm"), task="embedding")
     with pytest.raises(MethodUnsupported, match="did you mean 'lora'"):
         attach(base, AdapterSection(method="lorra"), task="embedding")
+
+
+def test_an_option_of_another_kind_is_named() -> None:
+    info = describe(source_folder(BaseSpec("seed-lm")))
+    for method, given in (("lora_plus", {"ratio": "abc"}), ("relora", {"restarts": 2.5}), ("lokr", {"decompose_both": 1})):
+        with pytest.raises(MethodUnsupported, match=rf"with {next(iter(given))}=.*expected"):
+            supported(AdapterSection(method=method, options=given), task="causal_lm", info=info)
+    supported(AdapterSection(method="lora_plus", options={"ratio": 4}), task="causal_lm", info=info)
 
 
 def test_the_compute_dtype_is_one_that_this_machine_is_fast_in() -> None:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit statuses, messages, --json, and how fast it answers."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -76,6 +77,38 @@ def test_an_adapters_life_on_the_command_line(in_folder: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main(["adapters", "pull", "elsewhere", "--json"]) == 0
     assert output(capsys) == {"name": "legal", "generation": generation}
+
+
+def test_what_is_held_back_from_a_name_is_listed_and_can_be_removed(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from embedft.adapters.store import AdapterStore
+
+    store = AdapterStore(in_folder / "adapters")
+    with store.stage() as stage:
+        shutil.copytree(make_adapter(in_folder / "made", name="legal"), stage, dirs_exist_ok=True)
+        held = store.hold(stage, "legal")
+    assert main(["adapters", "list"]) == 0
+    assert f"held back from legal: {held[:12]}" in capsys.readouterr().out
+    assert main(["adapters", "list", "--json"]) == 0
+    assert output(capsys) == {"adapters": [], "damaged": {}, "held": {"legal": held}}
+    assert main(["adapters", "remove", "legal", "--json"]) == 0
+    assert output(capsys)["deleted"] == [held]
+    assert main(["adapters", "remove", "legal"]) == 1
+
+
+def test_files_that_are_not_there_or_in_the_way_are_named_without_a_traceback(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_folder / "rows.jsonl").write_text('{"text": "Bleed a boiler before the winter comes."}\n')
+    (in_folder / "file").touch()
+    (in_folder / "mine.yaml").write_text("task: embedding\nname: mine\nbase: {model: minilm}\ndata: {train: rows.jsonl}\n")
+    for command, status, said in (
+        ("data synth rows.jsonl out.jsonl --base bm25 --prompt missing.txt", 1, "missing.txt: No such file or directory"),
+        ("recipes copy mine.yaml other.yaml", 2, "mine.yaml is a file of your own already"),
+        ("recipes copy pydocs-code nowhere/other.yaml", 1, "nowhere/other.yaml: No such file or directory"),
+        ("quantize minilm file --scheme int8", 1, "file is a file: name a new folder"),
+    ):
+        assert main(command.split()) == status, command
+        assert said in capsys.readouterr().err
+    assert main(["data", "synth", "rows.jsonl", "out.jsonl", "--prompt", "missing.txt", "--json"]) == 1
+    assert output(capsys)["error"]["code"] == "file_failed"  # type: ignore[index]
 
 
 def test_recipes_are_listed_shown_and_copied(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

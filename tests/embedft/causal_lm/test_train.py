@@ -75,9 +75,37 @@ def test_plain_peft_loads_the_folder_with_the_same_outputs(trained: Any, tmp_pat
 
 def test_a_stored_adapter_scores_the_same_as_it_did_in_training(trained: Any) -> None:
     result, recipe, store = trained("none")
-    again = evaluate_adapter(recipe.name, recipe.data.eval, store, base=Path(recipe.base.model), max_new_tokens=4)
+    again = evaluate_adapter(recipe.name, recipe.data.eval, store, base=Path(recipe.base.model))
     assert again["adapter"] == pytest.approx(result.metrics["adapter"], abs=1e-5)
     assert again["base"] == pytest.approx(result.metrics["base"], abs=1e-5)
+
+
+def test_an_evaluation_writes_as_long_as_the_recipe_said(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from embedft.causal_lm import evaluate
+
+    asked, greedy = list[int](), evaluate.greedy
+    monkeypatch.setattr(evaluate, "greedy", lambda *given, **how: asked.append(how["max_new_tokens"]) or greedy(*given, **how))
+    result, recipe, store = trained("none")
+    rows = str(write_jsonl(tmp_path / "few.jsonl", planted_rows(2, start=1000)))
+    folder = Path(shutil.copytree(result.path, tmp_path / "copy"))
+    written = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(written.replace("max_new_tokens: 4", "max_new_tokens: 1"))
+    for path in (result.path, folder):
+        evaluate_adapter(path, rows, store, base=Path(recipe.base.model))
+    assert asked == [4, 4, 1, 1], "the adapter's and the base's"
+
+
+def test_rows_that_leave_no_room_for_an_answer_are_told_of(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from embedft.causal_lm.template import template_of
+    from embedft.causal_lm.train import read_split, tokenized
+    from tests.fixtures_lm import tiny_tokenizer
+
+    recipe = planted_recipe(tmp_path, tiny_base)
+    write_jsonl(tmp_path / "train.jsonl", [*planted_rows(20), {"prompt": "red " * 100, "completion": "stop"}])
+    assert len(tokenized(read_split(recipe).train, template_of(tiny_tokenizer()), recipe)) == 20
+    assert "1 of 21 prompts fill all 64 tokens" in capsys.readouterr().err
 
 
 def test_a_dry_run_reports_its_cost_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
