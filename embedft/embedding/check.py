@@ -6,14 +6,14 @@ Each check is a function from the rows to a Finding; `remedy` says what --fix do
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from embedft.embedding.beir import is_beir, read_beir, splits
 from embedft.embedding.near import NearIndex, words
-from embedft.embedding.pairs import DOCUMENT, LABEL, NEGATIVE, QUERY
+from embedft.embedding.pairs import as_list, columns_of
 from embedft.embedding.rows import Row, read_rows
 from embedft.errors import DataError
 from embedft.files import staged_folder, write_text
@@ -28,13 +28,15 @@ ASKING = frozenset(("what", "how", "which", "who", "whom", "whose", "when", "whe
 
 @dataclass(frozen=True)
 class Pair:
-    """One row as it stands; `label` None where the file has no such column. `ids`: query and document id in a BEIR folder."""
+    """One row as it stands; `label` None where the file has no such column. `scores`: a teacher's, of the document and each negative.
+    `ids`: query and document id in a BEIR folder."""
 
     where: str
     query: str
     document: str
     negatives: tuple[str, ...] = ()
-    label: float | None = None
+    label: Any = None
+    scores: tuple[Any, ...] = ()
     ids: tuple[str, str] | None = None
 
 
@@ -87,7 +89,7 @@ def check(train: str, *, eval: str | None = None, max_length: int = 256, base: s
     rows = len(state.pairs)
     if not rows and not state.findings:
         raise DataError([f"{Path(train).name}: no rows; expected pairs of a query and a document, or a BEIR folder with a train split"])
-    for step in (_labels, _swapped, _empty, _repeated, _false_negatives, _templates):
+    for step in (_labels, _swapped, _empty, _negatives, _repeated, _false_negatives, _templates):
         step(state)
     _too_long(state, max_length=max_length, base=base)
     source = eval or (train if is_beir(train) else None)
@@ -119,32 +121,40 @@ def _read(source: str, state: _State) -> list[Pair]:
 
 
 def _pair(row: Row, problems: list[str]) -> Pair | None:
-    named = {name.strip().lower(): value for name, value in row.values.items()}
-    found = {part: next((name for name in known if name in named), None) for part, known in (("query", QUERY), ("document", DOCUMENT))}
-    if missing := [part for part, name in found.items() if name is None]:
-        problems.append(f"{row.where}: no {' and no '.join(missing)} column among {', '.join(row.values)}")
+    """By the trainer's own rules, so that what passes here is read there."""
+    columns = columns_of(row, problems)
+    if columns is None:
         return None
-    negatives: list[Any] = []
-    for name, value in named.items():
-        if name.rstrip("0123456789").rstrip("_") in NEGATIVE and value is not None:
-            negatives += value if isinstance(value, list) else [value]
-    label = next((named[name] for name in LABEL if name in named), None)
-    texts = [named[str(found[part])] for part in ("query", "document")]
-    query, document = (value if isinstance(value, str) else "" for value in texts)
-    return Pair(row.where, query.strip(), document.strip(), tuple(str(text).strip() for text in negatives), _number(label))
+    values = row.values
+    query, document = (text.strip() if isinstance(text := values[name], str) else "" for name in (columns.query, columns.document))
+    negatives = tuple(text.strip() if isinstance(text, str) else "" for name in columns.negatives for text in as_list(values[name]))
+    label = values[columns.label] if columns.label else None
+    scores = tuple(as_list(values[columns.scores])) if columns.scores else ()
+    return Pair(row.where, query, document, negatives, label, scores)
 
 
-def _number(value: Any) -> float | None:
+def _relevant(label: Any) -> bool:
+    """What a label says of its row: a number above 0, or a word of assent."""
     try:
-        return float(value)
+        return float(label) > 0
     except (TypeError, ValueError):
-        return None
+        return str(label).strip().lower() in {"yes", "true", "relevant", "positive"}
+
+
+def _keep_negatives(pair: Pair, unwanted: Collection[str]) -> Pair:
+    """Without some of its negatives, and without the teacher's scores of them."""
+    kept = [number for number, text in enumerate(pair.negatives) if text not in unwanted]
+    scores = pair.scores
+    if len(scores) == 1 + len(pair.negatives):
+        scores = (scores[0], *(scores[1 + number] for number in kept))
+    return replace(pair, negatives=tuple(pair.negatives[number] for number in kept), scores=scores)
 
 
 def _labels(state: _State) -> None:
-    hits = [(pair, f"label {pair.label:g}") for pair in state.pairs if pair.label is not None]
-    state.note("label_column", hits, "carry a label, and every row of pairs counts as relevant", "rows with a label of 0 or less dropped")
-    state.pairs = [replace(pair, label=None) for pair in state.pairs if pair.label is None or pair.label > 0]
+    hits = [(pair, f"label {pair.label}") for pair in state.pairs if pair.label is not None]
+    remedy = "rows dropped whose label is no number above 0 and no yes"
+    state.note("label_column", hits, "carry a label, and every row of pairs counts as relevant", remedy)
+    state.pairs = [replace(pair, label=None) for pair in state.pairs if pair.label is None or _relevant(pair.label)]
 
 
 def _swapped(state: _State) -> None:
@@ -168,6 +178,13 @@ def _empty(state: _State) -> None:
     _drop(state, "empty", hits, "have no text on one side, or the same on both", "dropped")
 
 
+def _negatives(state: _State) -> None:
+    """Negatives that no trainer takes."""
+    hits = [(pair, _short(pair.query)) for pair in state.pairs if {"", pair.document}.intersection(pair.negatives)]
+    state.note("bad_negatives", hits, "have a negative without text, or their document as one", "those negatives taken out")
+    state.pairs = [_keep_negatives(pair, {"", pair.document}) for pair in state.pairs]
+
+
 def _repeated(state: _State) -> None:
     seen: dict[tuple[str, str], str] = {}
     hits: list[tuple[Pair, str]] = []
@@ -186,7 +203,7 @@ def _false_negatives(state: _State) -> None:
         relevant.setdefault(pair.query, set()).add(pair.document)
     hits = [(pair, _short(pair.query)) for pair in state.pairs if relevant[pair.query].intersection(pair.negatives)]
     state.note("false_negatives", hits, "have a negative that is a document of the same query", "those negatives taken out")
-    state.pairs = [replace(p, negatives=tuple(n for n in p.negatives if n not in relevant[p.query])) for p in state.pairs]
+    state.pairs = [_keep_negatives(pair, relevant[pair.query]) for pair in state.pairs]
 
 
 def _templates(state: _State) -> None:
@@ -240,9 +257,9 @@ def _without(query: str, phrase: str) -> str:
 def _too_long(state: _State, *, max_length: int, base: str) -> None:
     from tokenizers import Tokenizer
 
-    from embedft.base import BaseSpec, source_folder
+    from embedft.base import BaseSpec, config_folder
 
-    tokenizer = Tokenizer.from_file(str(source_folder(BaseSpec(base)) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(config_folder(BaseSpec(base)) / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     texts = list(dict.fromkeys(text for pair in state.pairs for text in (pair.query, pair.document)))
@@ -289,7 +306,9 @@ def _write(source: str, out: Path, pairs: Sequence[Pair]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if not is_beir(source):
         rows: Iterable[dict[str, Any]] = (
-            {"query": pair.query, "document": pair.document} | ({"negatives": list(pair.negatives)} if pair.negatives else {})
+            {"query": pair.query, "document": pair.document}
+            | ({"negatives": list(pair.negatives)} if pair.negatives else {})
+            | ({"scores": list(pair.scores)} if pair.scores and pair.negatives else {})
             for pair in pairs
         )
         write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,7 +1,7 @@
 """Rows → examples: which column is the query, which the document, and whether a row can be used. Reads no file itself."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from embedft.embedding.rows import Row
@@ -58,17 +58,27 @@ def parse(rows: Iterable[Row], problems: list[str], *, scored: bool, taught: boo
                 yield _example(row.values, columns)
 
 
-def _columns(row: Row, problems: list[str], *, scored: bool, taught: bool) -> Columns | None:
-    """Noted once for each set of columns, at the first row that has it."""
+def columns_of(row: Row, problems: list[str]) -> Columns | None:
+    """Which column is what, whatever a loss makes of it; None where query and document are not one column each."""
     names = list(row.values)
     queries, documents = _matching(names, QUERY), _matching(names, DOCUMENT)
-    labels = _matching(names, LABEL)
     before = len(problems)
     for part, matching in (("query", queries), ("document", documents)):
         if not matching:
             problems.append(f"{row.where}: no {part} column among {', '.join(names) or 'no columns'}; expected {EXPECTED}")
         elif len(matching) > 1:
             problems.append(f"{row.where}: columns {', '.join(matching)} all name the {part}; expected one of them")
+    if len(problems) > before:
+        return None
+    negatives = tuple(name for name in names if _base_name(name) in NEGATIVE)
+    label, scores = (next(iter(_matching(names, known)), None) for known in (LABEL, SCORES))
+    return Columns(queries[0], documents[0], negatives, label, scores)
+
+
+def _columns(row: Row, problems: list[str], *, scored: bool, taught: bool) -> Columns | None:
+    """Noted once for each set of columns, at the first row that has it."""
+    names, before = list(row.values), len(problems)
+    found, labels = columns_of(row, problems), _matching(list(row.values), LABEL)
     if labels and not scored:
         problems.append(
             f"{row.where}: column {labels[0]!r} would be ignored: every row of pairs counts as relevant; "
@@ -79,10 +89,9 @@ def _columns(row: Row, problems: list[str], *, scored: bool, taught: bool) -> Co
     teacher = _matching(names, SCORES) if taught else []
     if taught and len(teacher) != 1:
         problems.append(f"{row.where}: this loss distils a teacher; expected a column {' or '.join(SCORES)}: a list of numbers")
-    if len(problems) > before:
+    if found is None or len(problems) > before:
         return None
-    negatives = tuple(name for name in names if _base_name(name) in NEGATIVE)
-    return Columns(queries[0], documents[0], negatives, labels[0] if scored else None, teacher[0] if taught else None)
+    return replace(found, label=found.label if scored else None, scores=found.scores if taught else None)
 
 
 def _matching(names: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -102,7 +111,7 @@ def _faults(row: Row, columns: Columns) -> Iterator[str]:
         elif not value.strip():
             yield f"{name} is empty; expected text"
     for name in columns.negatives:
-        for value in _as_list(row.values[name]):
+        for value in as_list(row.values[name]):
             if not isinstance(value, str) or not value.strip():
                 yield f"{name} holds {_kind(value) if not isinstance(value, str) else 'empty text'}; expected text or a list of texts"
             elif value == row.values[columns.document]:
@@ -110,21 +119,21 @@ def _faults(row: Row, columns: Columns) -> Iterator[str]:
     if columns.label and _number(row.values[columns.label]) is None:
         yield f"{columns.label} is {row.values[columns.label]!r}; expected a number"
     if columns.scores:
-        expected = 1 + sum(len(_as_list(row.values[name])) for name in columns.negatives)
-        numbers = [_number(value) for value in _as_list(row.values[columns.scores])]
+        expected = 1 + sum(len(as_list(row.values[name])) for name in columns.negatives)
+        numbers = [_number(value) for value in as_list(row.values[columns.scores])]
         if len(numbers) != expected or None in numbers or expected < 2:
             yield f"{columns.scores} is {row.values[columns.scores]!r}; expected {max(2, expected)} numbers: document, then negatives"
 
 
 def _example(values: Mapping[str, Any], columns: Columns) -> Example:
-    negatives = tuple(text for name in columns.negatives for text in _as_list(values[name]))
+    negatives = tuple(text for name in columns.negatives for text in as_list(values[name]))
     score = _number(values[columns.label]) if columns.label else None
-    scores = tuple(float(value) for value in _as_list(values[columns.scores])) if columns.scores else ()
+    scores = tuple(float(value) for value in as_list(values[columns.scores])) if columns.scores else ()
     texts = tuple(text.strip() for text in negatives)
     return Example(values[columns.query].strip(), values[columns.document].strip(), texts, score, scores)
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -146,3 +146,28 @@ def test_near_texts_are_found_at_the_threshold_and_not_below_it() -> None:
     assert (best, similarity) == (1, 1.0)
     assert sum(1 for _ in index.like(texts[0])) == len(texts)
     assert not list(index.like("one two three and then all other words entirely"))
+
+
+def test_columns_are_read_as_the_trainer_reads_them(tmp_path: Path) -> None:
+    report, kept = fixed(tmp_path, [row | {"label": "yes" if i > 5 else "no"} for i, row in enumerate(clean_rows())])
+    assert found(report, "label_column").count == 36
+    assert len(kept) == 30
+    report = check(write_rows(tmp_path / "twice.jsonl", [row | {"question": row["query"]} for row in clean_rows()]))
+    assert found(report, "unreadable").count == 36
+    assert "query, question all name the query" in report.findings[0].examples[0]
+
+
+def test_a_cleaned_copy_keeps_a_teachers_scores_beside_its_negatives(tmp_path: Path) -> None:
+    from embedft.embedding.pairs import parse
+    from embedft.embedding.rows import read_rows
+
+    rows = clean_rows()
+    others = [rows[(i + 1) % 36]["document"] for i in range(36)]
+    given = [row | {"negatives": [other], "scores": [3.0, 1.0]} for row, other in zip(rows, others, strict=True)]
+    given[0] |= {"negatives": ["", others[0], rows[0]["document"]], "scores": [3.0, 2.0, 1.0, 0.0]}
+    report, kept = fixed(tmp_path, given)
+    assert found(report, "bad_negatives").count == 1
+    assert all((row["negatives"], row["scores"]) == ([other], [3.0, 1.0]) for row, other in zip(kept, others, strict=True))
+    problems: list[str] = []
+    assert len(list(parse(read_rows(str(tmp_path / "fixed.jsonl"), problems), problems, scored=False, taught=True))) == 36
+    assert problems == []

@@ -1,7 +1,6 @@
 """Training end to end on tiny bases: what is learnt, and what is published."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -245,7 +244,16 @@ def test_a_base_whose_tokenizer_files_disagree_is_refused(make: Make, root: Path
         (folder / "tokenizer.json").write_text(content)
 
 
-def test_quantized_bases_are_one_folder_in_the_cache() -> None:
-    assert os.path.realpath(base_folder(BaseSpec("minilm", "nf4"))) == os.path.realpath(
-        load_base(BaseSpec("minilm", "nf4"), task="embedding").folder
-    )
+def test_a_base_is_quantized_once_and_then_found_in_the_cache(
+    bases: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import embedft.base as module
+
+    monkeypatch.setenv("EMBEDFT_CACHE", str(tmp_path))
+    made, quantize = list[Path](), module.quantize
+    monkeypatch.setattr(module, "quantize", lambda source, out, **how: made.append(out) or quantize(source, out, **how))
+    folders = {base_folder(BaseSpec(bases["mean"], "nf4")) for _ in range(2)} | {
+        load_base(BaseSpec(bases["mean"], "nf4"), task="embedding").folder
+    }
+    assert folders == {*made}
+    assert len(made) == 1
