@@ -99,16 +99,16 @@ def language(recipe: Any, folder: Path) -> tuple[Any, Any, Any]:
 
 def retrieval(recipe: Any, folder: Path) -> tuple[Any, Any, Any]:
     from embedft.base import BaseSpec, load_base
-    from embedft.embedding.batches import BatchPlan
     from embedft.embedding.data import load_data
-    from embedft.embedding.train import make_trainer, settings_for
+    from embedft.embedding.losses import loss_named
+    from embedft.embedding.train import make_trainer, plan_for, settings_for
     from embedft.methods import attach
 
     examples, _ = load_data(recipe.data, recipe.eval, scored=False)
     base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization), task="embedding")
     settings = settings_for(recipe, base)
     model = attach(base, recipe.adapter, task="embedding")
-    batches = BatchPlan(examples, batch=recipe.train.batch, seed=recipe.train.seed, exclusive=True)
+    batches = plan_for(examples, recipe, loss=loss_named(recipe.loss.name), model=model)
     first, second = (make_trainer(model, base, settings, examples, recipe, plan=batches, output=folder / "run") for _ in range(2))
     return model, first, second
 

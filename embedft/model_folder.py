@@ -82,6 +82,11 @@ def describe(folder: Path) -> BaseInfo:
     )
 
 
+def longest(folder: Path) -> int:
+    """Tokens that a text may have at most; of its small files alone."""
+    return _max_length(folder, read_json(folder / "config.json"))
+
+
 def template_hash(source: str | None) -> str:
     """sha256 (64 hex) of a chat template's Jinja; None is plain text."""
     return hashlib.sha256((source or PLAIN).encode()).hexdigest()

@@ -39,29 +39,32 @@ def evaluate_retrieval(
     *,
     batch_size: int = 64,
     for_documents: AbstractContextManager[Any] | None = None,
+    documents: NDArray[np.float32] | None = None,
 ) -> RetrievalResult:
     """Rank all documents for each query by the vectors' inner product (cosine where they are not normalised).
 
-    `for_documents` is entered while the documents are encoded: a query-only adapter is switched off there.
+    `for_documents` is entered while the documents are encoded: a query-only adapter is switched off there. `documents`: their vectors,
+    where they are known already.
     """
     queries = encoder.encode(list(data.queries.values()), input_type="query", batch_size=batch_size)
-    with for_documents or nullcontext():
-        documents = encoder.encode(list(data.documents.values()), input_type="document", batch_size=batch_size)
+    if documents is None:
+        with for_documents or nullcontext():
+            documents = encoder.encode(list(data.documents.values()), input_type="document", batch_size=batch_size)
     return score(data, rank(queries, documents, list(data.documents)))
 
 
 def rank(queries: NDArray[np.float32], documents: NDArray[np.float32], ids: Sequence[str]) -> list[list[str]]:
     """(q, d) and (n, d) vectors → for each query the ids of its POOL nearest documents by cosine, best first."""
     best: list[list[str]] = []
-    documents = _unit(documents)
+    documents = unit(documents)
     for start in range(0, len(queries), 256):
-        scores = _unit(queries[start : start + 256]) @ documents.T  # (256, n)
+        scores = unit(queries[start : start + 256]) @ documents.T  # (256, n)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :POOL]
         best.extend([ids[int(column)] for column in row] for row in order)
     return best
 
 
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 
 from embedft.embedding.beir import is_beir, read_beir
 from embedft.embedding.data import make_examples
-from embedft.embedding.evaluate import bm25_top
-from embedft.embedding.near import jaccard, shingles
+from embedft.embedding.evaluate import FUSION, bm25_top, unit
+from embedft.embedding.near import jaccard
+from embedft.embedding.near import shingles as shingles_of
 from embedft.embedding.pairs import Example, parse
 from embedft.embedding.rows import read_rows
 from embedft.encode import Encoder, EncodeSettings
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
 
 SAME = 0.9  # Jaccard similarity of words and word pairs from which a document says what an answer says
-FUSION = 60  # reciprocal rank fusion's constant (Cormack et al. 2009)
+shingles = lru_cache(maxsize=1 << 16)(shingles_of)  # of a document once, not of every query that it is near
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,15 @@ class MineReport:
 
 @dataclass
 class _Query:
-    """One query: its documents known to answer, and what each ranker lists (rows of the corpus, best first)."""
+    """One query: its documents known to answer, and what each ranker lists (rows of the corpus, best first).
+
+    `similar`: each ranker's vectors of the corpus (n, d), all queries', and of the query (d,); a cosine is computed when it is asked for.
+    """
 
     text: str
     answers: frozenset[int]
     lists: dict[str, list[int]]
-    similar: dict[str, NDArray[np.float32]]
+    similar: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
     doubtful: list[int] = field(default_factory=list[int])
 
 
@@ -79,7 +84,6 @@ def mine(
     quantization: str = "none",
     adapter: str | None = None,
     store: "AdapterStore | None" = None,
-    prompts: Mapping[str, str] | None = None,
     max_length: int = 256,
     cross_encoder: str | None = None,
     review: Path | None = None,
@@ -96,7 +100,7 @@ def mine(
     if out.exists() or (review and review.exists()):
         raise DataError([f"{out if out.exists() else review} exists already: name a new file"])
     rows, documents = _read(source)
-    rankers = _rankers(base, quantization, adapter, store, prompts or {}, max_length)
+    rankers = _rankers(base, quantization, adapter, store, max_length)
     judge = _judge(cross_encoder)
     queries = _queries(rows, documents, rankers, mining)
     reasons: Counter[str] = Counter()
@@ -134,9 +138,7 @@ def _read(source: str) -> tuple[tuple[Example, ...], list[str]]:
     return examples.rows, documents
 
 
-def _rankers(
-    base: str | None, quantization: str, adapter: str | None, store: "AdapterStore | None", prompts: Mapping[str, str], max_length: int
-) -> dict[str, Encoder]:
+def _rankers(base: str | None, quantization: str, adapter: str | None, store: "AdapterStore | None", max_length: int) -> dict[str, Encoder]:
     """Name → encoder. With an adapter: itself, and its base with it switched off."""
     from embedft.base import BaseSpec, base_folder, load_model
     from embedft.model_folder import describe
@@ -144,7 +146,7 @@ def _rankers(
     if adapter is None:
         folder = base_folder(BaseSpec(base or "minilm", quantization))
         info = describe(folder)
-        settings = EncodeSettings(info.pooling, info.normalize, min(max_length, info.max_length), prompts)
+        settings = EncodeSettings(info.pooling, info.normalize, min(max_length, info.max_length))
         return {"base": Encoder(load_model(folder, task="embedding"), folder, settings)}
     from embedft.adapters.store import AdapterStore
     from embedft.embedding.proof import open_adapter
@@ -183,16 +185,12 @@ def _queries(rows: Sequence[Example], documents: Sequence[str], rankers: Mapping
     lexical = bm25_top(texts, documents, depth=mining.depth)
     queries = [_Query(text, frozenset(answers[text]), {"bm25": lexical[i]}, {}) for i, text in enumerate(texts)]
     for name, encoder in rankers.items():
-        vectors, corpus = _unit(encoder.encode(texts, input_type="query")), _unit(encoder.encode(documents, input_type="document"))
+        vectors, corpus = unit(encoder.encode(texts, input_type="query")), unit(encoder.encode(documents, input_type="document"))
         for query, vector in zip(queries, vectors, strict=True):
             similar = corpus @ vector
-            query.similar[name] = similar
+            query.similar[name] = corpus, vector
             query.lists[name] = [int(row) for row in np.argsort(-similar, kind="stable")[: mining.depth]]
     return queries
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _choose(query: _Query, documents: Sequence[str], mining: Mining, reasons: Counter[str]) -> list[int]:
@@ -226,9 +224,9 @@ def _reason(query: _Query, row: int, documents: Sequence[str], said: Sequence[fr
 
 
 def _too_near(query: _Query, row: int, mining: Mining) -> bool:
-    for similar in query.similar.values():
-        best = float(max(similar[answer] for answer in query.answers))
-        if similar[row] > min(best - mining.absolute, best - abs(best) * mining.relative):
+    for corpus, vector in query.similar.values():
+        best = float((corpus[sorted(query.answers)] @ vector).max())
+        if float(corpus[row] @ vector) > min(best - mining.absolute, best - abs(best) * mining.relative):
             return True
     return False
 

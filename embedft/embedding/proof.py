@@ -1,6 +1,5 @@
 """What an evaluation claims and how sure it is: paired intervals, strata by lexical overlap, one adapter against another."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from embedft.embedding.data import RetrievalSet
 from embedft.embedding.evaluate import DEPTH, RetrievalResult, Towers, compare_towers
+from embedft.embedding.near import words
 
 if TYPE_CHECKING:
     from embedft.adapters.passport import Passport
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 SIDES = ("base", "bm25", "adapter", "fused")
 STRATA = (("low", 0.0, 1 / 3), ("middle", 1 / 3, 2 / 3), ("high", 2 / 3, 1.01))  # bounds of the overlap, fixed so that runs compare
-_WORD = re.compile(r"[^\W_]+")
 
 
 def comparison(towers: Towers, data: RetrievalSet, *, metric: str, seed: int = 7) -> dict[str, Any]:
@@ -50,17 +49,13 @@ def overlaps(data: RetrievalSet) -> NDArray[np.float64]:
     said: dict[str, frozenset[str]] = {}
     shares: list[float] = []
     for identifier, query in data.queries.items():
-        asked = _words(query) - skipped or _words(query)
+        asked = frozenset(words(query)) - skipped or frozenset(words(query))
         best = 0.0
         for document in data.relevant[identifier]:
-            found = said.setdefault(document, _words(data.documents[document]))
+            found = said.setdefault(document, frozenset(words(data.documents[document])))
             best = max(best, len(asked & found) / max(len(asked), 1))
         shares.append(best)
     return np.array(shares)
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(_WORD.findall(text.lower()))
 
 
 def _strata(scores: Mapping[str, NDArray[np.float64]], shares: NDArray[np.float64], *, seed: int) -> dict[str, Any]:

@@ -252,20 +252,20 @@ def _round_trip(
     if not pairs:
         return []
     texts = [f"{p.title} {p.text}".strip() for p in passages]
-    ranked = _ranks(pairs, texts, base, quantization, max_length)
+    ranked = _ranks(pairs, texts, base, quantization, max_length, depth=synth.top)
     return [pair for pair, place in zip(pairs, ranked, strict=True) if place < synth.top]
 
 
 def _ranks(
-    pairs: Sequence[tuple[str, str, int]], texts: Sequence[str], base: str | None, quantization: str, max_length: int
+    pairs: Sequence[tuple[str, str, int]], texts: Sequence[str], base: str | None, quantization: str, max_length: int, *, depth: int
 ) -> Iterator[int]:
-    """For each pair how many other passages come before its document."""
+    """For each pair how many other passages come before its document; all of them where those are `depth` or more."""
     import numpy as np
 
     if base is None:
         from embedft.embedding.evaluate import bm25_top
 
-        found = bm25_top([query for query, _, _ in pairs], texts, depth=len(texts))
+        found = bm25_top([query for query, _, _ in pairs], texts, depth=depth)
         yield from (rows.index(place) if place in rows else len(texts) for rows, (_, _, place) in zip(found, pairs, strict=True))
         return
     from embedft.base import BaseSpec, base_folder, load_model

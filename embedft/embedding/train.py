@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.base import Base, BaseSpec, load_base
 from embedft.embedding.batches import WINDOW, BatchPlan
-from embedft.embedding.data import Examples, RetrievalSet, data_hash, load_data, split_dev
+from embedft.embedding.data import Examples, RetrievalSet, data_hash, load_data, reduce_to, split_dev
 from embedft.embedding.evaluate import compare_towers, evaluate_retrieval
 from embedft.embedding.guard import forgetting, general_set
 from embedft.embedding.losses import Loss, loss_named
@@ -56,6 +56,7 @@ def train(
     dev = None
     if recipe.train.evaluate_every is not None:
         examples, dev = split_dev(examples, recipe.data.dev)
+        dev = reduce_to(dev, queries=recipe.eval.queries, documents=recipe.eval.documents)
     spec = recipe.eval.guard
     general = general_set(spec) if spec else None
     base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision), task="embedding")
@@ -115,22 +116,29 @@ def best_checkpoint(
 
     encoder = Encoder(model, base.folder, settings)
 
+    batch, fixed = recipe.eval.batch, list[Any]()
+
     def evaluate() -> float:
-        off = model.disable_adapter() if recipe.adapter.side == "query" else None
-        return evaluate_retrieval(encoder, dev, batch_size=recipe.eval.batch, for_documents=off).metrics[recipe.eval.metric]
+        if recipe.adapter.side == "query" and not fixed:  # no step changes these
+            with model.disable_adapter():
+                fixed.append(encoder.encode(list(dev.documents.values()), input_type="document", batch_size=batch))
+        return evaluate_retrieval(encoder, dev, batch_size=batch, documents=fixed[0] if fixed else None).metrics[recipe.eval.metric]
 
     assert recipe.train.evaluate_every is not None
     return BestCheckpoint(trainer, folder, evaluate, every=recipe.train.evaluate_every, patience=recipe.train.patience)
 
 
 def plan_for(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, model: Any) -> BatchPlan:
-    """Batches sorted by length only where they will be padded."""
+    """The batches of a run of `model`."""
     from embedft.embedding.packed import unpackable
 
-    window = WINDOW if unpackable(model) else 1
-    return BatchPlan(
-        examples, batch=recipe.train.batch, seed=recipe.train.seed, exclusive=loss.takes in {"pairs", "triplets"}, window=window
-    )
+    return batch_plan(examples, recipe, loss=loss, padded=bool(unpackable(model)))
+
+
+def batch_plan(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, padded: bool) -> BatchPlan:
+    """Sorted by length only where they will be padded."""
+    exclusive, window = loss.takes in {"pairs", "triplets"}, WINDOW if padded else 1
+    return BatchPlan(examples, batch=recipe.train.batch, seed=recipe.train.seed, exclusive=exclusive, window=window)
 
 
 def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
@@ -213,7 +221,7 @@ def training_columns(examples: Examples, loss: Loss) -> dict[str, list[Any]]:
     if loss.takes == "scored":
         columns["label"] = [row.score for row in rows]
         return columns
-    for index in range(_used_negatives(examples, loss)):
+    for index in range(used_negatives(examples, loss)):
         columns[f"negative_{index + 1}"] = [row.negatives[index] for row in rows]
     if loss.takes == "distilled":
         columns["label"] = [list(row.scores[: 1 + examples.negatives]) for row in rows]
@@ -225,7 +233,7 @@ def _check_together(recipe: EmbeddingRecipe) -> None:
         raise RecipeError(recipe.name, ["train.patience and data.dev go with train.evaluate_every: set it too"])
 
 
-def _used_negatives(examples: Examples, loss: Loss) -> int:
+def used_negatives(examples: Examples, loss: Loss) -> int:
     return examples.negatives if loss.most is None else min(loss.most, examples.negatives)
 
 
@@ -238,7 +246,7 @@ def _note_negatives(examples: Examples, loss: Loss, *, name: str) -> None:
     """A loss takes columns: as many negatives of every row as it knows, and as the row with the fewest has."""
     from embedft.training.progress import note
 
-    used = _used_negatives(examples, loss)
+    used = used_negatives(examples, loss)
     most = max((len(row.negatives) for row in examples.rows), default=0)
     if loss.takes != "scored" and most > used:
         short = sum(len(row.negatives) == examples.negatives for row in examples.rows)

@@ -34,7 +34,10 @@ class BestCheckpoint(TrainerCallback):
 
     @property
     def _hopeless(self) -> bool:
-        return bool(self.patience and self.history) and sum(step > self.best[0] for step, _ in self.history) >= self.patience
+        """`patience` evaluations have gone by without a better one."""
+        if self.patience is None or not self.history:
+            return False
+        return sum(step > self.best[0] for step, _ in self.history) >= self.patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         path = self.folder / "history.json"

@@ -84,6 +84,12 @@ def test_every_shipped_recipe_parses_and_holds_no_default() -> None:
                 assert not [key for key, value in given.items() if standard[key] == value], f"{path.name}: {section} repeats a default"
 
 
+def test_a_typo_within_a_section_that_may_be_null_names_the_nearest_key() -> None:
+    content = {"task": "embedding", "base": {"model": "minilm"}, "data": {"train": "x"}, "eval": {"guard": {"dropp": 0.1}}}
+    with pytest.raises(RecipeError, match=r"did you mean 'eval\.guard\.drop'"):
+        parse_recipe(content)
+
+
 def test_both_tasks_are_shipped() -> None:
     kinds = {type(load_recipe(path)) for path in shipped_recipes().values()}
     assert kinds == {EmbeddingRecipe, CausalLMRecipe}

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,7 @@ WORDS = (
 SHAPE = Shape(vocab=512, hidden=128, intermediate=128, layers=1, heads=2, kv_heads=1, context=1024)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads only get in each other's way on models this small, and their number changes sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # threads only get in each other's way here, and their number changes sums
 
 
 def prose(count: int, *, seed: int) -> str:

@@ -1,6 +1,6 @@
 """One tiny base and its trained adapters for all tests of this folder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,8 @@ from tests.fixtures_lm import planted_recipe, tiny_llama
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def alone(one_thread: None) -> None:
+    """On one thread."""
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,8 @@ from tests.fixtures_embedding import tiny_decoder, tiny_encoder, write_beir
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def alone(one_thread: None) -> None:
+    """On one thread."""
 
 
 @pytest.fixture(scope="module")

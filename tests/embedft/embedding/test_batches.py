@@ -2,10 +2,14 @@
 
 import random
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 from embedft.embedding.batches import BatchPlan
 from embedft.embedding.data import make_examples
 from embedft.embedding.pairs import Example
+from tests.embedft.embedding.runs import Make
+from tests.fixtures_embedding import planted_rows, write_rows
 
 
 def plan_of(rows: list[Example], **options: int) -> tuple[BatchPlan, list[Example]]:
@@ -84,3 +88,25 @@ def test_a_weight_says_how_often_a_row_is_shown_and_a_half_is_another_every_epoc
         assert sum(shown[i] for i in range(40, 60)) == 10
     assert set(epochs[0]) != set(epochs[1])
     assert all(len(set(batch)) == len(batch) for batch in plan), "a row never meets itself"
+
+
+def test_what_is_planned_is_what_the_trainer_will_show(make: Make, root: Path) -> None:
+    """Held-out queries, unused negatives and the base's own limit are not counted."""
+    from embedft.base import BaseSpec, load_base
+    from embedft.embedding.data import load_data, split_dev
+    from embedft.embedding.losses import LOSSES
+    from embedft.embedding.sizes import largest_batch
+    from embedft.embedding.train import plan_for
+    from embedft.methods import attach
+
+    rows: list[dict[str, Any]] = [row | {"negatives": [f"no {i}", f"none {i}"]} for i, row in enumerate(planted_rows(160))]
+    data = {"train": write_rows(root / "planned.jsonl", rows)}
+    for loss in ("gist", "mnrl"):
+        recipe = make(data=data, loss={"name": loss}, adapter={"dropout": 0.1}, train={"evaluate_every": 5, "epochs": 2, "max_length": 500})
+        examples, _ = split_dev(load_data(recipe.data, recipe.eval, scored=False)[0], None)
+        model = attach(load_base(BaseSpec(recipe.base.model), task="embedding"), recipe.adapter, task="embedding")
+        batches = list(plan_for(examples, recipe, loss=LOSSES[loss], model=model))
+        planned = largest_batch(recipe)
+        assert planned.steps == 2 * len(batches)
+        assert len(planned.lengths) == 2 + (1 if loss == "gist" else 2)
+        assert max(planned.lengths) <= 32

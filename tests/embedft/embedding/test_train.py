@@ -96,6 +96,21 @@ def test_the_best_weights_on_the_dev_queries_are_published_and_patience_ends_the
     assert evaluate_retrieval(encoder, dev).metrics["ndcg@10"] == pytest.approx(best["score"])
 
 
+def test_the_documents_of_a_query_only_adapter_are_encoded_once_for_all_dev_evaluations_and_the_cap_holds(
+    make: Make, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedft.embedding import train as module
+
+    given, evaluate = list[tuple[Any, Any]](), module.evaluate_retrieval
+    record: Any = lambda encoder, data, **how: given.append((data, how["documents"])) or evaluate(encoder, data, **how)  # noqa: E731
+    monkeypatch.setattr(module, "evaluate_retrieval", record)
+    recipe = make(adapter={"side": "query"}, train={"max_steps": 6, "evaluate_every": 2}, eval={"queries": 10, "documents": 12})
+    trained(recipe, store)
+    assert len(given) == 3
+    assert all(len(data.queries) == 10 and len(data.documents) == 12 for data, _ in given)
+    assert all(vectors is given[0][1] is not None for _, vectors in given)
+
+
 def test_trackers_get_the_loss_and_one_that_is_not_installed_is_named(
     make: Make, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

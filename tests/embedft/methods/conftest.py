@@ -10,17 +10,19 @@ from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    import torch
+@pytest.fixture(scope="module", autouse=True)
+def alone(one_thread: None) -> None:
+    """On one thread."""
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+
+@pytest.fixture(scope="package", autouse=True)
+def little_garbage() -> Iterator[None]:
+    import torch  # noqa: F401 (frozen with the rest)
+
     gc.collect()
     gc.freeze()  # every Trainer collects garbage, which takes longer than its steps where all of torch is looked through
     yield
     gc.unfreeze()
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="package")
