@@ -63,7 +63,7 @@ class _Generation(_Body):
 
 
 class CompletionRequest(_Generation):
-    prompt: StrictStr | Ids | list[StrictStr] | list[Ids]
+    prompt: StrictStr | Ids | Annotated[list[StrictStr], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
     echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     add_special_tokens: StrictBool | None = None
