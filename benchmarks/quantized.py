@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import table
+
 RESULTS = Path(__file__).parent / "results" / "quantized.json"
 KINDS = (("none", False), ("int8", False), ("nf4", False), ("w8a8", False), ("w4a16", False), ("w4a16", True))
 WINDOW, WINDOWS = 256, 40
@@ -98,13 +100,28 @@ def measured(weights: Path, held_out: Path, reference: Any) -> tuple[dict[str, A
 
 
 def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    from readme import quantized_table
 
     from benchmarks.machine import machine
 
     made = {"model": arguments.base, "held_out": arguments.held_out.name, "machine": machine(), "rows": rows}
     RESULTS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     RESULTS.with_suffix(".md").write_text(f"# {arguments.base}, quantized\n\n{quantized_table(made)}\n", encoding="utf-8")
+
+
+def quantized_table(made: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["base"],
+            f"{row['file_mib']:.1f}",
+            f"{row['bits_per_character']:.3f}",
+            f"{row['kl_bits']:.4f}",
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['decode_tokens_per_second']:,.0f}",
+            row["served_by"],
+        )
+        for row in made["rows"]
+    ]
+    return table(("base", "MiB", "bits per character", "KL from full, bits", "prefill tokens/s", "decode tokens/s", "served by"), rows)
 
 
 if __name__ == "__main__":

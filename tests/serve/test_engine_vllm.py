@@ -1,4 +1,4 @@
-"""Real vLLM servers: each answer equals the same base and adapter alone in transformers + PEFT. One start a base."""
+"""A real vLLM server: each answer equals the same base and adapter alone in transformers + PEFT. Embeddings: tests/test_line.py."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,15 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedft.base import BaseSpec, base_folder
-from embedft.encode import Encoder, EncodeSettings
-from embedft.model_folder import describe
 from embedft.quantize import quantize
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import (
     EngineProcess,
     assert_tokens,
-    assert_vectors,
     engine,
     greedy,
     prompt_logprobs,
@@ -25,46 +21,8 @@ from tests.serve.engine_process import (
 )
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-TEXTS = ["sort a list in place", "x", "The quick brown fox jumps over the lazy dog. " * 4, "read a file line by line"]
 PROMPTS = [[5, 9, 100, 33], [7] * 20, list(range(50, 90))]
 SLOTS = 2  # as many as adapters: with all slots taken, stock vLLM on a CPU gives base rows the last adapter
-
-
-def vectors(base: Path, adapter: Path | None, texts: list[str]) -> np.ndarray:
-    info = describe(base)
-    model = solo(base, "embedding", adapter)
-    return Encoder(model, base, EncodeSettings(info.pooling, info.normalize, info.max_length)).encode(texts)
-
-
-def check_embeddings(base: Path, folder: Path, texts: list[str]) -> None:
-    """Two adapters and the base over one server, asked twice and mixed; each equals its own solo vectors."""
-    adapters = {name: random_adapter(folder / name, base, "embedding", seed=seed) for seed, name in enumerate("ab")}
-    alone = {name: vectors(base, adapters.get(name), texts) for name in ("base", "a", "b")}
-    info = describe(base)
-    ids = Encoder(None, base, EncodeSettings(info.pooling, info.normalize, info.max_length)).preparer.prepare(texts).ids
-    with engine("vllm", base, "embedding", max_loras=SLOTS) as server:
-        for name, path in adapters.items():
-            server.load(name, path)
-        with ThreadPoolExecutor(6) as pool:
-            for _ in range(2):
-                asked = {name: pool.submit(server.embed, name, ids) for name in alone}
-                assert_vectors({name: future.result() for name, future in asked.items()}, alone)
-        check_names(server)
-        assert server.stop() == 0
-
-
-def check_names(server: EngineProcess) -> None:
-    """An unknown name is a 404, and so is one that was unloaded; no key, no answer."""
-    listed = {row["id"]: row["parent"] for row in server.client.get("/v1/models").json()["data"]}
-    assert listed == {"base": None, "a": "base", "b": "base"}
-    assert server.post("/v1/embeddings", model="c", input="x").status_code == 404
-    assert server.post("/v1/unload_lora_adapter", lora_name="a").status_code == 200
-    assert server.post("/v1/embeddings", model="a", input="x").status_code == 404
-    assert server.client.get("/v1/models", headers={"authorization": "Bearer no"}).status_code == 401
-
-
-def test_minilm_in_nf4_answers_as_base_a_and_b(tmp_path: Path) -> None:
-    check_embeddings(base_folder(BaseSpec("minilm", "nf4")), tmp_path, TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +73,14 @@ def test_an_adapter_that_matches_nothing_is_refused(server: EngineProcess, adapt
     assert "not linear layers of the model" in answer.text
     assert server.post("/v1/completions", model="c", prompt=PROMPTS[0]).status_code == 404
     assert server.complete("base", PROMPTS[0])["token_ids"]
+
+
+def test_names_that_are_not_there_get_no_answer(server: EngineProcess) -> None:
+    """An unknown name is a 404, and so is one that was unloaded (the last test: it unloads a); no key, no answer."""
+    listed = {row["id"]: row["parent"] for row in server.client.get("/v1/models").json()["data"]}
+    assert listed == {"base": None, "a": "base", "b": "base"}
+    assert server.post("/v1/completions", model="d", prompt=PROMPTS[0]).status_code == 404
+    assert server.post("/v1/unload_lora_adapter", lora_name="a").status_code == 200
+    assert server.post("/v1/completions", model="a", prompt=PROMPTS[0]).status_code == 404
+    assert server.client.get("/v1/models", headers={"authorization": "Bearer no"}).status_code == 401
+    assert server.stop() == 0

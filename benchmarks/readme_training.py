@@ -1,0 +1,106 @@
+"""The README's figures of training: retrieval adapters on public sets, speed, methods and tasks of language models."""
+
+from typing import Any
+
+from benchmarks.tables import table
+
+METRICS = ("hit@5", "mrr@10", "ndcg@10")
+
+
+def retrieval_table(results: dict[str, dict[str, Any]]) -> str:
+    """nDCG@10 of each side, and the adapter's gain over base and BM25."""
+    rows: list[tuple[str, ...]] = []
+    for name, result in results.items():
+        both, query, metric = result["adapters"]["both"], result["adapters"].get("query"), result["metric"]
+        scores = [f"{scored[metric]:.3f}" for scored in (result["base"], result["bm25"], both["adapter"])]
+        scores += [f"{query['adapter'][metric]:.3f}" if query else "–", f"{both['fused'][metric]:.3f}"]
+        gains = [f"{low:+.3f} … {high:+.3f}" for low, high in (both["intervals"][f"adapter - {side}"] for side in ("base", "bm25"))]
+        size = f"{result['queries']:,} · {result['documents']:,}"
+        rows.append((f"[{name}](benchmarks/results/retrieval_{name}.json)", size, *scores, *gains))
+    head = ("data", "queries · documents", "base", "BM25", "adapter", "query-only", "adapter and BM25", "adapter − base", "adapter − BM25")
+    return table(head, rows)
+
+
+def retrieval_text(results: dict[str, dict[str, Any]]) -> str:
+    """The comparison with the published figures, whichever way it goes."""
+    finance = results["finance_10k"]
+    both, published = finance["adapters"]["both"], finance["published"]
+    below = [name for name in METRICS if both["adapter"][name] <= published[name][1]]
+    said = f"**not** reached in {', '.join(below)}" if below else "passed by the adapter in all three"
+    return (
+        f"finance_10k is trained on one company's report and asked about another's. Published for BGE-small, fine-tuned whole: "
+        f"{_figures({name: published[name][1] for name in METRICS})};\n"
+        f"{said}. MiniLM here: {_figures(finance['base'])}; with the adapter {_figures(both['adapter'])};\n"
+        f"fused with BM25 {_figures(both['fused'])}; BM25 alone {_figures(finance['bm25'])}."
+    )
+
+
+def _figures(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {scores[name]:.3f}" for name in METRICS)
+
+
+def speed_table(report: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = []
+    for length, part in sorted(report["lengths"].items(), key=lambda item: int(item[0])):
+        sides = part["sides"]
+        stock = f"{sides['stock']['pairs_per_second']:.1f} pairs/s, {sides['stock']['peak_bytes'] / 2**20:,.0f} MiB"
+        ours = (_beside(sides[side]) for side in ("ours", "ours_last2", "ours_query"))
+        rows.append((f"{length} tokens", stock, *ours))
+    return table(("longest text", "SentenceTransformerTrainer", "ours, every layer", "ours, the last two layers", "ours, query-only"), rows)
+
+
+def _beside(side: dict[str, Any]) -> str:
+    return f"{side['pairs_per_second']:.1f} (**{side['times_stock']:.1f}×**), {side['peak_bytes'] / 2**20:,.0f} MiB"
+
+
+def speed_text(report: dict[str, Any]) -> str:
+    settings, parts = report["settings"], report["lengths"].values()
+    sides = [part["sides"][side] for part in parts for side in ("ours", "ours_last2", "ours_query")]
+    kept = "in every cell the interval of nDCG@10 against theirs reaches zero or lies above it"
+    lost = f"{sum(not side['quality_kept'] for side in sides)} of {len(sides)} cells are below theirs in nDCG@10"
+    return (
+        f"The same {settings['pairs']} pairs, batch {settings['batch']}, {settings['epochs']} epochs, rank and learning rate, "
+        f"{settings['threads']} threads, fp32, each run in a process of its own;\n"
+        f"{kept if all(side['quality_kept'] for side in sides) else lost}. "
+        "From [train_embed.json](benchmarks/results/train_embed.json), made by `benchmarks/train_embed.py`."
+    )
+
+
+def methods_table(made: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = []
+    for row in made["rows"]:
+        if "failed" in row:
+            rows.append((row["method"], row["base"], *["–"] * 5, row["failed"]))
+            continue
+        given = row["vllm"]
+        vllm = "as it is" if given == "yes" else f"as LoRA of rank {given['rank']}" if isinstance(given, dict) else "no"
+        score, change = f"{row['exact_match']:.3f}", f"{row['gain_ci95'][0]:+.3f} … {row['gain_ci95'][1]:+.3f}"
+        size = f"{row['adapter_bytes'] / 2**10:,.0f}"
+        cells = (row["method"], row["base"], score, change, f"{row['trainable']:,}", size, f"{row['seconds']:.0f}", vllm)
+        rows.append(cells)
+    head = ("method", "base", "exact match", "gain, 95 % interval", "trained", "KiB", "s", "vLLM")
+    return table(head, rows)
+
+
+def tasks_table(made: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = []
+    for row in made["rows"]:
+        base, score = f"{row['base']:.3f}", f"{row['score']:.3f}"
+        share = f"{row['trainable_percent']:.1f}"
+        rows.append((row["task"], row["metric"], row["method"], base, score, share, str(row["peak_mib"]), f"{row['seconds']:.0f}"))
+    return table(("task", "metric", "method", "base", "adapter", "% trained", "peak MiB", "s"), rows)
+
+
+def lm_speed_text(made: dict[str, Any]) -> str:
+    """Tokens a second beside TRL's trainer; packing counted in examples."""
+    rows = {(row["side"], row["base"]): row for row in made["rows"]}
+
+    def ratio(side: str, base: str, of: str) -> str:
+        return f"{rows[side, base][of] / rows['trl', base][of]:.2f}"
+
+    return (
+        f"Beside TRL's `SFTTrainer` on {made['data']} (batch {made['batch']}, rank {made['r']}, {made['machine']['cores']} cores): "
+        f"**{ratio('embedft', 'none', 'examples_per_second')}** of its examples a second on the full base,\n"
+        f"**{ratio('embedft', 'nf4', 'examples_per_second')}** on NF4, **{ratio('embedft-packed', 'none', 'examples_per_second')}** with "
+        f"`train.packing`. From [train_lm.json](benchmarks/results/train_lm.json), made by `benchmarks/train_lm.py`."
+    )
