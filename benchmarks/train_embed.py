@@ -32,13 +32,14 @@ from benchmarks.machine import machine
 
 ROOT = Path(__file__).parent.parent
 RANK, ALPHA, SCALE, LR = 16, 32, 20.0, 1e-3
+LINEAR = 6 * (4 * 384 * 384 + 2 * 384 * 1536)  # weights of MiniLM's linear layers
 SIDES = ("stock", "stock_last2", "ours", "ours_last2", "ours_last1", "ours_query")
 WINS = ("ours", "ours_last2", "ours_last1", "ours_query")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=192)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256])
@@ -70,7 +71,7 @@ def _compare(arguments: argparse.Namespace, data: Path) -> None:
     report: dict[str, Any] = {
         "command": _command(),
         "settings": _settings(arguments),
-        "machine": machine(),
+        "machine": machine() | {"matmul_gflops": _matmul(arguments.threads)},
         "lengths": {},
     }
     if arguments.out.is_file():
@@ -91,6 +92,21 @@ def _compare(arguments: argparse.Namespace, data: Path) -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written: {arguments.out}")
+
+
+def _matmul(threads: int) -> float:
+    """What one large fp32 product reaches here: the limit of any way of training."""
+    import torch
+
+    torch.set_num_threads(threads)
+    one = torch.rand(2048, 1536)
+    other = torch.rand(1536, 1536)
+    seconds: list[float] = []
+    for _ in range(12):
+        began = time.perf_counter()
+        torch.mm(one, other)
+        seconds.append(time.perf_counter() - began)
+    return 2 * one.numel() * 1536 / statistics.median(seconds) / 1e9
 
 
 def _command() -> str:
@@ -145,6 +161,7 @@ def _summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespac
             "peak_bytes": int(statistics.median(run["peak"] for run in repeats)),
             "ndcg@10": float(np.mean(repeats[0]["scores"])),
             "trainable": repeats[0]["trainable"],
+            "linear_gflops": _linear(repeats, arguments.batch),
         }
     base = np.array(runs.get("stock", [{"base": []}])[0]["base"])
     result: dict[str, Any] = {"sides": sides, "tokens": next(iter(runs.values()))[0]["tokens"]}
@@ -164,6 +181,13 @@ def _summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespac
             "memory_of_stock": sides[side]["peak_bytes"] / sides["stock"]["peak_bytes"],
         }
     return result
+
+
+def _linear(runs: list[dict[str, Any]], batch: int) -> float:
+    """GFLOP/s in the frozen linear layers, as if every layer were passed forth and back over the texts' own tokens: what a side computes
+    beyond that (padding) lowers it, what it leaves out (cached layers) raises it."""
+    tokens = batch * sum(runs[0]["tokens"].values())
+    return 4 * LINEAR * tokens / statistics.median(statistics.median(run["steps"]) for run in runs) / 1e9
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
