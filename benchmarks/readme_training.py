@@ -70,10 +70,10 @@ def _limit(report: dict[str, Any]) -> str:
     """How near the machine's limit both sides are; the aim was five times the stock trainer."""
     parts, most = report["lengths"].values(), report["machine"]["matmul_gflops"]
     ours, stock = ([part["sides"][side]["linear_gflops"] for part in parts] for side in ("ours", "stock"))
+    counted = f"{min(ours):.0f} to {max(ours):.0f} of them count in ours, {min(stock):.0f} to {max(stock):.0f} in the stock trainer"
     return (
-        f"A plain product reaches {most:.0f} GFLOP/s here. With every layer adapted "
-        f"{min(ours):.0f} to {max(ours):.0f} of them count in ours, {min(stock):.0f} to {max(stock):.0f} in the stock trainer:\nour aim of five times its speed is out of reach there, "
-        "and is met only where layers or documents are left out of the step."
+        f"A plain product reaches {most:.0f} GFLOP/s here. With every layer adapted {counted}:\n"
+        "our aim of five times its speed is out of reach there, and is met only where layers or documents are left out of the step."
     )
 
 
