@@ -129,6 +129,7 @@ class LocalReader:
     def __init__(self, spec: BaseSpec, *, store: "AdapterStore | None" = None) -> None:
         self._base = _OnBase(spec, store, "causal_lm")
         self._tokenizer: Any = None
+        self._loading = threading.Lock()
 
     @classmethod
     def of(cls, adapter: str | None, *, base: str | None, store: "AdapterStore | None") -> "LocalReader":
@@ -144,19 +145,52 @@ class LocalReader:
         from transformers import TextIteratorStreamer
 
         found = self._base.adapter(adapter)
-        with self._base.lock:
-            model = self._base.model(found)
-            given = self._inputs(messages, found, options)
-            streamer: Any = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-            failed: list[BaseException] = []
-            worker = threading.Thread(target=_generate, args=(model, {**given, "streamer": streamer}, streamer, failed), daemon=True)
-            worker.start()
-            try:
-                yield from (piece for piece in streamer if piece)
-            finally:
-                worker.join()
-            if failed:
-                raise failed[0]
+        streamer: Any = TextIteratorStreamer(self._loaded(), skip_prompt=True, skip_special_tokens=True)
+        unread, failed = threading.Event(), list[BaseException]()
+        worker = threading.Thread(target=self._answer, args=(messages, found, options, streamer, unread, failed), daemon=True)
+        worker.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            unread.set()
+            worker.join()
+        if failed:
+            raise failed[0]
+
+    def _answer(
+        self,
+        messages: Chat,
+        adapter: _Adapter | None,
+        options: Mapping[str, Any],
+        streamer: Any,
+        unread: threading.Event,
+        failed: list[BaseException],
+    ) -> None:
+        """Into `streamer`, until `unread`. The base is this thread's as long as it takes, whether or not anybody reads along."""
+        import torch
+        from transformers import StoppingCriteriaList
+
+        def stop(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.full((len(ids),), unread.is_set(), dtype=torch.bool, device=ids.device)
+
+        try:
+            with self._base.lock:
+                model = self._base.model(adapter)
+                given = self._inputs(messages, adapter, options)
+                moved = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in given.items()}
+                with torch.inference_mode():
+                    model.generate(**moved, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]))
+        except BaseException as error:
+            failed.append(error)
+            streamer.end()
+
+    def _loaded(self) -> Any:
+        from transformers import AutoTokenizer
+
+        with self._loading:
+            if self._tokenizer is None:
+                self._tokenizer = AutoTokenizer.from_pretrained(self._base.folder)
+        return self._tokenizer
 
     async def astream(self, messages: Chat, *, adapter: str | None, **options: Any) -> AsyncIterator[str]:
         pieces = self.stream(messages, adapter=adapter, **options)
@@ -165,13 +199,10 @@ class LocalReader:
 
     def _inputs(self, messages: Chat, adapter: _Adapter | None, options: Mapping[str, Any]) -> dict[str, Any]:
         import torch
-        from transformers import AutoTokenizer
 
         from embedft.causal_lm.evaluate import pad_token
         from embedft.causal_lm.template import stop_tokens, template_with_hash
 
-        if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self._base.folder)
         if unknown := sorted(set(options) - OPTIONS):
             raise InputInvalid("option_unsupported", f"{unknown[0]} is not for a model in this process: leave it out, or serve", unknown[0])
         template = template_with_hash(self._tokenizer, adapter.passport.template_hash if adapter else None)
@@ -199,18 +230,6 @@ class LocalReader:
             "pad_token_id": pad_token(self._tokenizer),
             **sampling,
         }
-
-
-def _generate(model: Any, given: dict[str, Any], streamer: Any, failed: list[BaseException]) -> None:
-    import torch
-
-    try:
-        with torch.inference_mode():
-            moved = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in given.items()}
-            model.generate(**moved)
-    except BaseException as error:
-        failed.append(error)
-        streamer.end()
 
 
 def spec_of(adapter: str | None, *, base: str | None, store: "AdapterStore | None") -> BaseSpec:

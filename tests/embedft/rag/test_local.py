@@ -1,0 +1,51 @@
+"""A language model in this process: who waits for whom, and who stops."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from embedft.errors import InputInvalid
+from embedft.rag.local import LocalReader
+
+ASKED = [{"role": "user", "content": "Write a long letter about tea."}]
+
+
+def in_time(reader: LocalReader, **options: Any) -> str:
+    """An answer within a minute, or the test fails instead of hanging."""
+    said = list[str]()
+    asking = threading.Thread(target=lambda: said.append(reader.chat(ASKED, adapter=None, **options)), daemon=True)
+    asking.start()
+    asking.join(60)
+    assert said, "the next question waits for a stream that nobody reads"
+    return said[0]
+
+
+def test_a_stream_that_nobody_reads_on_holds_up_no_other_question(seed_reader: LocalReader) -> None:
+    half = seed_reader.stream(ASKED, adapter=None, max_tokens=6)
+    first = next(half)
+    whole = in_time(seed_reader, max_tokens=6)
+    assert first + "".join(half) == whole
+
+
+def test_a_stream_that_is_closed_stops_generating(seed_reader: LocalReader) -> None:
+    steps = list[None]()
+    whole = in_time(seed_reader, max_tokens=48)
+    hook = seed_reader._base._model.register_forward_hook(lambda *_: steps.append(None))
+    try:
+        assert in_time(seed_reader, max_tokens=48) == whole
+        needed = len(steps)
+        steps.clear()
+        half = seed_reader.stream(ASKED, adapter=None, max_tokens=48)
+        next(half)
+        half.close()
+        assert len(steps) < needed
+        with pytest.raises(InputInvalid, match="not for a model in this process"):
+            in_time_error(seed_reader)
+    finally:
+        hook.remove()
+
+
+def in_time_error(reader: LocalReader) -> None:
+    """What goes wrong in the worker is raised to the reader, and the base is free again."""
+    list(reader.stream(ASKED, adapter=None, top_p=0.5))
