@@ -181,11 +181,13 @@ def _check(gateway: Gateway, body: RagRequest) -> None:
 
 
 async def _retrieve(seen: Visible, index: VectorIndex, body: RagRequest, preparers: Preparers) -> _Retrieved:
+    if body.fusion == "sparse":
+        return await _by_words(seen, index, body, preparers)
     name = body.adapter if _is_set(body, "adapter") or body.model else index.adapter
     async with AsyncExitStack() as stack:
         query, document = await _ways(seen, stack, body.model, name, is_set=name is not None or _is_set(body, "adapter"))
         fitted = index.map_from(document.lineage) if body.mapped and document.lineage != index.lineage else None
-        if body.fusion != "sparse" and fitted is None:
+        if fitted is None:
             index.check(lineage=document.lineage, made_by=query.label)  # before an engine works for nothing
         adapter = seen.counted(query.resident)
         async with seen.admitted(query.engine, adapter, route="rag", cost=guessed(len(body.question))) as ticket:
@@ -193,14 +195,26 @@ async def _retrieve(seen: Visible, index: VectorIndex, body: RagRequest, prepare
             ticket.count({"prompt_tokens": made.tokens})
             labels = {"lineage": query.lineage, "documents": document.lineage, "made_by": query.label}
             vector = Labelled(made.rows[0].tolist(), **labels)
-            wanted = max(body.k, RERANKED) if body.rerank_adapter else body.k
-            stages = Stages(k=wanted, fusion=body.fusion, weight=float(body.weight), mapped=body.mapped)
+            stages = Stages(k=_wanted(body), fusion=body.fusion, weight=float(body.weight), mapped=body.mapped)
             found = await asyncio.to_thread(search, index, body.question, vector, stages)
-    if body.rerank_adapter and found:
-        found = await _reranked(seen, body, found, preparers)
+    found = await _reranked(seen, body, found, preparers)
     headers = {"x-embedft-adapter": query.label, "x-embedft-base": query.engine.name, "x-embedft-lineage": query.lineage}
     headers["x-embedft-index"] = f"{index.name}@{index.version}"
     return _Retrieved(sources_of(found[: body.k]), headers, fitted.recall if fitted else None)
+
+
+async def _by_words(seen: Visible, index: VectorIndex, body: RagRequest, preparers: Preparers) -> _Retrieved:
+    """BM25 alone: no engine is asked and no header names a maker of vectors; an adapter that is named must be there all the same."""
+    if body.adapter or body.model:
+        choose(seen, task="embedding", model=body.model, adapter=body.adapter, is_set=_is_set(body, "adapter"))
+    async with seen.limited(guessed(len(body.question))):
+        found = await asyncio.to_thread(search, index, body.question, None, Stages(k=_wanted(body), fusion="sparse"))
+    found = await _reranked(seen, body, found, preparers)
+    return _Retrieved(sources_of(found[: body.k]), {"x-embedft-index": f"{index.name}@{index.version}"})
+
+
+def _wanted(body: RagRequest) -> int:
+    return max(body.k, RERANKED) if body.rerank_adapter else body.k
 
 
 async def _ways(seen: Visible, stack: AsyncExitStack, model: str | None, name: str | None, *, is_set: bool) -> tuple[Way, Way]:
@@ -212,10 +226,12 @@ async def _ways(seen: Visible, stack: AsyncExitStack, model: str | None, name: s
 
 
 async def _reranked(seen: Visible, body: RagRequest, found: list[Found], preparers: Preparers) -> list[Found]:
-    """What was found, in the order of another adapter's vectors; the scores are that adapter's."""
+    """What was found, in the order of another adapter's vectors where one is named; the scores are that adapter's."""
+    if not body.rerank_adapter or not found:
+        return found
     async with AsyncExitStack() as stack:
         query, document = await _ways(seen, stack, None, body.rerank_adapter, is_set=True)
-        texts = [hit.chunk.embedded or hit.chunk.text for hit in found]
+        texts = [hit.chunk.whole for hit in found]
         adapter = seen.counted(query.resident)
         async with seen.admitted(query.engine, adapter, route="rerank", cost=guessed(sum(map(len, texts)))) as ticket:
             asked = await embed(query, [body.question], preparers, input_type="query", truncate=True)

@@ -89,12 +89,12 @@ class Ann:
     def dimension(self) -> int:
         return int(self.index.d)
 
-    def search(self, queries: Rows, k: int, *, dead: NDArray[np.int64] | None = None) -> tuple[Rows, NDArray[np.int64]]:
-        """(q, d) → (scores, row numbers), both (q, k), best first, -1 where there are fewer. Rows in `dead` are passed over."""
+    def search(self, queries: Rows, k: int, *, over: Any = None) -> tuple[Rows, NDArray[np.int64]]:
+        """(q, d) → (scores, row numbers), both (q, k), best first, -1 where there are fewer. `over`: made by `passing_over`."""
         import faiss
 
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        options: dict[str, Any] = {"sel": faiss.IDSelectorNot(faiss.IDSelectorBatch(dead))} if dead is not None and len(dead) else {}
+        options: dict[str, Any] = {} if over is None else {"sel": over}
         if self.kind == "hnsw":
             wanted: Any = faiss.SearchParametersHNSW(efSearch=max(self.settings.ef_search, 2 * k), **options)  # pyright: ignore[reportAttributeAccessIssue]
             return self.index.search(queries, k, params=wanted)
@@ -152,6 +152,13 @@ class Ann:
                 raise IndexInvalid(name, f"{exact.name} is missing or of the wrong size: index again")
             raw = np.memmap(exact, dtype="<f4", mode="r", shape=(rows, dimension))
         return cls(index, kind, settings, raw)
+
+
+def passing_over(rows: NDArray[np.int64]) -> Any:
+    """What `search` takes to leave out `rows`; worth keeping, for it takes time in proportion to them."""
+    import faiss
+
+    return faiss.IDSelectorNot(faiss.IDSelectorBatch(rows))
 
 
 def _divisor(dimension: int, wanted: int) -> int:

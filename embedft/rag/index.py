@@ -1,12 +1,9 @@
 """An index on disk: vectors of one lineage, the chunks behind them, BM25. Refuses vectors of another lineage; knows no llama-index.
 
-FOLDER/current                the version in use: replaced in one step
-FOLDER/versions/<version>/    meta.json, vectors.faiss, rows.sqlite, bm25/: immutable once published
+FOLDER/versions/<version>/    meta.json, vectors.faiss, rows.sqlite, bm25/ (versions.py says which is current)
 FOLDER/maps/<lineage>.npz     fitted linear maps from other lineages
 """
 
-import hashlib
-import json
 import shutil
 import sqlite3
 import tempfile
@@ -15,41 +12,20 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embedft.errors import IndexInvalid, IndexNotFound, LineageMismatch
-from embedft.files import locked, publish_folder, staged_folder, write_text
-from embedft.rag.ann import BLOCK, Ann, AnnSettings, Kind
+from embedft.rag.ann import BLOCK, Ann, AnnSettings, Kind, passing_over
 from embedft.rag.engines import Labelled, Rows
 from embedft.rag.linear_map import LinearMap
 from embedft.rag.rows import Chunk, RowTable
 from embedft.rag.sparse import Bm25
+from embedft.rag.versions import Meta, current_version, publish, read_meta, require_ours, write_meta
 
-KEPT_VERSIONS = 2
 MOST_DEAD, MOST_NEW = 0.2, 0.5  # shares of the rows beyond which a graph is built anew rather than added to
-
-
-class Meta(BaseModel):
-    """What a version says of itself. `rows` counts the dead ones too; `files` name → (bytes, sha256)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-    schema_: Literal[1] = Field(default=1, alias="schema")
-    lineage: str
-    made_by: str
-    adapter: str | None = None
-    dimension: int
-    rows: int
-    chunks: int
-    kind: Kind
-    settings: dict[str, Any]
-    bm25: bool
-    notes: dict[str, Any] = {}
-    files: dict[str, tuple[int, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -77,6 +53,7 @@ class VectorIndex:
         self._new: list[Rows] = []
         self._table, self._own_table = RowTable(None, writable=True), True
         self._dead = np.zeros(0, dtype=np.int64)
+        self._over: tuple[NDArray[np.int64], Any] | None = None  # (the dead, what passes them over)
         self._lock = threading.RLock()
 
     @property
@@ -86,15 +63,12 @@ class VectorIndex:
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> "VectorIndex":
         """The current version, memory-mapped. `verify` also reads every byte. Raises IndexNotFound, IndexInvalid."""
+        require_ours(folder)
         version = current_version(folder)
         if version is None:
-            raise (
-                IndexNotFound(str(folder))
-                if not _occupied(folder)
-                else IndexInvalid(folder.name, "it is no index of embedft: no `current`")
-            )
+            raise IndexNotFound(str(folder))
         place = folder / "versions" / version
-        meta = _read_meta(place, folder.name, verify=verify)
+        meta = read_meta(place, folder.name, verify=verify)
         index = cls(folder, lineage=meta.lineage, made_by=meta.made_by, settings=AnnSettings(**meta.settings), adapter=meta.adapter)
         index.version, index.notes = version, dict(meta.notes)
         try:
@@ -217,19 +191,8 @@ class VectorIndex:
 
         IndexInvalid where another process has published since this one was opened.
         """
-        with self._lock, locked(self.folder / ".lock"):
-            if current_version(self.folder) != self.version:
-                raise IndexInvalid(self.name, "another process changed it meanwhile: open it again and repeat")
-            versions = self.folder / "versions"
-            with staged_folder(versions) as stage:
-                self._write(stage, bm25=bm25)
-                number = int(self.version.partition("-")[0]) + 1 if self.version else 1
-                version = f"{number:06d}-{self.lineage[:8]}"
-                shutil.rmtree(versions / version, ignore_errors=True)  # left by a crash between publishing and switching
-                publish_folder(stage, versions / version)
-            write_text(self.folder / "current", version + "\n")
-            for old in sorted(path for path in versions.iterdir() if path.name[0] != ".")[:-KEPT_VERSIONS]:
-                shutil.rmtree(old, ignore_errors=True)  # a reader that has it open keeps its files until it closes them
+        with self._lock:
+            version = publish(self.folder, lambda stage: self._write(stage, bm25=bm25), before=self.version, lineage=self.lineage)
         opened = VectorIndex.open(self.folder)
         self._table.close()
         self.__dict__.update({name: value for name, value in opened.__dict__.items() if name != "_lock"})
@@ -262,9 +225,8 @@ class VectorIndex:
             settings=asdict(self.settings),
             bm25=sparse is not None,
             notes=self.notes,
-            files={str(path.relative_to(stage)): (path.stat().st_size, _sha256(path)) for path in stage.rglob("*") if path.is_file()},
         )
-        (stage / "meta.json").write_text(meta.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+        write_meta(stage, meta)
 
     def _grown(self, rows: int, live: int) -> Ann | None:
         """The graph or lists as they are, with the new rows added, where few rows are new or dead; None: build anew."""
@@ -292,7 +254,7 @@ class VectorIndex:
         found: list[tuple[int, float]] = []
         if self._ann:
             sealed = self._ann.rows
-            scores, rows = self._ann.search(vector[None], min(k, sealed), dead=self._dead[self._dead < sealed])
+            scores, rows = self._ann.search(vector[None], min(k, sealed), over=self._passing_over())
             found = [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
         if not self._new:
             return found
@@ -302,6 +264,14 @@ class VectorIndex:
         best = np.argsort(-scores, kind="stable")[:k]
         found += [(first + int(row), float(scores[row])) for row in best if np.isfinite(scores[row])]
         return sorted(found, key=lambda pair: -pair[1])[:k]
+
+    def _passing_over(self) -> Any:
+        """FAISS' selector of the rows that are not dead, made once for each set of them; None where all live."""
+        dead = self._dead
+        if self._over is None or self._over[0] is not dead:
+            sealed = dead[dead < self._ann.rows] if self._ann else dead
+            self._over = (dead, passing_over(sealed) if len(sealed) else None)
+        return self._over[1]
 
     def _rows(self) -> int:
         return (self._ann.rows if self._ann else 0) + sum(map(len, self._new))
@@ -319,44 +289,3 @@ class VectorIndex:
         self._table.close()
         self._table, self._own_table = RowTable(copy, writable=True), True
         weakref.finalize(self._table, shutil.rmtree, copy.parent, ignore_errors=True)  # SQLite does not write to an unlinked file
-
-
-def current_version(folder: Path) -> str | None:
-    path = folder / "current"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
-
-
-def _occupied(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def _read_meta(place: Path, name: str, *, verify: bool) -> Meta:
-    try:
-        meta = Meta.model_validate_json((place / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise IndexInvalid(name, f"meta.json of version {place.name} cannot be read ({str(error).splitlines()[0]}): index again") from None
-    for relative, (size, digest) in meta.files.items():
-        path = place / relative
-        if not path.is_file() or path.stat().st_size != size:
-            raise IndexInvalid(name, f"{relative} is missing or was cut: index again")
-        if verify and _sha256(path) != digest:
-            raise IndexInvalid(name, f"{relative} is not what was written: index again")
-    return meta
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def list_indexes(root: Path) -> dict[str, dict[str, Any]]:
-    """Name → record of each index folder directly under `root`; one that cannot be read has an `error`."""
-    found: dict[str, dict[str, Any]] = {}
-    for folder in sorted(path for path in root.iterdir() if (path / "current").is_file()) if root.is_dir() else []:
-        try:
-            version = current_version(folder) or ""
-            meta = _read_meta(folder / "versions" / version, folder.name, verify=False)
-            found[folder.name] = {"version": version, **json.loads(meta.model_dump_json(by_alias=True, exclude={"files"}))}
-        except IndexInvalid as error:
-            found[folder.name] = {"error": str(error)}
-    return found

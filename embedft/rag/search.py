@@ -11,7 +11,7 @@ from embedft.rag.engines import Labelled
 from embedft.rag.index import Found, VectorIndex
 
 Scores = Sequence[tuple[int, float]]  # (row, score), best first
-Rerank = Callable[[str, Sequence[str]], Sequence[float]]  # (question, texts) → a score for each text
+Rerank = Callable[[str, Sequence[str]], Sequence[float]]  # (question, chunks' whole texts) → a score for each
 RRF_K = 60
 
 
@@ -35,17 +35,18 @@ def search(index: VectorIndex, question: str, vector: Labelled | None, stages: S
     Raises LineageMismatch, IndexInvalid; UsageError where BM25 is asked for and the index has none.
     """
     depth = max(stages.k, stages.rerank_depth if stages.rerank else 0, stages.depth if stages.fusion in ("rrf", "weights") else 0)
-    dense: list[Found] = []
+    dense: Scores = []
     if stages.fusion != "sparse":
         if vector is None:
             raise UsageError("dense search needs the question's vector")
-        dense = index.search(vector, depth, mapped=stages.mapped)
-    found = dense
+        dense = index.nearest(index.accept(vector, mapped=stages.mapped), depth)
+    scored = dense
     if stages.fusion != "none":
         if index.bm25 is None and len(index):
             raise UsageError(f"index {index.name!r} was made without BM25: index again with it, or turn the hybrid stage off")
         sparse = index.bm25.search(question, depth) if index.bm25 else []
-        found = index.found(_fused([(hit.row, hit.score) for hit in dense], sparse, stages)[:depth])
+        scored = _fused(dense, sparse, stages)
+    found = index.found(scored[:depth])
     if stages.rerank and found:
         found = _reranked(found, question, stages.rerank, stages.rerank_depth)
     return found[: stages.k]
@@ -95,7 +96,7 @@ def _reciprocal(scored: Scores, relevant: set[int]) -> float:
 
 def _reranked(found: list[Found], question: str, rerank: Rerank, depth: int) -> list[Found]:
     head, rest = found[:depth], found[depth:]
-    scores = list(rerank(question, [hit.chunk.text for hit in head]))
+    scores = list(rerank(question, [hit.chunk.whole for hit in head]))
     if len(scores) != len(head):
         raise EngineFailed(f"the reranker gave {len(scores)} scores for {len(head)} texts")
     order = sorted(range(len(head)), key=lambda place: -scores[place])

@@ -16,9 +16,10 @@ from embedft.errors import IndexInvalid, InputInvalid, UsageError
 from embedft.rag.ann import AnnSettings
 from embedft.rag.embedding import AdapterEmbedding
 from embedft.rag.engines import Labelled, Rows
-from embedft.rag.index import VectorIndex, current_version
+from embedft.rag.index import VectorIndex
 from embedft.rag.rows import Chunk
 from embedft.rag.search import Stages, search
+from embedft.rag.versions import current_version
 
 SAME = 0.999  # cosine between a vector and its text embedded again; quantized engines wobble in the fourth digit
 _WITH_WORDS = {VectorStoreQueryMode.HYBRID: "rrf", VectorStoreQueryMode.TEXT_SEARCH: "sparse"}

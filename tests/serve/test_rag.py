@@ -120,6 +120,22 @@ def test_hybrid_and_reranking(rag: Server) -> None:
     assert [source["chunk"] for source in again] != [source["chunk"] for source in plain]
 
 
+def test_words_alone_are_looked_up_without_asking_any_engine(rag: Server) -> None:
+    def asked() -> list[str]:
+        return [line for line in rag.client.get("/metrics", headers=ADMIN).text.splitlines() if 'route="rag"' in line and '"texts"' in line]
+
+    assert ask(rag, "notes", "thing9", answer=False).status_code == 200
+    before = asked()
+    response = ask(rag, "notes", "thing9", fusion="sparse", k=1, answer=False)
+    assert response.json()["sources"][0]["document"] == "d9.txt"
+    assert before
+    assert asked() == before
+    assert "x-embedft-adapter" not in response.headers
+    assert response.headers["x-embedft-index"].startswith("notes@")
+    refused(ask(rag, "notes", "thing9", fusion="sparse", adapter="nobody", answer=False), 404, "adapter_not_found")
+    assert ask(rag, "notes", "thing9", fusion="sparse", rerank_adapter="b", k=3, answer=False).json()["sources"][0]["document"] == "d9.txt"
+
+
 def test_bad_requests_are_named(rag: Server) -> None:
     refused(ask(rag, "nowhere", "x"), 404, "index_not_found")
     refused(ask(rag, "notes", ""), 400, "invalid_parameter")

@@ -1,9 +1,13 @@
 """Fusion, its fitted weights, and what each stage is handed."""
 
+from pathlib import Path
+
 import pytest
 
 from embedft.errors import EngineFailed, UsageError
 from embedft.rag.answer import Source, cited, faithfulness, messages_of
+from embedft.rag.index import VectorIndex
+from embedft.rag.rows import Chunk
 from embedft.rag.search import Stages, fit_weight, rrf, search, weighted
 from tests.embedft.rag.test_index import filled, label, vectors
 
@@ -21,10 +25,12 @@ def test_weights_scale_each_list_before_they_are_added() -> None:
 
 
 def test_a_weight_is_fitted_to_where_the_relevant_rows_are() -> None:
-    assert fit_weight([(DENSE, SPARSE, {4})] * 3)[0] < 0.5 < fit_weight([(DENSE, SPARSE, {2})] * 3)[0] + 0.5
-    weight, reached = fit_weight([(DENSE, SPARSE, {1}), (DENSE, SPARSE, {2})])
-    assert weight > 0.5
-    assert reached == pytest.approx(0.75)
+    # weighted, row 1 has w, row 2 0.875 w, row 3 1 - w, and row 4 nothing
+    assert fit_weight([(DENSE, SPARSE, {3})]) == pytest.approx((0.0, 1.0))
+    assert fit_weight([(DENSE, SPARSE, {1})]) == pytest.approx((0.5, 1.0))
+    assert fit_weight([(DENSE, SPARSE, {2})] * 3) == pytest.approx((0.55, 0.5))  # second once 0.875 w > 1 - w
+    assert fit_weight([(DENSE, SPARSE, {1}), (DENSE, SPARSE, {2})]) == pytest.approx((0.55, 0.75))
+    assert fit_weight([(DENSE, SPARSE, {1}), (DENSE, SPARSE, {3})] * 2)[1] == pytest.approx(0.75)
     with pytest.raises(UsageError):
         fit_weight([])
 
@@ -45,6 +51,19 @@ def test_each_stage_can_be_left_out(tmp_path: object) -> None:
     assert [hit.chunk.id for hit in search(index, "", label(rows[3]), last)] == [dense[4].chunk.id, dense[3].chunk.id]
     with pytest.raises(EngineFailed, match="1 scores for 5"):
         search(index, "", label(rows[3]), Stages(k=2, rerank=lambda *_: [1.0], rerank_depth=5))
+
+
+def test_a_question_is_looked_up_in_the_table_once_and_reranked_by_what_was_embedded(tmp_path: Path) -> None:
+    rows, asked = vectors(2), list[str]()
+    index = VectorIndex(tmp_path / "i", lineage="L", made_by="base")
+    index.add([Chunk("c0", "d", "green", embedded="Tea\ngreen"), Chunk("c1", "d", "white")], rows, lineage="L", made_by="base")
+    index.save()
+    index._table._db.set_trace_callback(asked.append)
+    read = list[str]()
+    stages = Stages(k=2, fusion="rrf", rerank=lambda _, texts: (read.extend(texts), [1.0] * len(texts))[1])
+    assert len(search(index, "green", label(rows[0]), stages)) == 2
+    assert len([query for query in asked if "FROM chunk WHERE row IN" in query]) == 1
+    assert sorted(read) == ["Tea\ngreen", "white"]
 
 
 def test_citations_and_faithfulness() -> None:
