@@ -97,6 +97,7 @@ def _index(arguments: argparse.Namespace) -> int:
         chunks_of(reading.documents, chunking),
         _embedder(arguments, arguments.adapter),
         adapter=arguments.adapter,
+        recorded=_own_name(arguments),
         settings=AnnSettings(kind=arguments.kind),
         bm25=not arguments.no_bm25,
         notes={"chunking": chunking.model_dump(), "base": arguments.base},
@@ -119,6 +120,17 @@ def _index(arguments: argparse.Namespace) -> int:
             f"{report.truncated} chunks are longer than the adapter reads; their ends are not in the vectors: choose a smaller --chunk-size"
         )
     return 0
+
+
+def _own_name(arguments: argparse.Namespace) -> str | None:
+    """What an adapter folder of this machine calls itself: an index may travel, and a path of this machine may not."""
+    if not arguments.adapter or arguments.server or not Path(arguments.adapter).is_dir():
+        return None
+    from embedft.adapters.passport import read_passport
+
+    name = read_passport(Path(arguments.adapter), name=arguments.adapter).name
+    _say(f"the index records its adapter as {name!r}: `rag ask` looks for that name in the store, unless --adapter names the folder again")
+    return name
 
 
 def _ask(arguments: argparse.Namespace) -> int:

@@ -1,11 +1,13 @@
 """Documents → index: only what changed is embedded, an interrupted run goes on where it stopped, and the switch is one step.
 
-FOLDER/work/<lineage>.sqlite holds vectors by content hash while a build runs; it is deleted when the version is published.
+FOLDER/work/<lineage>.sqlite holds vectors by content hash while a build runs; all are deleted when a version is published.
 """
 
+import fcntl
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import numpy as np
 from embedft.errors import DocumentsUnusable, EngineBusy, IndexInvalid, IndexNotFound, UsageError
 from embedft.rag.ann import AnnSettings
 from embedft.rag.engines import Embedder, Rows
-from embedft.rag.index import VectorIndex, current_version
+from embedft.rag.index import VectorIndex
 from embedft.rag.rows import Chunk
+from embedft.rag.versions import current_version, require_ours
 
 Progress = Callable[[int, int], None]  # (chunks embedded, chunks to embed)
 BATCH = 256  # chunks between two points that an interrupted run can go on from
@@ -44,6 +47,7 @@ def build_index(
     embedder: Embedder,
     *,
     adapter: str | None,
+    recorded: str | None = None,
     settings: AnnSettings | None = None,
     bm25: bool = True,
     notes: dict[str, Any] | None = None,
@@ -51,31 +55,34 @@ def build_index(
 ) -> BuildReport:
     """Index `chunks` as the next version of `folder`. Readers of the version before are not disturbed.
 
-    Raises DocumentsUnusable where there is no chunk, EngineBusy where the adapter is replaced meanwhile; both leave the old version,
-    as does IndexInvalid where `folder` holds something else.
+    `recorded`: what the index is to call `adapter`, where that is not its name. Raises DocumentsUnusable where there is no chunk,
+    EngineBusy where the adapter is replaced or another build runs, IndexInvalid where `folder` holds something else or a version was
+    published meanwhile, UsageError where there can be no folder. All of them leave the old version, and what was embedded for a next build.
     """
     began = time.perf_counter()
     listed = list(chunks)
     if not listed:
         raise DocumentsUnusable(["the documents hold no text to index"])
     lineage, made_by = embedder.document_lineage(adapter)
-    before = _opened(folder)
     usable(folder)
-    work = _Work(folder / "work" / f"{lineage[:32]}.sqlite")
-    known = before.known() if before is not None and before.lineage == lineage else {}
-    missing = {chunk.hash: chunk.whole for chunk in listed if chunk.hash not in known}
-    for digest in work.known():
-        missing.pop(digest, None)
-    started = time.perf_counter()
-    truncated = _embed(missing, embedder, adapter, lineage, work, progress)
-    spent = time.perf_counter() - started
-    index = VectorIndex(folder, lineage=lineage, made_by=made_by, settings=settings, adapter=adapter)
-    index.version, index.notes = current_version(folder), notes or {}
-    for start in range(0, len(listed), 65_536):
-        part = listed[start : start + 65_536]
-        index.add(part, _gathered(part, known, before, work), lineage=lineage, made_by=made_by)
-    version = index.save(bm25=bm25)
-    work.delete()
+    require_ours(folder)
+    with _alone(folder):
+        version, before = current_version(folder), _opened(folder)  # as it is now: what is published from here on is not replaced
+        work = _Work(folder / "work" / f"{lineage[:32]}.sqlite")
+        known = before.known() if before is not None and before.lineage == lineage else {}
+        missing = {chunk.hash: chunk.whole for chunk in listed if chunk.hash not in known}
+        for digest in work.known():
+            missing.pop(digest, None)
+        started = time.perf_counter()
+        truncated = _embed(missing, embedder, adapter, lineage, work, progress)
+        spent = time.perf_counter() - started
+        index = VectorIndex(folder, lineage=lineage, made_by=made_by, settings=settings, adapter=recorded or adapter)
+        index.version, index.notes = version, notes or {}
+        for start in range(0, len(listed), 65_536):
+            part = listed[start : start + 65_536]
+            index.add(part, _gathered(part, known, before, work), lineage=lineage, made_by=made_by)
+        version = index.save(bm25=bm25)
+        work.delete()
     return BuildReport(
         version=version,
         chunks=len(index),
@@ -90,6 +97,17 @@ def build_index(
     )
 
 
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """The only build in `folder`. EngineBusy where another is under way."""
+    with (folder / ".building").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EngineBusy(f"another process is indexing into {folder}: wait for its end, or name another folder") from None
+        yield
+
+
 def usable(folder: Path) -> None:
     """Make `folder` unless it is there. UsageError where it cannot be made or is a file: said before hours of work, not after them."""
     try:
@@ -99,14 +117,10 @@ def usable(folder: Path) -> None:
 
 
 def _opened(folder: Path) -> VectorIndex | None:
-    """The version before, whose vectors may be used again; None where there is none, or a damaged one. IndexInvalid: not ours."""
+    """The version before, whose vectors may be used again; None where there is none, or a damaged one."""
     try:
         return VectorIndex.open(folder, verify=True)
-    except IndexNotFound:
-        return None
-    except IndexInvalid:
-        if current_version(folder) is None:
-            raise
+    except (IndexNotFound, IndexInvalid):
         return None
 
 
@@ -159,5 +173,7 @@ class _Work:
         return np.frombuffer(packed, dtype="<f4")
 
     def delete(self) -> None:
+        """And what other builds have left here: the version that was published has taken their place."""
         self._db.close()
-        self._path.unlink(missing_ok=True)
+        for path in self._path.parent.iterdir():
+            path.unlink(missing_ok=True)

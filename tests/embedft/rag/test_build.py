@@ -1,6 +1,6 @@
 """From files to an index: what is read, what is refused and why, what is embedded again, and how a build goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def test_a_damaged_index_is_made_anew_and_nothing_of_it_is_used(tmp_path: Path, 
     (tmp_path / "other" / "mine.txt").write_text("not an index")
     with pytest.raises(IndexInvalid, match="no index of embedft"):
         build_index(tmp_path / "other", chunks(10), RemoteEngine(server.url), adapter="a")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine.txt"]
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +99,54 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path: Path, server: S
     assert len(engine.texts) == report.embedded == 45 - 5 - 24
     assert len(VectorIndex.open(tmp_path / "i")) == 45
     assert not list((tmp_path / "i" / "work").iterdir())
+
+
+def test_the_first_build_goes_on_too_and_another_adapters_leftovers_go_with_the_version_that_is_published(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedft.rag.build.BATCH", 8)
+    for adapter in ("a", "b"):
+        with pytest.raises(EngineFailed):
+            build_index(tmp_path / "i", chunks(20), Counting(server.url, left=1), adapter=adapter)
+    assert len(list((tmp_path / "i" / "work").iterdir())) == 2
+    assert build_index(tmp_path / "i", chunks(20), RemoteEngine(server.url), adapter="a").embedded == 12
+    assert not list((tmp_path / "i" / "work").iterdir())
+
+
+class Meanwhile(Counting):
+    """While it embeds for the first time, `then` happens."""
+
+    def __init__(self, url: str, then: Callable[[], object]) -> None:
+        super().__init__(url)
+        self.then: Callable[[], object] | None = then
+
+    def embed(self, texts: Sequence[str], **options: Any) -> Vectors:
+        then, self.then = self.then, None
+        if then:
+            then()
+        return super().embed(texts, **options)
+
+
+def test_a_version_published_during_a_build_is_not_replaced_and_nothing_is_embedded_twice(tmp_path: Path, server: Server) -> None:
+    build_index(tmp_path / "i", chunks(10), RemoteEngine(server.url), adapter="a")
+
+    def publish() -> None:
+        index = VectorIndex.open(tmp_path / "i")
+        index.delete(ids=["d#1"])
+        index.save()
+
+    with pytest.raises(IndexInvalid, match="another process changed it"):
+        build_index(tmp_path / "i", chunks(15), Meanwhile(server.url, publish), adapter="a")
+    assert len(VectorIndex.open(tmp_path / "i")) == 9
+    assert build_index(tmp_path / "i", chunks(15), RemoteEngine(server.url), adapter="a").embedded == 1  # what was deleted meanwhile
+
+
+def test_two_builds_of_one_folder_do_not_run_at_once(tmp_path: Path, server: Server) -> None:
+    def second() -> None:
+        with pytest.raises(EngineBusy, match="another process is indexing"):
+            build_index(tmp_path / "i", chunks(3), RemoteEngine(server.url), adapter="b")
+
+    assert build_index(tmp_path / "i", chunks(3), Meanwhile(server.url, second), adapter="a").chunks == 3
 
 
 def test_an_adapter_replaced_in_the_middle_never_mixes_vectors(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,16 +150,22 @@ def test_the_matrix_of_retrievers_stages_and_readers(run: Run, tmp_path: Path) -
 
 def test_a_file_of_questions_is_scored_against_an_index(run: Run, docs: Path, tmp_path: Path) -> None:
     run("index", docs, "--out", tmp_path / "i", "--adapter", "a")
+    said = run("ask", "sourdough", "--index", tmp_path / "i", "--lm-adapter", "s", "--max-tokens", 48)[1]["answer"]
     rows = [
         {"question": "boiling water", "answer": "black tea", "document": "tea.md"},
-        {"question": "sourdough", "answers": ["over night", "at night"]},
+        {"question": "sourdough", "answers": ["over night", said.upper()]},
+        {"question": "flour", "document": "tea.md"},
     ]
     source = write_rows(tmp_path / "qa.jsonl", rows)
     arguments = ("--adapter", "a", "--index", tmp_path / "i", "--out", tmp_path / "out", "--lm-adapter", "s")
     status, report = run("eval", source, *arguments)
     assert status == 0
-    assert set(report["answers"][0]["metrics"]) == {"exact_match", "f1", "faithfulness"}
-    assert {row["stage"] for row in report["retrieval"]} == {"dense", "bm25", "rrf"}
+    answers = {name: metric["mean"] for name, metric in report["answers"][0]["metrics"].items()}
+    assert (answers["exact_match"], answers["f1"]) == (0.5, 0.5)  # of the two with answers
+    assert 0 <= answers["faithfulness"] < 1
+    stages = {row["stage"]: row["metrics"] for row in report["retrieval"]}
+    assert set(stages) == {"dense", "bm25", "rrf"}
+    assert stages["bm25"]["hit@1"]["mean"] == stages["bm25"]["ndcg@10"]["mean"] == 0.5  # of the two whose document is known
     assert (tmp_path / "out" / "answers-f1.png").exists()
     assert run("eval", source, "--adapter", "a", "--out", tmp_path / "out")[1]["error"]["code"] == "usage"  # no documents named
     assert run("eval", source, *arguments[2:], "--adapter", "b")[1]["error"]["code"] == "lineage_mismatch"
@@ -176,3 +182,7 @@ def test_in_this_process_without_a_server(docs: Path, tmp_path: Path, minilm_sto
     assert isinstance(asked["answer"], str)
     assert main([*ask, "--adapter", "one"]) == 1
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "lineage_mismatch"
+    own = str(minilm_store.folder("one"))
+    assert main(["rag", "index", str(docs), "--out", str(tmp_path / "own"), "--adapter", own, *store]) == 0
+    assert "records its adapter as 'one'" in capsys.readouterr().err
+    assert VectorIndex.open(tmp_path / "own").adapter == "one"  # no path of this machine
