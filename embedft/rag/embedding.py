@@ -1,7 +1,6 @@
 """AdapterEmbedding: llama-index's BaseEmbedding over a base and its adapters, by URL or in this process."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
@@ -9,7 +8,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from embedft.errors import UsageError
 from embedft.rag.engines import Embedder, Labelled, Vectors
-from embedft.rag.local import LocalEmbedder
+from embedft.rag.local import LocalEmbedder, store_at
 from embedft.rag.remote import RemoteEngine
 
 
@@ -50,10 +49,7 @@ class AdapterEmbedding(BaseEmbedding):
             if self.url:
                 self._engine = RemoteEngine(self.url, model=self.base, api_key=self.api_key)
             else:
-                from embedft.adapters.store import AdapterStore
-
-                store = AdapterStore(Path(self.adapters)) if self.adapters else None
-                self._engine = LocalEmbedder.of(self.adapter, base=self.base, store=store)
+                self._engine = LocalEmbedder.of(self.adapter, base=self.base, store=store_at(self.adapters))
         return self._engine
 
     def using(self, adapter: str | None) -> "AdapterEmbedding":

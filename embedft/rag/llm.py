@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -21,7 +20,7 @@ from llama_index.llms.openai_like import OpenAILike
 
 from embedft.errors import EmbedftError, EngineFailed
 from embedft.rag.engines import Reader
-from embedft.rag.local import LocalReader
+from embedft.rag.local import LocalReader, store_at
 from embedft.rag.remote import refusal, server_root, unreachable
 from embedft.rag.transports import LoopTransport, ReaderTransport
 
@@ -73,10 +72,7 @@ class AdapterLLM(OpenAILike):
     def reader(self) -> Reader:
         """What answers in this process; opened at its first use."""
         if self._reader is None:
-            from embedft.adapters.store import AdapterStore
-
-            store = AdapterStore(Path(self.adapters)) if self.adapters else None
-            self._reader = LocalReader.of(self.adapter, base=self.base, store=store)
+            self._reader = LocalReader.of(self.adapter, base=self.base, store=store_at(self.adapters))
         return self._reader
 
     def using(self, adapter: str | None) -> "AdapterLLM":

@@ -232,6 +232,13 @@ class LocalReader:
         }
 
 
+def store_at(adapters: str | None) -> "AdapterStore | None":
+    """The store in that folder, as the settings of llama-index's classes name it."""
+    from embedft.adapters.store import AdapterStore
+
+    return AdapterStore(Path(adapters)) if adapters else None
+
+
 def spec_of(adapter: str | None, *, base: str | None, store: "AdapterStore | None") -> BaseSpec:
     """The base named, else the one in the adapter's passport. UsageError where neither says."""
     if base is not None:

@@ -14,16 +14,14 @@ from embedft.cli import main
 from embedft.rag.index import VectorIndex
 from embedft.rag.mapping import fit_map
 from embedft.rag.remote import RemoteEngine
-from tests.serve.world import ADMIN, Server, World, make_world, put_adapter
+from tests.serve.world import ADMIN, Server, World, make_rag_world, put_adapter
 
 TEXTS = [f"note {i} about thing{i}" for i in range(80)]
 
 
 @pytest.fixture(scope="module")
 def rag_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = make_world(tmp_path_factory.mktemp("ragserve"))
-    put_adapter(world.store, "q2", world.texts, seed=20, side="query")
-    return world
+    return make_rag_world(tmp_path_factory.mktemp("ragserve"))
 
 
 @pytest.fixture(scope="module")

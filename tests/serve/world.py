@@ -168,6 +168,13 @@ def launch(config: dict[str, Any], *, folder: Path, store: Path, env: dict[str, 
     return Server(process, found[0], log, events)
 
 
+def make_rag_world(folder: Path) -> World:
+    """With `q2`, a second adapter for queries only: it shares an index with `q`."""
+    world = make_world(folder)
+    put_adapter(world.store, "q2", world.texts, seed=20, side="query")
+    return world
+
+
 def make_world(folder: Path) -> World:
     """Bases, and adapters: `a`, `b` (embedding, with prompts on b), `q` (query only), `s` and `t` (language model)."""
     texts, words = write_base(folder / "texts", seed=1), write_base(folder / "words", seed=2, decoder=True)

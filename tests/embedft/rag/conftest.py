@@ -11,14 +11,12 @@ from embedft.adapters.transfer import import_folder
 from embedft.base import BaseSpec
 from embedft.rag.local import LocalReader
 from tests.embedft.adapter_fixtures import make_adapter
-from tests.serve.world import Server, World, make_world, put_adapter
+from tests.serve.world import Server, World, make_rag_world
 
 
 @pytest.fixture(scope="session")
 def rag_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = make_world(tmp_path_factory.mktemp("rag"))
-    put_adapter(world.store, "q2", world.texts, seed=20, side="query")
-    return world
+    return make_rag_world(tmp_path_factory.mktemp("rag"))
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def test_a_reranker_has_the_last_word(tmp_path: Path, embedding: AdapterEmbeddin
     assert IndexRetriever(index, embedding, stages=stages).retrieve("anything")[0].node.ref_doc_id == "d2"
     assert IndexRetriever(index, embedding.using("a"), stages=stages).using("a").retrieve("x")[0].score == 1.0
     remote = Stages(k=1, rerank=embedding.engine.rerank)  # type: ignore[attr-defined]
-    assert IndexRetriever(index, embedding, stages=remote).retrieve("tea is hot")[0].node.ref_doc_id == "d0"
+    assert IndexRetriever(index, embedding, stages=remote).retrieve(embedded("tea is hot"))[0].node.ref_doc_id == "d0"
 
 
 def test_it_is_llama_indexs_faiss_store_and_plain_faiss_opens_its_file(tmp_path: Path, embedding: AdapterEmbedding) -> None:
