@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.base import Base, BaseSpec, compute_dtype, config_folder
 from embedft.errors import BaseError
-from embedft.methods import attach
+from embedft.methods import attach, train_adapters_only
 from embedft.model_folder import BaseInfo, Task, quantization_of, read_json
 from embedft.quantize import SKIPPED
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
@@ -29,13 +29,15 @@ SMALL = 4096  # elements; 8-bit optimizers keep smaller tensors in 32 bits
 @dataclass(frozen=True)
 class Batch:
     """The largest batch of a run. `lengths`: the padded length of each column (one for a language model); `kept`: positions with
-    logits; `steps`: optimizer steps of the whole run; `tokens`: of an average batch."""
+    logits; `steps`: optimizer steps of the whole run; `tokens`: of an average batch; `step`: what the trainer makes of the batch, where
+    that is not the model's own forward pass over padded columns."""
 
     rows: int
     lengths: tuple[int, ...]
     kept: int
     steps: int
     tokens: float
+    step: "Step | None" = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,11 @@ class Plan:
         return "halve train.batch and double train.accumulate, shorten train.max_length, or quantize the base"
 
 
-def plan(recipe: EmbeddingRecipe | CausalLMRecipe, batch: Batch) -> Plan:
-    """The cost of `recipe` on `batch`. Raises MethodUnsupported, BaseNotFound, QuantizationUnsupported as training would."""
+def plan(recipe: EmbeddingRecipe | CausalLMRecipe, batch: "Batch | Callable[[Any], Batch]") -> Plan:
+    """The cost of `recipe` on `batch`, which may depend on the adapted model (whose memory is never read).
+
+    Raises MethodUnsupported, BaseNotFound, QuantizationUnsupported as training would.
+    """
     from embedft.allocations import trace_step
 
     base = empty_base(recipe)
@@ -91,12 +96,14 @@ def plan(recipe: EmbeddingRecipe | CausalLMRecipe, batch: Batch) -> Plan:
     trainable, total = sum(value.numel() for value in learnt), sum(value.numel() for value in model.parameters())
     adapter = 4 * max(total - sum(sizes.values()), 0)
     optimizer = sum(_moments(value.numel(), recipe) for value in learnt)
+    batch = batch(model) if callable(batch) else batch
+    step = batch.step or _step(recipe.task, batch)
     unpacked, dtype = _unpacked(model, base.info.quantization), compute_dtype()
-    _in_training(model)
-    traces = [trace_step(model, _step(recipe.task, batch), unpacked=unpacked, dtype=dtype)]
+    _in_training(model, recipe.task)
+    traces = [trace_step(model, step, unpacked=unpacked, dtype=dtype)]
     if recipe.task == "causal_lm" and model.embedft.method.checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        traces.append(trace_step(model, _step(recipe.task, batch), unpacked=unpacked, dtype=dtype))
+        traces.append(trace_step(model, step, unpacked=unpacked, dtype=dtype))
     gradients = 4 * trainable
     activations = [max(trace.peak_bytes - gradients, 0) for trace in traces]
     held = weights + adapter + optimizer + gradients
@@ -210,11 +217,14 @@ def _moments(elements: int, recipe: EmbeddingRecipe | CausalLMRecipe) -> int:
     return elements * (8 if elements < SMALL else ADAM_BYTES[recipe.train.optimizer])
 
 
-def _in_training(model: Any) -> None:
-    """Training mode, but for layers that then ask chance for a number: without data there is none."""
+def _in_training(model: Any, task: Task) -> None:
+    """Training mode as the trainers of `task` have it, but for layers that then ask chance for a number: without data there is none."""
     from peft.tuners.lycoris_utils import LycorisLayer
 
-    model.train()
+    if task == "embedding":
+        train_adapters_only(model)
+    else:
+        model.train()
     for module in model.modules():
         if isinstance(module, LycorisLayer):
             module.eval()  # type: ignore[attr-defined]

@@ -80,9 +80,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.task == "embedding":
-        from embedft.embedding.sizes import largest_batch as largest
+        from embedft.embedding.sizes import batch_for
 
-        made = plan(recipe, largest(recipe))
+        made = plan(recipe, batch_for(recipe))
     else:
         from embedft.causal_lm.sizes import largest_batch
 

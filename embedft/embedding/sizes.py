@@ -1,10 +1,12 @@
-"""The largest batch that an embedding recipe will meet, from its rows and tokenizer alone."""
+"""The largest batch that an embedding recipe will meet, from its rows and tokenizer alone, and what the packed trainer makes of it."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from embedft.base import BaseSpec, config_folder, source_folder
 from embedft.embedding.data import load_data, split_dev
-from embedft.embedding.losses import loss_named
+from embedft.embedding.losses import MINI_BATCH, Loss, loss_named
 from embedft.embedding.train import batch_plan, used_negatives
 from embedft.encode import EncodeSettings, TextPreparer
 from embedft.model_folder import longest
@@ -12,14 +14,29 @@ from embedft.plan import Batch
 from embedft.recipe import EmbeddingRecipe
 from embedft.training.arguments import steps_an_epoch, total_steps
 
+if TYPE_CHECKING:
+    import torch
 
-def largest_batch(recipe: EmbeddingRecipe) -> Batch:
-    """Of the first epoch, padded as `plan` traces it; two columns of full length where the recipe's data is not there yet."""
+
+def batch_for(recipe: EmbeddingRecipe) -> Callable[[Any], Batch]:
+    """For `plan`: the largest batch as the trainer of the model that it is given will see it, packed or padded."""
+    from embedft.embedding.packed import unpackable
+
+    def of(model: Any) -> Batch:
+        packed = recipe.base.quantization != "int8" and unpackable(model) is None  # here the model is laid out unquantized
+        return largest_batch(recipe, packed=packed)
+
+    return of
+
+
+def largest_batch(recipe: EmbeddingRecipe, *, packed: bool = False) -> Batch:
+    """Of the first epoch; two columns of full length where the recipe's data is not there yet."""
     settings, given = recipe.train, recipe.data.train
+    loss = loss_named(recipe.loss.name)
     if not given.startswith("hf://") and not Path(given).exists():
         tokens, length = float(2 * settings.batch * settings.max_length), settings.max_length
-        return Batch(settings.batch, (length, length), 0, settings.max_steps or 0, tokens)
-    loss = loss_named(recipe.loss.name)
+        step = _packed_step(recipe, loss, [[length] * settings.batch] * 2) if packed else None
+        return Batch(settings.batch, (length, length), 0, settings.max_steps or 0, tokens, step)
     examples, _ = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
     if settings.evaluate_every is not None:
         examples, _ = split_dev(examples, recipe.data.dev)
@@ -32,9 +49,48 @@ def largest_batch(recipe: EmbeddingRecipe) -> Batch:
     columns += [[row.negatives[number] for row in examples.rows] for number in range(used_negatives(examples, loss))]
     sides = ["query", *["document"] * (len(columns) - 1)]
     lengths = [[len(ids) for ids in preparer.prepare(texts, side).ids] for texts, side in zip(columns, sides, strict=True)]  # type: ignore[arg-type]
-    batches = list(batch_plan(examples, recipe, loss=loss, padded=True))
-    padded = [tuple(max(column[i] for i in batch) for column in lengths) for batch in batches]
-    tokens = [len(batch) * sum(sizes) for batch, sizes in zip(batches, padded, strict=True)]
+    batches = list(batch_plan(examples, recipe, loss=loss, padded=not packed))
+    longest_of = [tuple(max(column[i] for i in batch) for column in lengths) for batch in batches]
+    if packed:
+        tokens = [sum(column[i] for column in lengths for i in batch) for batch in batches]
+    else:
+        tokens = [len(batch) * sum(sizes) for batch, sizes in zip(batches, longest_of, strict=True)]
     most = tokens.index(max(tokens))
     steps = total_steps(settings, steps_an_epoch(len(batches) * settings.batch, settings))
-    return Batch(len(batches[most]), padded[most], 0, steps, sum(tokens) / len(tokens))
+    rows, sizes = len(batches[most]), longest_of[most]
+    step = _packed_step(recipe, loss, [[column[i] for i in batches[most]] for column in lengths]) if packed else None
+    average = sum(tokens) / len(tokens) / max(tokens) * rows * sum(sizes)
+    return Batch(rows, sizes, 0, steps, average, step)
+
+
+def _packed_step(recipe: EmbeddingRecipe, loss: Loss, lengths: Sequence[Sequence[int]]) -> "Callable[[Any], torch.Tensor]":
+    """The packed trainer's step over texts of these lengths, column by column. Vectors that stay as they are (a query-only adapter's
+    documents) and states below the first adapted layer are there before the step, as in a run."""
+    import torch
+    from torch.nn.functional import cross_entropy, normalize
+
+    from embedft.embedding.packed import PackedEncoder
+
+    moving = lengths[:1] if recipe.adapter.side == "query" else lengths
+
+    def step(model: Any) -> torch.Tensor:
+        encoder = PackedEncoder(model, EncodeSettings("mean", True, max(map(max, lengths))))
+        unpacked = _copies(encoder) if recipe.base.quantization == "nf4" else []
+        texts = [[0] * length for column in moving for length in column]
+        texts = sorted(texts, key=len)[-MINI_BATCH:] if loss.same_as else texts  # one piece at a time keeps its activations
+        states = [torch.zeros(len(ids), encoder.width, dtype=encoder.dtype) for ids in texts] if encoder.first_adapted else None
+        vectors = normalize(encoder.encode(texts, states).float(), dim=-1)
+        rows = len(moving[0])
+        others = torch.zeros(rows, encoder.width) if len(vectors) <= rows else vectors[rows:]
+        scores = 20.0 * vectors[:rows] @ others.T
+        model.unpacked_by_plan = unpacked  # alive until the backward pass is over
+        return cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
+
+    return step
+
+
+def _copies(encoder: Any) -> "list[torch.Tensor]":
+    """NF4 weights are unpacked once for the whole run."""
+    import torch
+
+    return [torch.empty_like(projection.frozen) for layer in encoder.layers for projection in layer.projections]

@@ -17,6 +17,7 @@ from torch import nn
 
 from embedft.embedding.batches import BatchPlan
 from embedft.encode import EncodeSettings, InputType, TextPreparer, pad
+from embedft.methods import train_adapters_only
 from embedft.training.interrupt import AdapterCheckpoints
 
 
@@ -50,18 +51,10 @@ class Tower(InputModule):
         return features
 
     def train(self, mode: bool = True) -> "Tower":
-        """Only the adapter's own layers train; dropout in the frozen ones would add noise and switch fused attention off."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         super().train(mode)
         if mode:
-            self.model.eval()
+            train_adapters_only(self.model)
             self.model.training = True  # an evaluation between two steps looks here whether there is dropout to switch off
-            for layer in self.model.modules():
-                if isinstance(layer, BaseTunerLayer):
-                    for name, child in layer.named_children():  # pyright: ignore[reportAttributeAccessIssue]
-                        if name != "base_layer":
-                            child.train()
         return self
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:

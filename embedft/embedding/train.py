@@ -144,6 +144,10 @@ def batch_plan(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, padde
 def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
     """The base's own pooling, normalisation and length, where the recipe does not say otherwise."""
     given = recipe.base
+    if "max_length" in recipe.train.model_fields_set and recipe.train.max_length > base.info.max_length:
+        from embedft.training.progress import note
+
+        note(f"{recipe.name}: the base reads {base.info.max_length} tokens of a text; train.max_length={recipe.train.max_length} is cut")
     return EncodeSettings(
         pooling=given.pooling or base.info.pooling,
         normalize=base.info.normalize if given.normalize is None else given.normalize,

@@ -9,7 +9,7 @@ files.py      saving and loading adapters
 from embedft.methods.attach import attach
 from embedft.methods.files import load_adapter, save_weights
 from embedft.methods.table import METHODS, Method, method_named, supported
-from embedft.methods.targets import linear_modules, targeted_modules
+from embedft.methods.targets import linear_modules, targeted_modules, train_adapters_only
 
 __all__ = [
     "METHODS",
@@ -21,4 +21,5 @@ __all__ = [
     "save_weights",
     "supported",
     "targeted_modules",
+    "train_adapters_only",
 ]

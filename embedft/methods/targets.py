@@ -1,7 +1,7 @@
 """Which layers of a base an adapter sits on. Knows no method but by the names of layers."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from embedft.errors import MethodUnsupported
 
@@ -18,6 +18,18 @@ def linear_modules(model: "nn.Module") -> list[str]:
     from torch import nn
 
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def train_adapters_only(model: Any) -> None:
+    """Training mode for the adapter's own layers: dropout in the frozen ones would add noise and switch fused attention off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for name, child in layer.named_children():  # pyright: ignore[reportAttributeAccessIssue]
+                if name != "base_layer":
+                    child.train()
 
 
 def targeted_modules(model: "PreTrainedModel", targets: "Literal['all-linear'] | tuple[str, ...]") -> list[str]:

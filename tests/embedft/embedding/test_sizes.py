@@ -1,0 +1,42 @@
+"""What `plan` says of an embedding run, against what the same run allocates, packed and padded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedft.base import BaseSpec, load_base
+from embedft.embedding.data import load_data
+from embedft.embedding.losses import loss_named
+from embedft.embedding.sizes import batch_for
+from embedft.embedding.train import make_trainer, plan_for, settings_for
+from embedft.footprint import tensor_bytes
+from embedft.methods import attach
+from embedft.plan import plan
+from embedft.training.measure import TrackedMemory
+from tests.embedft.embedding.runs import Make
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"quantization": "nf4"},
+        {"quantization": "int8"},
+        {"adapter": {"side": "query"}},
+        {"adapter": {"layers": 1}},
+        {"adapter": {"dropout": 0.1}},
+    ],
+    ids=str,
+)
+def test_the_peak_is_within_15_percent_of_what_training_allocates(make: Make, tmp_path: Path, settings: dict[str, Any]) -> None:
+    recipe = make(train={"max_steps": 2, "batch": 64, "lr": 1e-3}, **settings)
+    made = plan(recipe, batch_for(recipe))
+    base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization), task="embedding")
+    examples, _ = load_data(recipe.data, recipe.eval, scored=False)
+    model = attach(base, recipe.adapter, task="embedding")
+    batches = plan_for(examples, recipe, loss=loss_named(recipe.loss.name), model=model)
+    held = tensor_bytes(model)
+    with TrackedMemory() as memory:
+        make_trainer(model, base, settings_for(recipe, base), examples, recipe, plan=batches, output=tmp_path).train()
+    assert made.peak_bytes == pytest.approx(held + memory.bytes, rel=0.15)
