@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.one_by_one import rows_one_by_one
+from benchmarks.tables import table
 
 RESULTS = Path(__file__).parent / "results" / "lm_tasks.json"
 TASKS: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ def main() -> None:
         return
     about = {"steps": arguments.steps, "batch": 16, "test_rows": arguments.rows}
     cells = [(task, method) for task in arguments.tasks for method in arguments.methods]
-    rows_one_by_one(__file__, RESULTS, about, cells, of=lambda row: (row["task"], row["method"]))
+    rows_one_by_one(__file__, RESULTS, about, cells, page=tasks_table, of=lambda row: (row["task"], row["method"]))
 
 
 def run(task: str, method: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -76,6 +77,15 @@ def run(task: str, method: str, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 BASE_PARAMETERS = 4_196_608
+
+
+def tasks_table(made: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = []
+    for row in made["rows"]:
+        base, score = f"{row['base']:.3f}", f"{row['score']:.3f}"
+        share = f"{row['trainable_percent']:.1f}"
+        rows.append((row["task"], row["metric"], row["method"], base, score, share, str(row["peak_mib"]), f"{row['seconds']:.0f}"))
+    return table(("task", "metric", "method", "base", "adapter", "% trained", "peak MiB", "s"), rows)
 
 
 if __name__ == "__main__":

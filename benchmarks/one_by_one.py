@@ -16,11 +16,12 @@ def rows_one_by_one(
     about: Mapping[str, Any],
     cells: Sequence[tuple[str, ...]],
     *,
+    page: Callable[[Any], str],
     of: Callable[[Mapping[str, Any]], tuple[str, ...]],
 ) -> None:
     """For each cell that the results do not have yet: `script … --one CELL`, whose last line of output is the row.
 
-    `of(row)`: its cell. Rows that were made with other settings than `about` are not kept.
+    `of(row)`: its cell. `page(results)`: the Markdown beside them. Rows that were made with other settings than `about` are not kept.
     """
     made = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     kept = made["rows"] if all(made.get(key) == value for key, value in about.items()) else []
@@ -32,4 +33,6 @@ def rows_one_by_one(
         sys.stdout.flush()
         listed = [rows[name] for name in cells if name in rows] + [row for name, row in rows.items() if name not in cells]
         results.parent.mkdir(exist_ok=True)
-        results.write_text(json.dumps({**about, "machine": machine(), "rows": listed}, indent=1) + "\n", encoding="utf-8")
+        made = {**about, "machine": machine(), "rows": listed}
+        results.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        results.with_suffix(".md").write_text(f"{page(made)}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The README's figures of training: retrieval adapters on public sets, speed, methods and tasks of language models."""
+"""The README's figures of retrieval adapters: what they win on public sets, and how fast they are trained."""
 
 from typing import Any
 
@@ -74,44 +74,4 @@ def _limit(report: dict[str, Any]) -> str:
     return (
         f"A plain product reaches {most:.0f} GFLOP/s here. With every layer adapted {counted}:\n"
         "our aim of five times its speed is out of reach there, and is met only where layers or documents are left out of the step."
-    )
-
-
-def methods_table(made: dict[str, Any]) -> str:
-    rows: list[tuple[str, ...]] = []
-    for row in made["rows"]:
-        if "failed" in row:
-            rows.append((row["method"], row["base"], *["–"] * 5, row["failed"]))
-            continue
-        given = row["vllm"]
-        vllm = "as it is" if given == "yes" else f"as LoRA of rank {given['rank']}" if isinstance(given, dict) else "no"
-        score, change = f"{row['exact_match']:.3f}", f"{row['gain_ci95'][0]:+.3f} … {row['gain_ci95'][1]:+.3f}"
-        size = f"{row['adapter_bytes'] / 2**10:,.0f}"
-        cells = (row["method"], row["base"], score, change, f"{row['trainable']:,}", size, f"{row['seconds']:.0f}", vllm)
-        rows.append(cells)
-    head = ("method", "base", "exact match", "gain, 95 % interval", "trained", "KiB", "s", "vLLM")
-    return table(head, rows)
-
-
-def tasks_table(made: dict[str, Any]) -> str:
-    rows: list[tuple[str, ...]] = []
-    for row in made["rows"]:
-        base, score = f"{row['base']:.3f}", f"{row['score']:.3f}"
-        share = f"{row['trainable_percent']:.1f}"
-        rows.append((row["task"], row["metric"], row["method"], base, score, share, str(row["peak_mib"]), f"{row['seconds']:.0f}"))
-    return table(("task", "metric", "method", "base", "adapter", "% trained", "peak MiB", "s"), rows)
-
-
-def lm_speed_text(made: dict[str, Any]) -> str:
-    """Tokens a second beside TRL's trainer; packing counted in examples."""
-    rows = {(row["side"], row["base"]): row for row in made["rows"]}
-
-    def ratio(side: str, base: str, of: str) -> str:
-        return f"{rows[side, base][of] / rows['trl', base][of]:.2f}"
-
-    return (
-        f"Beside TRL's `SFTTrainer` on {made['data']} (batch {made['batch']}, rank {made['r']}, {made['machine']['cores']} cores): "
-        f"**{ratio('embedft', 'none', 'examples_per_second')}** of its examples a second on the full base,\n"
-        f"**{ratio('embedft', 'nf4', 'examples_per_second')}** on NF4, **{ratio('embedft-packed', 'none', 'examples_per_second')}** with "
-        f"`train.packing`. From [train_lm.json](benchmarks/results/train_lm.json), made by `benchmarks/train_lm.py`."
     )

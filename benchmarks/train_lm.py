@@ -48,7 +48,9 @@ def write(runs: dict[tuple[str, str], list[dict[str, Any]]], arguments: argparse
             row[name] = statistics.median(run[name] for run in made)
         rows.append(row)
     about = {"data": arguments.data.name, "batch": BATCH, "max_length": LENGTH, "r": RANK, "steps": arguments.steps, "machine": machine()}
-    RESULTS.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    whole = {**about, "rows": rows}
+    RESULTS.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    RESULTS.with_suffix(".md").write_text(f"{lm_speed_text(whole)}\n", encoding="utf-8")
 
 
 def one(data: Path, side: str, scheme: str, *, steps: int) -> dict[str, Any]:
@@ -154,6 +156,21 @@ def trl_side(base: Any, rows: list[dict[str, str]], steps: int, folder: Path, *,
             parameter.data = parameter.data.float()
     trainer.data_collator = Seen(trainer.data_collator, lambda row: (len(row["input_ids"]), 1))
     return trainer, trainer.data_collator
+
+
+def lm_speed_text(made: dict[str, Any]) -> str:
+    """Tokens a second beside TRL's trainer; packing counted in examples."""
+    rows = {(row["side"], row["base"]): row for row in made["rows"]}
+
+    def ratio(side: str, base: str, of: str) -> str:
+        return f"{rows[side, base][of] / rows['trl', base][of]:.2f}"
+
+    return (
+        f"Beside TRL's `SFTTrainer` on {made['data']} (batch {made['batch']}, rank {made['r']}, {made['machine']['cores']} cores): "
+        f"**{ratio('embedft', 'none', 'examples_per_second')}** of its examples a second on the full base,\n"
+        f"**{ratio('embedft', 'nf4', 'examples_per_second')}** on NF4, **{ratio('embedft-packed', 'none', 'examples_per_second')}** with "
+        f"`train.packing`. From [train_lm.json](benchmarks/results/train_lm.json), made by `benchmarks/train_lm.py`."
+    )
 
 
 if __name__ == "__main__":
