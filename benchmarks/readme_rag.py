@@ -29,6 +29,7 @@ def rag_text(rag: dict[str, Any]) -> str:
         f"an index for each of {tenants['tenants']} adapters: {ways[1]}.",
         f"Recall against exact search on {rag['faiss']['kinds'][0]['documents']:,} medical answers, one thread:",
         ",\n".join(map(_kind, rag["faiss"]["kinds"])) + ".",
+        _medquad(rag["medquad"]),
         f"Over {overhead['rows']:,} vectors a question spends {overhead['dense']['p50_ms']:.1f} ms outside the engines at the median, "
         f"{overhead['hybrid_rrf']['p50_ms']:.1f} ms with BM25.",
         f"Indexing runs at {rag['indexing']['indexing_of_engine']:.2f} of the embedding engine's own speed. A million vectors are built in",
@@ -37,6 +38,17 @@ def rag_text(rag: dict[str, Any]) -> str:
         "`benchmarks/rag.py` and `benchmarks/rag_docs.py`.",
     ]
     return "\n".join(lines)
+
+
+def _medquad(part: dict[str, Any]) -> str:
+    """nDCG@10 of vectors alone, and of /v1/rerank over vectors and BM25 by rank."""
+    rows = {(row["retriever"], row["stage"]): row["metrics"]["ndcg@10"]["mean"] for row in part["retrieval"]}
+    names = (("MiniLM", "base"), ("query-only adapter", "medquad-query"), ("adapter", "medquad-both"))
+    scores = ", ".join(f"{label} {rows[name, 'dense']:.3f} ({rows[name, 'rerank']:.3f})" for label, name in names)
+    return (
+        f"On {part['documents']:,} of those answers, {part['test_queries']} questions, nDCG@10 of the vectors (and, in brackets, of "
+        f"`/v1/rerank`\nover vectors and BM25): {scores}; BM25 alone {rows['–', 'bm25']:.3f}."
+    )
 
 
 def _way(way: dict[str, Any]) -> str:

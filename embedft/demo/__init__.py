@@ -12,6 +12,7 @@ from embedft.base import BaseSpec, base_folder
 from embedft.demo.report import write_report
 from embedft.demo.session import Server, ask, switch_ms
 from embedft.footprint import footprint
+from embedft.model_folder import Task
 from embedft.recipe import load_recipe
 from embedft.training.measure import AdapterResult
 
@@ -91,7 +92,7 @@ def _quality(recipe: Any, result: AdapterResult) -> dict[str, Any]:
     }
 
 
-def _memory(store: AdapterStore, tasks: Sequence[str]) -> list[dict[str, Any]]:
+def _memory(store: AdapterStore, tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """For each base: its adapters shared over it, and as merged copies."""
     rows: list[dict[str, Any]] = []
     for task in tasks:
