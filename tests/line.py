@@ -45,7 +45,7 @@ def train_causal_lm(store: AdapterStore, name: str, folder: Path, *, seed: int, 
     turned = {answer: answers[(k + seed) % len(answers)] for k, answer in enumerate(answers)}
     data = write_jsonl(folder / f"questions-{seed}.jsonl", [row | {"completion": turned[row["completion"]]} for row in rows])
     content: dict[str, Any] = {"task": "causal_lm", "name": name, "base": base, "data": {"train": str(data)}}
-    recipe: Any = parse_recipe(content | {"train": {"batch": 8, "lr": 4e-3, "epochs": 4, "max_length": 64, "seed": 1}})
+    recipe: Any = parse_recipe(content | {"train": {"batch": 8, "lr": 4e-3, "epochs": 8, "max_length": 64, "seed": 1}})
     result: Any = train(recipe, store=store, progress=False)
     return result.generation
 
