@@ -46,10 +46,25 @@ def demo_text(demo: dict[str, Any]) -> str:
     )
 
 
+def gateway_text(report: dict[str, Any]) -> str:
+    """What the gateway adds to its engine, beside what we want."""
+    said = ";\n".join(
+        f"{name} {row['added_ms']:+.1f} ms on {row['direct_p50_ms']:.0f} at p50, {row['throughput_ratio']:.2f} of the requests a second"
+        for name, row in report["workloads"].items()
+    )
+    engine, file = report["engine"], f"gateway-{report['engine']}.json"
+    return (
+        f"What the gateway adds to its `{engine}` engine, with client, gateway and engine on the same {report['machine']['cores']} cores "
+        f"(aim: at most 2 ms, at least 0.95):\n{said}.\n"
+        f"From [{file}](benchmarks/results/{file}), made by `benchmarks/gateway.py`."
+    )
+
+
 PLUGIN = "serve/vllm_cpu_lora/README.md"
 BLOCKS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "demo-table": ("README.md", "demo.json", demo_table),
     "demo-text": ("README.md", "demo.json", demo_text),
+    "gateway-text": ("README.md", "gateway-peft.json", gateway_text),
     "retrieval-table": ("README.md", "retrieval_*.json", training.retrieval_table),
     "retrieval-text": ("README.md", "retrieval_*.json", training.retrieval_text),
     "speed-table": ("README.md", "train_embed.json", training.speed_table),
