@@ -72,10 +72,14 @@ def _packed_step(recipe: EmbeddingRecipe, loss: Loss, lengths: Sequence[Sequence
     from embedft.embedding.packed import PackedEncoder
 
     moving = lengths[:1] if recipe.adapter.side == "query" else lengths
+    held: list[PackedEncoder] = []  # the trainer keeps every layer's merged weights, those below the first adapted one too
 
     def step(model: Any) -> torch.Tensor:
         encoder = PackedEncoder(model, EncodeSettings("mean", True, max(map(max, lengths))))
-        unpacked = _copies(encoder) if recipe.base.quantization == "nf4" else []
+        held.append(encoder)
+        if recipe.base.quantization == "nf4":  # laid out unquantized here; there it is unpacked once, for the whole run
+            for projection in (each for layer in encoder.layers for each in layer.projections):
+                projection.frozen = torch.empty_like(projection.frozen)
         texts = [[0] * length for column in moving for length in column]
         texts = sorted(texts, key=len)[-MINI_BATCH:] if loss.same_as else texts  # one piece at a time keeps its activations
         states = [torch.zeros(len(ids), encoder.width, dtype=encoder.dtype) for ids in texts] if encoder.first_adapted else None
@@ -83,14 +87,6 @@ def _packed_step(recipe: EmbeddingRecipe, loss: Loss, lengths: Sequence[Sequence
         rows = len(moving[0])
         others = torch.zeros(rows, encoder.width) if len(vectors) <= rows else vectors[rows:]
         scores = 20.0 * vectors[:rows] @ others.T
-        model.unpacked_by_plan = unpacked  # alive until the backward pass is over
         return cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
 
     return step
-
-
-def _copies(encoder: Any) -> "list[torch.Tensor]":
-    """NF4 weights are unpacked once for the whole run."""
-    import torch
-
-    return [torch.empty_like(projection.frozen) for layer in encoder.layers for projection in layer.projections]
