@@ -48,7 +48,7 @@ def run(task: str, method: str, arguments: argparse.Namespace) -> dict[str, Any]
 
     from embedft.adapters.store import AdapterStore
     from embedft.causal_lm.train import train
-    from embedft.recipe import load_recipe
+    from embedft.recipe_file import load_recipe
     from embedft.verify import verify
 
     data, wanted = arguments.data / task, TASKS[task]

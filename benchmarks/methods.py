@@ -47,7 +47,7 @@ def _row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from embedft.causal_lm.train import train
     from embedft.errors import EmbedftError
     from embedft.methods import METHODS
-    from embedft.recipe import load_recipe
+    from embedft.recipe_file import load_recipe
     from embedft.verify import verify
 
     data = arguments.data

@@ -60,7 +60,7 @@ def main() -> None:
 def compared(path: Path, settings: tuple[str, ...], folder: Path) -> dict[str, Any]:
     from embedft.footprint import tensor_bytes
     from embedft.plan import plan
-    from embedft.recipe import load_recipe
+    from embedft.recipe_file import load_recipe
     from embedft.training.measure import TrackedMemory
 
     recipe: Any = load_recipe(path, settings)

@@ -107,7 +107,7 @@ def train(work: Path, store: AdapterStore, recipe: dict[str, Any]) -> dict[str, 
     """Train what the recipe says, unless it is there, and return its seconds."""
     from embedft.causal_lm.train import train as train_lm
     from embedft.embedding.train import train as train_embedding
-    from embedft.recipe import load_recipe
+    from embedft.recipe_file import load_recipe
 
     log = work / f"{recipe['name']}.trained.json"
     if not log.exists():

@@ -98,7 +98,7 @@ def _synthesize(corpus: Path, out: Path) -> dict[str, Any]:
 
 def _train(name: str, settings: list[str], store: Any, *, longer: int = 1) -> dict[str, Any]:
     from embedft.embedding.train import train
-    from embedft.recipe import load_recipe
+    from embedft.recipe_file import load_recipe
 
     given: Any = load_recipe(name)
     extra = [f"train.epochs={given.train.epochs * longer}", "adapter.layers=null"] if longer > 1 else []

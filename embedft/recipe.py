@@ -1,12 +1,12 @@
-"""YAML + key=value → a frozen EmbeddingRecipe | CausalLMRecipe. Imports no torch and reads no data.
+"""A mapping → a frozen EmbeddingRecipe | CausalLMRecipe; its faults, all at once. Imports no torch and reads no file.
 
-Everything has a default but `task`, `base.model` and `data`. Paths in a recipe are relative to the recipe.
+Everything has a default but `task`, `base.model` and `data`.
 """
 
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -191,7 +191,7 @@ class _Recipe(Section):
     def resolved_yaml(self) -> str:
         """The recipe with every default written out and data paths shortened to their last two parts."""
         content = self.model_dump(mode="json")
-        for section, key, _ in _data_paths(content):
+        for section, key, _ in data_paths(content):
             section[key] = _portable(section[key])
         if Path(content["base"]["model"]).is_absolute():
             content["base"]["model"] = Path(content["base"]["model"]).name
@@ -226,31 +226,6 @@ _ADAPTER: TypeAdapter[EmbeddingRecipe | CausalLMRecipe] = TypeAdapter(Recipe)
 _MODELS: dict[str, type[BaseModel]] = {"embedding": EmbeddingRecipe, "causal_lm": CausalLMRecipe}
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Name (file stem) → path of each recipe that comes with the package."""
-    return {path.stem: path for path in sorted(recipes_root().glob("*/*.yaml"))}
-
-
-def recipes_root() -> Path:
-    """The shipped recipes: inside the wheel, or beside the package in a checkout."""
-    packaged = Path(__file__).parent / "_recipes"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> EmbeddingRecipe | CausalLMRecipe:
-    """Read a recipe from a file or by a shipped recipe's name and apply dotted `key=value` overrides.
-
-    Paths of a recipe file are relative to the file; those of a shipped recipe and of overrides to the working directory.
-    Raises RecipeError naming all faults at once, with the nearest known key for an unknown one.
-    """
-    path, folder = _locate(str(path_or_name))
-    content = _read_yaml(path)
-    for override in overrides:
-        _apply(content, override)
-    _resolve_paths(content, folder, overrides)
-    return parse_recipe(content, where=str(path_or_name))
-
-
 def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> EmbeddingRecipe | CausalLMRecipe:
     """A mapping as YAML gives it → a Recipe; RecipeError lists every fault."""
     content.setdefault("name", Path(where).stem)
@@ -260,73 +235,7 @@ def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> Embedding
         raise RecipeError(where, [_fault(item, content) for item in error.errors()]) from None
 
 
-def _locate(given: str) -> tuple[Path, Path]:
-    path = Path(given)
-    if path.suffix in {".yaml", ".yml"} or path.exists():
-        if not path.is_file():
-            raise RecipeError(given, ["there is no such file"])
-        return path, path.resolve().parent
-    shipped = shipped_recipes()
-    if given in shipped:
-        return shipped[given], Path.cwd()
-    near = difflib.get_close_matches(given, shipped, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise RecipeError(given, [f"neither a file nor a shipped recipe (see `embedft recipes list`){hint}"])
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(str(path), [f"not readable as YAML: {error}"]) from None
-    if not isinstance(content, dict):
-        raise RecipeError(str(path), ["expected a mapping with `task`, `base` and `data`"])
-    return cast("dict[str, Any]", content)
-
-
-def _apply(content: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(override, ["expected key=value, for example train.lr=1e-4"])
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(override, [f"the value is not readable: {error}"]) from None
-    if isinstance(parsed, str):
-        parsed = _number(parsed)
-    elif isinstance(parsed, dict) and not value.lstrip().startswith("{"):
-        parsed = value  # a prompt such as 'query: ', not a mapping
-    *parents, last = key.split(".")
-    for parent in parents:
-        inner: Any = content.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise RecipeError(override, [f"{parent} is not a section"])
-        content = cast("dict[str, Any]", inner)
-    content[last] = parsed
-
-
-def _number(text: str) -> Any:
-    """YAML 1.1 reads 1e-4 as a string; a person means a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _resolve_paths(content: dict[str, Any], folder: Path, overrides: Iterable[str]) -> None:
-    overridden = {override.partition("=")[0] for override in overrides}
-    for section, key, dotted in _data_paths(content):
-        value, given_here = section[key], any(dotted == name or dotted.startswith(f"{name}.") for name in overridden)
-        if isinstance(value, str) and not value.startswith("hf://"):
-            section[key] = str(((Path.cwd() if given_here else folder) / Path(value).expanduser()).resolve())
-    base: Any = content.get("base")
-    if isinstance(base, dict) and isinstance(model := cast("dict[str, Any]", base).get("model"), str):
-        path = (Path.cwd() if "base.model" in overridden else folder) / Path(model).expanduser()
-        if path.exists():
-            base["model"] = str(path.resolve())
-
-
-def _data_paths(content: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
+def data_paths(content: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
     """Every place of a recipe's mapping that names data, as (section, key, dotted key)."""
     data, evaluation = content.get("data"), content.get("eval")
     found: list[tuple[dict[str, Any], str, str]] = []

@@ -13,14 +13,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedft.adapters.passport import CONFIG, WEIGHTS, Passport, generation, read_passport
+from embedft.adapters.passport import Passport, read_passport
 from embedft.adapters.probes import ProbeReport
 from embedft.adapters.store import GENERATION, AdapterStore, check_name
-from embedft.adapters.transfer import check_contents
 from embedft.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, EmbedftError, GenerationConflict, MethodUnsupported, ProbesFailed
-from embedft.methods import method_named
 from serve.engine import Engine
 from serve.errors import AdapterUnavailable, NotReady
+from serve.fitting import check_fit, checked, state_of
 from serve.probing import probe
 from serve.slots import Seat, Slots
 from serve.sources import Found, find
@@ -140,12 +139,12 @@ class Lifecycle:
             raise _Superseded
         resident.engine.supervisor.require_ready()
         try:
-            if resident.proven is not None and resident.proven == _state(resident.folder):
+            if resident.proven is not None and resident.proven == state_of(resident.folder):
                 await resident.engine.client.load(resident.id, resident.folder)
                 self._count(resident.name, "loaded")
                 return
-            await asyncio.to_thread(_checked, resident.name, Found(resident.generation, resident.folder))
-            _check_fit(resident.name, resident.passport, resident.engine)
+            await asyncio.to_thread(checked, resident.name, Found(resident.generation, resident.folder))
+            check_fit(resident.name, resident.passport, resident.engine)
             await self._install(resident)
         except NotReady:
             raise
@@ -260,12 +259,12 @@ class Lifecycle:
 
     async def _load(self, name: str, found: Found, *, pin: bool = False, engine: Engine | None = None) -> Resident:
         """Check, load and prove; on refusal nothing of it stays in the engine."""
-        passport = await asyncio.to_thread(_checked, name, found)
+        passport = await asyncio.to_thread(checked, name, found)
         starting = engine is not None
         engine = engine or self._engine_for(name, passport)
         if not starting:
             engine.supervisor.require_ready()
-        _check_fit(name, passport, engine)
+        check_fit(name, passport, engine)
         resident = Resident(name, found.generation, found.folder, passport, engine, pinned=pin)
         slots = self.slots_of(engine)
         async with engine.lock:
@@ -292,7 +291,7 @@ class Lifecycle:
             resident.report = await probe(resident.engine, resident.id, resident.folder)
             if not resident.report.passed:
                 raise ProbesFailed(resident.name, resident.report.reason)
-            resident.proven = _state(resident.folder)
+            resident.proven = state_of(resident.folder)
             outcome = "loaded"
         except BaseException:
             with contextlib.suppress(EmbedftError):
@@ -341,36 +340,3 @@ class Lifecycle:
                 return engine
         serving = ", ".join(engine.info.fingerprint for engine in of_task) or "none of its task"
         raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=serving)
-
-
-def _checked(name: str, found: Found) -> Passport:
-    check_contents(found.folder, name)
-    passport = read_passport(found.folder, name=name)
-    if generation(found.folder) != found.generation:
-        raise AdapterInvalid(name, "its content is not what its generation says: the file was changed or is damaged")
-    return passport
-
-
-def _state(folder: Path) -> tuple[tuple[str, int, int, int], ...] | None:
-    """What would change if a file of the adapter did; None where they cannot be read."""
-    try:
-        stats = [(name, (folder / name).stat()) for name in (WEIGHTS, CONFIG)]
-    except OSError:
-        return None
-    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-
-
-def _check_fit(name: str, passport: Passport, engine: Engine) -> None:
-    if passport.base.fingerprint != engine.info.fingerprint:
-        raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=engine.info.fingerprint)
-    method = method_named(passport.method)
-    if engine.config.engine == "vllm" and not method.vllm:
-        remedy = f"convert it first: embedft adapters convert {name} --to lora" if method.to_lora != "no" else "it has no LoRA form"
-        raise MethodUnsupported(method.name, where="by vLLM", why=f"{remedy}; or serve it by the peft engine (embedft serve --engine peft)")
-    if method.vllm and passport.r > engine.config.max_lora_rank:
-        limit = engine.config.max_lora_rank
-        raise AdapterInvalid(name, f"its rank {passport.r} is above this engine's {limit}: raise max_lora_rank of the base")
-    if passport.task == "embedding" and passport.pooling != engine.info.pooling:
-        raise AdapterInvalid(name, f"it pools by {passport.pooling}, the engine by {engine.info.pooling}")
-    if passport.task == "embedding" and passport.max_length > engine.max_length:
-        raise AdapterInvalid(name, f"its max_length {passport.max_length} is above the engine's {engine.max_length}")

@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _recipes_list(arguments: argparse.Namespace) -> None:
-    from embedft.recipe import load_recipe, shipped_recipes
+    from embedft.recipe_file import load_recipe, shipped_recipes
 
     rows: list[dict[str, Any]] = []
     for name, path in shipped_recipes().items():
@@ -39,14 +39,14 @@ def _recipes_list(arguments: argparse.Namespace) -> None:
 
 
 def _recipes_show(arguments: argparse.Namespace) -> None:
-    from embedft.recipe import load_recipe
+    from embedft.recipe_file import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     print(json.dumps(recipe.model_dump(mode="json")) if arguments.json else recipe.resolved_yaml().rstrip())
 
 
 def _recipes_copy(arguments: argparse.Namespace) -> None:
-    from embedft.recipe import load_recipe, shipped_recipes
+    from embedft.recipe_file import load_recipe, shipped_recipes
 
     load_recipe(arguments.recipe)  # says what there is, where there is none of that name
     if arguments.recipe not in shipped_recipes():

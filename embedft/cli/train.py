@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from embedft.recipe import load_recipe
+    from embedft.recipe_file import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.task != arguments.task:
@@ -76,7 +76,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from embedft.plan import plan
-    from embedft.recipe import load_recipe
+    from embedft.recipe_file import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.task == "embedding":

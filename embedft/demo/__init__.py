@@ -13,7 +13,7 @@ from embedft.demo.report import write_report
 from embedft.demo.session import Server, ask, switch_ms
 from embedft.footprint import footprint
 from embedft.model_folder import Task
-from embedft.recipe import load_recipe
+from embedft.recipe_file import load_recipe
 from embedft.training.measure import AdapterResult
 
 # recipe, the folder of its data under pydocs, and whether that is a retrieval set

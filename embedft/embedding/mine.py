@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
 
 SAME = 0.9  # Jaccard similarity of words and word pairs from which a document says what an answer says
-shingles = lru_cache(maxsize=1 << 16)(shingles_of)  # of a document once, not of every query that it is near
+shingles = lru_cache(maxsize=1 << 12)(shingles_of)  # of a document once, not of every query that it is near; some 100 MB at most
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class AdapterFinetuneEngine:
         """Train, measure, and put the adapter into the store. `result` holds its metrics."""
         from embedft.adapters.store import AdapterStore
         from embedft.embedding.train import train
-        from embedft.recipe import load_recipe
+        from embedft.recipe_file import load_recipe
 
         store = AdapterStore(Path(self.model_output_path))
         folder = store.root / ".finetune" / self.name  # where it stays until it is trained on: a resumed run asks for the same data

@@ -10,7 +10,8 @@ from embedft.axolotl import translate
 from embedft.axolotl_keys import CHOICES, KEYS, REASONS, TOGETHER
 from embedft.cli import main
 from embedft.errors import RecipeError
-from embedft.recipe import CausalLMRecipe, load_recipe, parse_recipe
+from embedft.recipe import CausalLMRecipe, parse_recipe
+from embedft.recipe_file import load_recipe
 
 QLORA = """
 base_model: NousResearch/Llama-3.2-1B

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from embedft.errors import RecipeError
-from embedft.recipe import CausalLMRecipe, EmbeddingRecipe, load_recipe, parse_recipe, shipped_recipes
+from embedft.recipe import CausalLMRecipe, EmbeddingRecipe, parse_recipe
+from embedft.recipe_file import load_recipe, shipped_recipes
 
 MINIMAL = {"task": "embedding", "base": {"model": "minilm"}, "data": {"train": "train.jsonl"}}
 

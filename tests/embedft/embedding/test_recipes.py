@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from embedft.embedding.losses import loss_named
-from embedft.recipe import EmbeddingRecipe, load_recipe, parse_recipe, recipes_root
+from embedft.recipe import EmbeddingRecipe, parse_recipe
+from embedft.recipe_file import load_recipe, recipes_root
 
 RECIPES = sorted((recipes_root() / "embedding").glob("*.yaml"))
 

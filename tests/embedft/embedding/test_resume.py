@@ -14,7 +14,8 @@ import pytest
 
 from embedft.adapters.store import AdapterStore
 from embedft.errors import ResumeRefused, TrainingInterrupted
-from embedft.recipe import EmbeddingRecipe, load_recipe
+from embedft.recipe import EmbeddingRecipe
+from embedft.recipe_file import load_recipe
 from tests.embedft.embedding.runs import PACKED, PADDED, PART, Make, trained, weights
 
 RESUMED = [
@@ -127,7 +128,7 @@ import torch
 torch.set_num_threads(1)
 from embedft.adapters.store import AdapterStore
 from embedft.embedding.train import train
-from embedft.recipe import load_recipe
+from embedft.recipe_file import load_recipe
 from embedft.training.progress import ProgressETA
 
 def killed(self, args, state, control, **rest):

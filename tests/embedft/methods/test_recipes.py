@@ -9,7 +9,7 @@ import yaml
 from embedft.base import BaseSpec, source_folder
 from embedft.methods import METHODS, supported
 from embedft.model_folder import describe
-from embedft.recipe import load_recipe, shipped_recipes
+from embedft.recipe_file import load_recipe, shipped_recipes
 
 
 @pytest.mark.parametrize("method", METHODS)
