@@ -19,7 +19,10 @@ RECORD = "embedft.json"  # in a quantized folder: its scheme and its parent's fi
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What a base folder says of itself. `max_length` in tokens; `pooling` as sentence-transformers would pool it."""
+    """What a base folder says of itself; `pooling` as sentence-transformers would pool it.
+
+    Of a text it reads `max_length` tokens by itself, as published; an adapter may be trained to read up to `positions`.
+    """
 
     fingerprint: str
     parent: str | None
@@ -29,6 +32,7 @@ class BaseInfo:
     pooling: Pooling
     normalize: bool
     max_length: int
+    positions: int
     hidden_size: int
 
 
@@ -78,13 +82,15 @@ def describe(folder: Path) -> BaseInfo:
         pooling=pooling,
         normalize=normalize,
         max_length=_max_length(folder, config),
+        positions=positions(config),
         hidden_size=int(config["hidden_size"]),
     )
 
 
-def longest(folder: Path) -> int:
-    """Tokens that a text may have at most; of its small files alone."""
-    return _max_length(folder, read_json(folder / "config.json"))
+def positions(config: dict[str, Any]) -> int:
+    """Tokens that the architecture of a config.json can place at most."""
+    limit = int(config.get("max_position_embeddings", 512))
+    return limit - 2 if config.get("model_type") in {"roberta", "xlm-roberta"} else limit  # theirs start after the padding index
 
 
 def template_hash(source: str | None) -> str:
@@ -121,10 +127,7 @@ def _pooling(folder: Path, *, decoder: bool) -> tuple[Pooling, bool]:
 
 
 def _max_length(folder: Path, config: dict[str, Any]) -> int:
-    limit = int(config.get("max_position_embeddings", 512))
-    if config.get("model_type") in {"roberta", "xlm-roberta"}:
-        limit -= 2  # positions start after the padding index
-    path = folder / "sentence_bert_config.json"
+    limit, path = positions(config), folder / "sentence_bert_config.json"
     given = read_json(path).get("max_seq_length") if path.is_file() else None
     return min(limit, int(given)) if given else limit
 

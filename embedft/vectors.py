@@ -33,12 +33,13 @@ def vector_kind(
 ) -> VectorKind:
     """How a base (`passport` None) or an adapter makes vectors of `input_type`. `max_length`: the engine's own limit in tokens.
 
+    The base reads as much of a text as it was published to read, an adapter as much as it was trained to.
     Raises InputInvalid: input_type_required, dimensions_unsupported.
     """
     cut = _cut(info, passport, dimensions)
-    limit = min(max_length or info.max_length, info.max_length)
+    limit = min(max_length or info.positions, info.positions)
     if passport is None:
-        return _kind(info, None, EncodeSettings(info.pooling, info.normalize, limit), input_type, cut, side="both")
+        return _kind(info, None, EncodeSettings(info.pooling, info.normalize, min(info.max_length, limit)), input_type, cut, side="both")
     if passport.pooling is None:
         raise AdapterInvalid(name or passport.name, "it is no embedding adapter: its passport names no pooling")
     settings = EncodeSettings(passport.pooling, bool(passport.normalize), min(passport.max_length, limit), passport.prompts)

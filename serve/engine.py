@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from embedft.adapters.passport import Passport
 from embedft.base import base_folder
 from embedft.encode import EncodeSettings, TextPreparer
 from embedft.model_folder import BaseInfo, describe, own_template, template_hash
@@ -43,7 +44,14 @@ class Engine:
 
     @property
     def max_length(self) -> int:
-        return min(self.config.max_length or self.info.max_length, self.info.max_length)
+        """Tokens that its process takes at most."""
+        return min(self.config.max_length or self.info.positions, self.info.positions)
+
+    def reads(self, passport: Passport | None = None) -> int:
+        """Tokens of a request that count, asked through an adapter or of the base: a text for vectors is read as far as it was trained."""
+        if self.config.task != "embedding":
+            return self.max_length
+        return min(passport.max_length if passport else self.info.max_length, self.max_length)
 
     @property
     def public_model(self) -> str:
@@ -58,7 +66,7 @@ class Engine:
 
     def plain_settings(self) -> EncodeSettings:
         """How the base's own vectors are made: no prompts."""
-        return EncodeSettings(self.info.pooling, self.info.normalize, self.max_length)
+        return EncodeSettings(self.info.pooling, self.info.normalize, self.reads())
 
     async def asked(self, path: str, body: Mapping[str, Any]) -> Any:
         """A call that changes nothing and whose answer is always the same: asked again, once, when the engine dies under it.

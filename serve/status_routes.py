@@ -63,7 +63,7 @@ def model_routes(gateway: Gateway) -> APIRouter:
                 "parent": None,
                 "task": engine.config.task,
                 "engine": engine.config.engine,
-                "max_model_len": engine.max_length,
+                "max_model_len": engine.reads(),
             }
             for engine in seen.engines.values()
         ]
@@ -73,6 +73,7 @@ def model_routes(gateway: Gateway) -> APIRouter:
                 **common,
                 "parent": resident.engine.name,
                 "task": resident.passport.task,
+                "max_model_len": resident.engine.reads(resident.passport),
                 "root": resident.id,
                 "unproven": resident.passport.unproven,
             }

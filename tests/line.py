@@ -8,8 +8,9 @@ import numpy as np
 
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, base_folder, load_model
-from embedft.encode import Encoder
+from embedft.encode import Encoder, EncodeSettings
 from embedft.methods import load_adapter
+from embedft.model_folder import describe
 from embedft.recipe import parse_recipe
 from embedft.verify import settings_of
 from tests.fixtures_embedding import planted_rows as pairs
@@ -17,7 +18,7 @@ from tests.fixtures_embedding import text, write_rows
 from tests.fixtures_lm import planted_rows as questions
 from tests.fixtures_lm import write_jsonl
 
-QUERIES = [text("query", topic, 0) for topic in range(8)] + ["a longer query " * 9, "x"]
+QUERIES = [text("query", topic, 0) for topic in range(8)] + ["a longer query " * 9, "x", "find " * 40]
 PROMPTS = [row["prompt"] for row in questions(6, start=500)]
 TOKENS = 8
 
@@ -30,7 +31,7 @@ def train_embedding(store: AdapterStore, name: str, folder: Path, *, seed: int, 
     rows = write_rows(folder / f"pairs-{seed}.jsonl", pairs(96, start=16 * 60 * seed, shuffled=seed > 1))
     content: dict[str, Any] = {"task": "embedding", "name": name, "base": base, "data": {"train": rows}}
     made_up = {"guard": None}  # a made-up language takes the place of English in it
-    recipe: Any = parse_recipe(content | {"train": {"batch": 16, "lr": 5e-3, "max_length": 32, "seed": seed}, "eval": made_up})
+    recipe: Any = parse_recipe(content | {"train": {"batch": 16, "lr": 5e-3, "max_length": 48, "seed": seed}, "eval": made_up})
     result: Any = train(recipe, store=store, progress=False)
     return result.generation
 
@@ -50,13 +51,15 @@ def train_causal_lm(store: AdapterStore, name: str, folder: Path, *, seed: int, 
     return result.generation
 
 
-def solo_vectors(store: AdapterStore, generation: str | None, *, spec: BaseSpec, like: str) -> np.ndarray:
-    """(queries, width): the base (None) or one adapter, alone in this process, encoding as the adapter `like` does."""
+def solo_vectors(store: AdapterStore, generation: str | None, *, spec: BaseSpec) -> np.ndarray:
+    """(queries, width): the base (None) or one adapter, alone in this process, each reading as much of a text as it was made to."""
     folder = base_folder(spec)
     model: Any = load_model(folder, task="embedding")
-    if generation:
-        model = load_adapter(model, store.folder(generation))
-    return Encoder(model, folder, settings_of(store.passport(like))).encode(QUERIES, input_type="query")
+    if generation is None:
+        info = describe(folder)
+        return Encoder(model, folder, EncodeSettings(info.pooling, info.normalize, info.max_length)).encode(QUERIES)
+    adapted = load_adapter(model, store.folder(generation))
+    return Encoder(adapted, folder, settings_of(store.passport(generation))).encode(QUERIES, input_type="query")
 
 
 @dataclass(frozen=True)

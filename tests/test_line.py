@@ -53,7 +53,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
         "s": [train_causal_lm(store, "s", folder / "data", seed=seed, **base[1]) for seed in (1, 2)],
         "t": [train_causal_lm(store, "t", folder / "data", seed=4, **base[1])],
     }
-    vectors = {identity: solo_vectors(store, identity, spec=TEXT, like="a") for name in EMBEDDING for identity in generations[name]}
+    vectors = {identity: solo_vectors(store, identity, spec=TEXT) for name in EMBEDDING for identity in generations[name]}
     answers = {identity: solo_answers(store, identity, spec=WORDS) for name in LANGUAGE for identity in generations[name]}
     config = {
         "bases": [
@@ -63,7 +63,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     }
     server = launch(config, folder=folder, store=store.root)
     server.wait_ready(300)
-    vectors["base"], answers["base"] = solo_vectors(store, None, spec=TEXT, like="a"), solo_answers(store, None, spec=WORDS)
+    vectors["base"], answers["base"] = solo_vectors(store, None, spec=TEXT), solo_answers(store, None, spec=WORDS)
     yield Line(server, store, folder, generations, vectors, answers)
     processes = server.processes()
     assert server.stop() == 0

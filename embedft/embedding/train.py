@@ -142,16 +142,16 @@ def batch_plan(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, padde
 
 
 def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
-    """The base's own pooling, normalisation and length, where the recipe does not say otherwise."""
+    """The base's own pooling and normalisation where the recipe does not say otherwise; as many tokens as it says and the base places."""
     given = recipe.base
-    if "max_length" in recipe.train.model_fields_set and recipe.train.max_length > base.info.max_length:
+    if "max_length" in recipe.train.model_fields_set and recipe.train.max_length > base.info.positions:
         from embedft.training.progress import note
 
-        note(f"{recipe.name}: the base reads {base.info.max_length} tokens of a text; train.max_length={recipe.train.max_length} is cut")
+        note(f"{recipe.name}: the base has {base.info.positions} positions; train.max_length={recipe.train.max_length} is cut")
     return EncodeSettings(
         pooling=given.pooling or base.info.pooling,
         normalize=base.info.normalize if given.normalize is None else given.normalize,
-        max_length=min(recipe.train.max_length, base.info.max_length),
+        max_length=min(recipe.train.max_length, base.info.positions),
         prompts=recipe.data.prompts.model_dump(),
     )
 

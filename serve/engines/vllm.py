@@ -30,7 +30,7 @@ def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSe
     on_cpu = not torch.cuda.is_available()
     info = describe(folder)
     check_base(folder, info, task=task, on_cpu=on_cpu)
-    length = min(settings.max_length or info.max_length, info.max_length)
+    length = min(settings.max_length or info.positions, info.positions)
     argv = [sys.executable, "-m", "serve.engines.vllm_server", "--model", str(folder), "--served-model-name", "base"]
     argv += ["--uds", str(socket)]
     argv += ["--dtype", str(compute_dtype()).removeprefix("torch."), "--max-model-len", str(length)]
@@ -52,7 +52,10 @@ def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSe
         argv += ["--kv-cache-memory-bytes", str(int(kv_gib * 2**30))]
     if on_cpu:
         argv += ["--enforce-eager", "--max-num-batched-tokens", str(max(length, 2048)), "--max-num-seqs", "32"]
-    return argv, _environment(settings, key, on_cpu=on_cpu)
+    env = _environment(settings, key, on_cpu=on_cpu)
+    if length > info.max_length:  # vLLM takes what sentence-transformers reads of a text for the most that the base can place
+        env["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    return argv, env
 
 
 def _environment(settings: EngineSettings, key: str, *, on_cpu: bool) -> dict[str, str]:

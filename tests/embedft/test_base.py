@@ -46,7 +46,7 @@ def test_a_quantized_base_is_a_folder_that_knows_its_parent(scheme: str) -> None
     info = describe(base_folder(spec))
     assert info.quantization == scheme
     assert info.parent == fingerprint(source_folder(BaseSpec("minilm"))) != info.fingerprint
-    assert (info.pooling, info.normalize, info.max_length) == ("mean", True, 256)
+    assert (info.pooling, info.normalize, info.max_length, info.positions) == ("mean", True, 256, 512)
     base = load_base(spec, task="embedding")
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
@@ -104,16 +104,15 @@ def test_the_compute_dtype_is_one_that_this_machine_is_fast_in() -> None:
 
     import torch
 
-    def seconds(dtype: torch.dtype) -> float:
-        a, taken = torch.randn(512, 512, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu"), list[float]()
-        for _ in range(5):
+    device, taken = "cuda" if torch.cuda.is_available() else "cpu", {compute_dtype(): list[float](), torch.float32: list[float]()}
+    for _ in range(20):  # by turns: whatever else the machine does, it does to both
+        for dtype, seconds in taken.items():
+            a = torch.randn(512, 512, dtype=dtype, device=device)
             began = time.perf_counter()
             float((a @ a)[0, 0])
-            taken.append(time.perf_counter() - began)
-        return min(taken)
-
+            seconds.append(time.perf_counter() - began)
     assert compute_dtype() in {torch.float32, torch.bfloat16, torch.float16}
-    assert seconds(compute_dtype()) < 4 * seconds(torch.float32)
+    assert min(taken[compute_dtype()]) < 6 * min(taken[torch.float32])
 
 
 def test_int8_weights_compute_as_their_floating_point_selves_whatever_the_batch() -> None:

@@ -182,4 +182,5 @@ def test_models_lists_bases_and_adapters_with_their_parent(shared: Server) -> No
     found = {row["id"]: row["parent"] for row in shared.client.get("/v1/models").json()["data"]}
     assert found == {"texts": None, "words": None, "a": "texts", "b": "texts", "q": "texts", "s": "words", "t": "words"}
     assert shared.client.get("/v1/models/a").json()["parent"] == "texts"
+    assert [shared.client.get(f"/v1/models/{name}").json()["max_model_len"] for name in ("texts", "a", "b")] == [LENGTH, LENGTH, 20]
     refused(shared.client.get("/v1/models/nix"), 404, "model_not_found")

@@ -20,6 +20,7 @@ from embedft.errors import InputInvalid
 from serve.aliases import Aliases
 from tests.serve.test_choice import expected, refused, rows
 from tests.serve.world import ADMIN, Server, World, fill_adapter, make_world, put_adapter, wait_for
+from tests.timing import assert_faster
 
 SLOTS = 3
 NAMES = [f"x{number}" for number in range(2 * SLOTS)]
@@ -75,14 +76,17 @@ def test_twice_the_slots_are_served_right_without_starving_anyone(server: Server
             list(pool.map(one, range(4)))
         return times
 
-    inside = timed(NAMES[:SLOTS], 40)
-    beyond = timed(NAMES, 60)
-    medians = [statistics.median([one for part in times.values() for one in part]) for times in (inside, beyond)]
-    assert all(beyond.values())
-    assert max(one for part in beyond.values() for one in part) < 5
+    def measure() -> tuple[float, float]:
+        inside = timed(NAMES[:SLOTS], 40)
+        beyond = timed(NAMES, 60)
+        medians = [statistics.median([one for part in times.values() for one in part]) for times in (inside, beyond)]
+        assert all(beyond.values())
+        assert max(one for part in beyond.values() for one in part) < 5
+        return medians[1], 3 * medians[0] + 0.005
+
+    assert_faster(measure)
     assert loaded_at_most(server) == SLOTS
     assert "embedft_adapter_evictions" in server.client.get("/metrics").text
-    assert medians[1] < 3 * medians[0] + 0.005, medians
 
 
 def test_an_adapter_in_use_is_never_evicted(server: Server, world: World) -> None:

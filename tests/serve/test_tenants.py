@@ -22,6 +22,7 @@ from serve.limiter import Buckets
 from serve.tenants import TenantEntry, Tenants, new_key, read_keys
 from tests.serve.test_choice import refused
 from tests.serve.world import Server, World, make_world
+from tests.timing import assert_faster
 
 KEYS = {name: new_key() for name in ("ops", "anna", "bert", "few", "small", "one", "flood")}
 TENANTS: list[dict[str, Any]] = [
@@ -201,16 +202,18 @@ def test_a_flooding_tenant_leaves_anothers_p95_within_twice_its_own(keyed: Serve
             times.append(time.perf_counter() - began)
         return sorted(times)[18]
 
-    alone = p95()
+    def measure() -> tuple[float, float]:
+        alone = p95()
+        command = [sys.executable, "-c", FLOOD, keyed.url, header("flood")["authorization"]]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as flood:
+            assert flood.stdout
+            assert flood.stdout.readline() == "begun\n"
+            beside = p95()
+            sent, _ = flood.communicate("stop")
+        assert int(sent) > 50
+        return beside, 2 * alone
 
-    command = [sys.executable, "-c", FLOOD, keyed.url, header("flood")["authorization"]]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as flood:
-        assert flood.stdout
-        assert flood.stdout.readline() == "begun\n"
-        beside = p95()
-        sent, _ = flood.communicate("stop")
-    assert int(sent) > 50
-    assert beside < 2 * alone, (beside, alone)
+    assert_faster(measure)
 
 
 def test_a_line_a_request_is_logged_without_its_text(keyed: Server) -> None:
