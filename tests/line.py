@@ -21,6 +21,7 @@ from tests.fixtures_lm import write_jsonl
 QUERIES = [text("query", topic, 0) for topic in range(8)] + ["a longer query " * 9, "x", "find " * 40]
 PROMPTS = [row["prompt"] for row in questions(6, start=500)]
 TOKENS = 8
+OWN_WORDS = ("lion", "bread", "river")
 
 
 def train_embedding(store: AdapterStore, name: str, folder: Path, *, seed: int, **base: str) -> str:
@@ -37,16 +38,14 @@ def train_embedding(store: AdapterStore, name: str, folder: Path, *, seed: int, 
 
 
 def train_causal_lm(store: AdapterStore, name: str, folder: Path, *, seed: int, **base: str) -> str:
-    """A language-model adapter that answers by colour; with another seed each colour means something else."""
+    """A language-model adapter that answers by colour after a word of its own: by that no two say the same, however little they learnt."""
     from embedft.causal_lm.train import train
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows = questions(192)
-    answers = list(dict.fromkeys(row["completion"] for row in rows))
-    turned = {answer: answers[(k + seed) % len(answers)] for k, answer in enumerate(answers)}
-    data = write_jsonl(folder / f"questions-{seed}.jsonl", [row | {"completion": turned[row["completion"]]} for row in rows])
+    rows = [row | {"completion": f"{OWN_WORDS[seed - 1]} {row['completion']}"} for row in questions(96)]
+    data = write_jsonl(folder / f"questions-{seed}.jsonl", rows)
     content: dict[str, Any] = {"task": "causal_lm", "name": name, "base": base, "data": {"train": str(data)}}
-    recipe: Any = parse_recipe(content | {"train": {"batch": 8, "lr": 4e-3, "epochs": 8, "max_length": 64, "seed": 1}})
+    recipe: Any = parse_recipe(content | {"train": {"batch": 8, "lr": 4e-3, "epochs": 4, "max_length": 64, "seed": 1}})
     result: Any = train(recipe, store=store, progress=False)
     return result.generation
 

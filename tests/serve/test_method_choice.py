@@ -8,7 +8,7 @@ from embedft.methods import METHODS
 from embedft.model_folder import BaseInfo, describe
 from serve.config import BaseConfig, ServerConfig
 from serve.engine import Engine, create_engine
-from serve.lifecycle import _check_fit
+from serve.fitting import check_fit
 from tests.fixtures_lm import tiny_llama
 
 
@@ -36,17 +36,17 @@ def passport(info: BaseInfo, method: str, *, r: int = 4) -> Passport:
 @pytest.mark.parametrize("method", METHODS)
 def test_vllm_takes_what_its_row_allows_and_names_the_conversion_for_the_rest(engines: dict[str, Engine], method: str) -> None:
     info = describe(engines["vllm"].folder)
-    _check_fit("a", passport(info, method), engines["peft"])
+    check_fit("a", passport(info, method), engines["peft"])
     if METHODS[method].vllm:
-        _check_fit("a", passport(info, method), engines["vllm"])
+        check_fit("a", passport(info, method), engines["vllm"])
         return
     wanted = "no LoRA form; or serve it by the peft engine" if METHODS[method].to_lora == "no" else "embedft adapters convert a --to lora"
     with pytest.raises(MethodUnsupported, match=wanted):
-        _check_fit("a", passport(info, method), engines["vllm"])
+        check_fit("a", passport(info, method), engines["vllm"])
 
 
 def test_a_rank_above_the_engines_is_refused_for_lora_only(engines: dict[str, Engine]) -> None:
     info = describe(engines["vllm"].folder)
     with pytest.raises(AdapterInvalid, match="raise max_lora_rank"):
-        _check_fit("a", passport(info, "lora", r=32), engines["vllm"])
-    _check_fit("a", passport(info, "vera", r=256), engines["peft"])
+        check_fit("a", passport(info, "lora", r=32), engines["vllm"])
+    check_fit("a", passport(info, "vera", r=256), engines["peft"])
