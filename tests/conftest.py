@@ -1,5 +1,6 @@
 """What all tests share: no network, a cache of their own, and skips that say why."""
 
+import gc
 import importlib.util
 import os
 import tempfile
@@ -39,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> None:
+    """Trainers and measurements of memory collect garbage, which takes longer than a step where all of torch is looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

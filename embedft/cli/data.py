@@ -16,6 +16,9 @@ def add_commands(commands: Any) -> None:
     pydocs = command(actions, "pydocs", _data_pydocs, "make retrieval and language-model tasks from the Python packages installed here")
     pydocs.add_argument("out", metavar="OUT", type=Path)
     pydocs.add_argument("--limit", type=int, help="at most so many rows a task")
+    pydocs.add_argument(
+        "--packages", nargs="+", metavar="NAME", help="import names to read, stdlib for Python's own (default: some large ones)"
+    )
 
     check = command(actions, "check", _data_check, "what is wrong with retrieval data, with examples; exit 1 where something is")
     check.add_argument("data", metavar="DATA", help="a file of rows, or a BEIR folder (its train split)")
@@ -57,7 +60,11 @@ def add_commands(commands: Any) -> None:
 def _data_pydocs(arguments: argparse.Namespace) -> None:
     from embedft.pydocs import make_pydocs
 
-    show(arguments, dataclasses.asdict(make_pydocs(arguments.out, limit=arguments.limit)), title=str(arguments.out))
+    show(
+        arguments,
+        dataclasses.asdict(make_pydocs(arguments.out, limit=arguments.limit, packages=arguments.packages)),
+        title=str(arguments.out),
+    )
 
 
 def _data_check(arguments: argparse.Namespace) -> int:

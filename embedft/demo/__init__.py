@@ -20,9 +20,10 @@ from embedft.training.measure import AdapterResult
 PLAN = (("pydocs-code", "code"), ("pydocs-readme", "readme"), ("pydocs-package", "lm_package"), ("pydocs-argument", "lm_argument"))
 LM_ROWS = ("data.limit=1600",)  # of 2,400: the demo is to end within minutes on two cores
 QUICK = {
-    "embedding": ("data.limit=192", "eval.queries=60", "eval.documents=150", "eval.guard=null"),
-    "causal_lm": ("data.limit=400", "eval.rows=60"),
+    "embedding": ("data.limit=96", "eval.queries=30", "eval.documents=60", "eval.guard=null"),
+    "causal_lm": ("data.limit=240", "eval.rows=40"),
 }
+QUICK_PACKAGES = ("numpy", "networkx", "pandas")
 QUERY = "Return the number of items in the container."
 
 
@@ -38,7 +39,7 @@ def demo(out: Path, *, engine: str | None = None, quick: bool = False) -> dict[s
         shutil.rmtree(out / part, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     _say("1/4 data from the Python packages installed here")
-    make_pydocs(out / "data", seed=7)
+    make_pydocs(out / "data", seed=7, packages=QUICK_PACKAGES if quick else None)
     store = AdapterStore(out / "adapters")
     trained = [_train(recipe, out / "data" / data, store, number, quick=quick) for number, (recipe, data) in enumerate(PLAN, start=1)]
     _say("3/4 one server, two quantized bases, four adapters")

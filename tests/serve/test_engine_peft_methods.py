@@ -14,6 +14,7 @@ from embedft.methods import METHODS, attach, save_weights
 from embedft.model_folder import describe
 from embedft.quantize import quantize
 from embedft.recipe import AdapterSection
+from tests.embedft.methods.cells import WHOLE
 from tests.fixtures_embedding import text, tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import assert_tokens, assert_vectors, engine, greedy, prompt_logprobs, reported_logprobs, solo
@@ -39,14 +40,20 @@ def adapter_of(folder: Path, base: Path, task: Any, method: str, seed: int) -> P
     return folder
 
 
+def on(quantization: str) -> list[str]:
+    """All methods on a plain base; on the quantized two in turn (all on each with WHOLE)."""
+    turns = {"none": slice(None), "nf4": slice(0, None, 2), "int8": slice(1, None, 2)}
+    return [*METHODS][turns["none" if WHOLE else quantization]]
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_every_method_generates_beside_the_others_what_it_generates_alone(tmp_path: Path, quantization: str) -> None:
     base = tiny_llama(tmp_path / "source")
     if quantization != "none":
         base = quantize(base, tmp_path / "quantized", scheme=quantization)
-    made = {name: adapter_of(tmp_path / name, base, "causal_lm", name, seed) for seed, name in enumerate(METHODS)}
+    made = {name: adapter_of(tmp_path / name, base, "causal_lm", name, seed) for seed, name in enumerate(on(quantization))}
     adapters = {name: folder for name, folder in made.items() if folder}
-    assert len(adapters) >= 15
+    assert len(adapters) >= 0.6 * len(made)
     models = {name: solo(base, "causal_lm", adapters.get(name)) for name in ["base", *adapters]}
     alone = {name: [greedy(model, prompt, 6) for prompt in PROMPTS] for name, model in models.items()}
     assert len({str([tokens for tokens, _ in rows]) for rows in alone.values()}) == len(alone)
