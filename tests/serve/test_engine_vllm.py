@@ -10,10 +10,13 @@ import pytest
 from embedft.quantize import quantize
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import (
+    FEATURES,
     EngineProcess,
     assert_tokens,
     engine,
+    featured_adapter,
     greedy,
+    plain_peft,
     prompt_logprobs,
     random_adapter,
     reported_logprobs,
@@ -60,6 +63,31 @@ def test_prompt_log_probabilities_are_the_adapters_own(server: EngineProcess, ll
         model = solo(llama, "causal_lm", adapters.get(name))
         choice = server.complete(name, PROMPTS[2], max_tokens=1, prompt_logprobs=0)
         assert np.allclose(reported_logprobs(choice, PROMPTS[2]), prompt_logprobs(model, PROMPTS[2]), atol=2e-3), name
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_a_lora_can_ask_for_is_done_as_peft_does_it_or_refused(
+    server: EngineProcess, llama: Path, tmp_path: Path, feature: str
+) -> None:
+    """No third outcome: never loaded and wrong, never loaded and without effect."""
+    before = reported_logprobs(server.complete("base", PROMPTS[2], max_tokens=1, prompt_logprobs=0), PROMPTS[2])
+    try:
+        folder = featured_adapter(tmp_path / "f", llama, seed=1, **FEATURES[feature])
+    except TypeError:
+        assert feature == "PiSSA", "PEFT itself makes that one on no quantized base"
+        return
+    answer = server.post("/v1/load_lora_adapter", lora_name="f", lora_path=str(folder))
+    if answer.status_code != 200:
+        assert feature in {"dora", "added tokens", "whole embeddings", "biases"}, answer.text
+        assert server.post("/v1/completions", model="f", prompt=PROMPTS[0]).status_code == 404
+    else:
+        choice = server.complete("f", PROMPTS[2], max_tokens=1, prompt_logprobs=0)
+        wanted = prompt_logprobs(plain_peft(llama, folder), PROMPTS[2])
+        assert np.allclose(reported_logprobs(choice, PROMPTS[2]), wanted, atol=2e-3)
+        assert not np.allclose(wanted, before, atol=1e-2)
+        assert server.post("/v1/unload_lora_adapter", lora_name="f").status_code == 200
+    after = reported_logprobs(server.complete("base", PROMPTS[2], max_tokens=1, prompt_logprobs=0), PROMPTS[2])
+    assert np.allclose(after, before, atol=1e-5)
 
 
 def test_an_adapter_that_matches_nothing_is_refused(server: EngineProcess, adapters: dict[str, Path], tmp_path: Path) -> None:
