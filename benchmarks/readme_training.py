@@ -1,4 +1,4 @@
-"""The README's figures of retrieval adapters: what they win on public sets, and how fast they are trained."""
+"""The README's figures of training: what adapters win on public sets, and how fast they are trained."""
 
 from typing import Any
 
@@ -74,4 +74,45 @@ def _limit(report: dict[str, Any]) -> str:
     return (
         f"A plain product reaches {most:.0f} GFLOP/s here. With every layer adapted {counted}:\n"
         "our aim of five times its speed is out of reach there, and is met only where layers or documents are left out of the step."
+    )
+
+
+SIDES = {"lora": "LoRA", "qlora": "QLoRA, NF4", "full": "all weights"}
+
+
+def tasks_table(report: dict[str, Any]) -> str:
+    """One task a row: the base, then each way of training it with what it took."""
+    rows: list[tuple[str, ...]] = []
+    for task in dict.fromkeys(row["task"] for row in report["rows"]):
+        found = {row["method"]: row for row in report["rows"] if row["task"] == task}
+        first = next(iter(found.values()))
+        rows.append((task, first["metric"], f"{first['base']:.3f}", *(_trained(found.get(side)) for side in SIDES)))
+    return table(("task", "metric", "base", *SIDES.values()), rows)
+
+
+def _trained(row: dict[str, Any] | None) -> str:
+    return f"{row['score']:.3f} ({row['seconds']:.0f} s, {row['peak_mib']} MiB)" if row else "–"
+
+
+def tasks_text(report: dict[str, Any]) -> str:
+    share = {row["method"]: row["trainable_percent"] for row in report["rows"]}
+    low = [f"{row['task']} by {SIDES[row['method']]}" for row in report["rows"] if row["gain_ci95"][0] <= 0]
+    gains = f"no gain that its interval shows: {', '.join(low)}" if low else "every gain's 95 % interval lies above zero"
+    verified = sum(row["verified"] for row in report["rows"])
+    return (
+        f"seed-lm, {report['steps']} steps of {report['batch']} rows, {report['test_rows']} test rows, one thread; "
+        f"{share['lora']:.1f} % of the weights trained, or all. {gains[0].upper()}{gains[1:]};\n"
+        f"{verified} of {len(report['rows'])} pass `adapters verify`. "
+        "From [lm_tasks.json](benchmarks/results/lm_tasks.json), made by `benchmarks/lm_tasks.py`."
+    )
+
+
+def plan_text(report: dict[str, Any]) -> str:
+    peaks = sorted(row["peak_ratio"] for row in report["rows"])
+    seconds = sorted(row["planned_seconds_per_step"] / row["measured_seconds_per_step"] for row in report["rows"])
+    return (
+        f"`plan` says what a run will cost before it runs. In {len(peaks)} settings its peaks were {peaks[0]:.2f} to {peaks[-1]:.2f} "
+        f"of what training then allocated;\nits seconds leave out what a run does before its first step: "
+        f"of runs of four steps they were {seconds[0]:.1f} to {seconds[-1]:.1f}.\n"
+        "From [plan.json](benchmarks/results/plan.json), made by `benchmarks/plan.py`."
     )
