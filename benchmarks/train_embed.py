@@ -228,8 +228,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     if job["evaluate"]:
         model = encoder.model
         model.eval()
-        without = None if job["side"] != "ours_query" else model.disable_adapter()
-        report["scores"] = evaluate_retrieval(encoder, retrieval, for_documents=without).per_query["ndcg@10"].tolist()
+        report["scores"] = evaluate_retrieval(encoder, retrieval).per_query["ndcg@10"].tolist()
         with off():
             report["base"] = evaluate_retrieval(encoder, retrieval).per_query["ndcg@10"].tolist() if job["side"] == "stock" else []
     return report

@@ -33,8 +33,8 @@ def ours(_: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tuple[A
 
     from embedft.base import BaseSpec, load_base
     from embedft.embedding.losses import loss_named
+    from embedft.embedding.sided import SidedEncoder
     from embedft.embedding.train import make_trainer, plan_for, settings_for
-    from embedft.encode import Encoder
     from embedft.methods import attach
 
     base = load_base(BaseSpec("minilm"), task="embedding")
@@ -43,7 +43,7 @@ def ours(_: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tuple[A
     model = attach(base, recipe.adapter, task="embedding")
     plan = plan_for(examples, recipe, loss=loss_named("mnrl"), model=model)
     make = functools.partial(make_trainer, model, base, settings, examples, recipe, plan=plan, output=folder)
-    return make, Encoder(model, base.folder, settings), model.disable_adapter
+    return make, SidedEncoder(model, base.folder, settings, side=recipe.adapter.side), model.disable_adapter
 
 
 def stock(job: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tuple[Any, Any, Any]:

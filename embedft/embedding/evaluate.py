@@ -5,7 +5,6 @@ nDCG: linear gains and the log2 discount (Järvelin and Kekäläinen 2002, as tr
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedft.embedding.data import RetrievalSet
+from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder, EncodeSettings
 
 METRICS = ("ndcg@10", "mrr@10", "hit@1", "hit@5", "hit@10", "recall@10")
@@ -38,18 +38,15 @@ def evaluate_retrieval(
     data: RetrievalSet,
     *,
     batch_size: int = 64,
-    for_documents: AbstractContextManager[Any] | None = None,
     documents: NDArray[np.float32] | None = None,
 ) -> RetrievalResult:
     """Rank all documents for each query by the vectors' inner product (cosine where they are not normalised).
 
-    `for_documents` is entered while the documents are encoded: a query-only adapter is switched off there. `documents`: their vectors,
-    where they are known already.
+    `documents`: their vectors, where they are known already.
     """
     queries = encoder.encode(list(data.queries.values()), input_type="query", batch_size=batch_size)
     if documents is None:
-        with for_documents or nullcontext():
-            documents = encoder.encode(list(data.documents.values()), input_type="document", batch_size=batch_size)
+        documents = encoder.encode(list(data.documents.values()), input_type="document", batch_size=batch_size)
     return score(data, rank(queries, documents, list(data.documents)))
 
 
@@ -136,15 +133,14 @@ def compare_towers(model: Any, folder: Path, settings: EncodeSettings, data: Ret
 
     The documents of a query-only adapter are the base's, so they are encoded once.
     """
-    encoder, ids = Encoder(model, folder, settings), list(data.documents)
-    queries, texts = list(data.queries.values()), list(data.documents.values())
-    with model.disable_adapter():
-        base_queries = encoder.encode(queries, input_type="query", batch_size=batch_size)
-        began = time.perf_counter()
-        base_documents = encoder.encode(texts, input_type="document", batch_size=batch_size)
-        seconds = time.perf_counter() - began
-    adapted_queries = encoder.encode(queries, input_type="query", batch_size=batch_size)
-    documents = base_documents if side == "query" else encoder.encode(texts, input_type="document", batch_size=batch_size)
+    alone, adapted = (SidedEncoder(model, folder, settings, side=which) for which in ("none", side))
+    ids, queries, texts = list(data.documents), list(data.queries.values()), list(data.documents.values())
+    base_queries = alone.encode(queries, input_type="query", batch_size=batch_size)
+    began = time.perf_counter()
+    base_documents = alone.encode(texts, input_type="document", batch_size=batch_size)
+    seconds = time.perf_counter() - began
+    adapted_queries = adapted.encode(queries, input_type="query", batch_size=batch_size)
+    documents = base_documents if side == "query" else adapted.encode(texts, input_type="document", batch_size=batch_size)
     base, bm25 = score(data, rank(base_queries, base_documents, ids)), bm25_baseline(data)
     adapter = score(data, rank(adapted_queries, documents, ids))
     index = {"documents": len(ids), "seconds": round(seconds, 3), "bytes": int(documents.nbytes), "again": side != "query"}

@@ -25,6 +25,7 @@ from embedft.embedding.near import jaccard
 from embedft.embedding.near import shingles as shingles_of
 from embedft.embedding.pairs import Example, parse
 from embedft.embedding.rows import read_rows
+from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder, EncodeSettings
 from embedft.errors import DataError
 from embedft.files import write_text
@@ -154,26 +155,7 @@ def _rankers(base: str | None, quantization: str, adapter: str | None, store: "A
 
     model, folder, passport = open_adapter(adapter, store or AdapterStore(), base=base)
     settings = settings_of(passport)
-    return {"base": _Off(model, folder, settings), "adapter": _OneSided(model, folder, settings, side=passport.side)}
-
-
-class _Off(Encoder):
-    def encode_ids(self, ids: Sequence[Sequence[int]], *, batch_size: int = 64, **forward: Any) -> NDArray[np.float32]:
-        with self.model.disable_adapter():
-            return super().encode_ids(ids, batch_size=batch_size, **forward)
-
-
-class _OneSided(Encoder):
-    """An adapter that leaves documents to the base where its side is 'query'."""
-
-    def __init__(self, model: Any, folder: Path, settings: EncodeSettings, *, side: str) -> None:
-        super().__init__(model, folder, settings)
-        self.documents = _Off(model, folder, settings) if side == "query" else None
-
-    def encode(self, texts: Sequence[str], *, input_type: Any = None, batch_size: int = 64) -> NDArray[np.float32]:
-        if self.documents is not None and input_type == "document":
-            return self.documents.encode(texts, input_type=input_type, batch_size=batch_size)
-        return super().encode(texts, input_type=input_type, batch_size=batch_size)
+    return {name: SidedEncoder(model, folder, settings, side=side) for name, side in (("base", "none"), ("adapter", passport.side))}
 
 
 def _queries(rows: Sequence[Example], documents: Sequence[str], rankers: Mapping[str, Encoder], mining: Mining) -> list[_Query]:

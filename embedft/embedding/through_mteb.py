@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from embedft.embedding.data import RetrievalSet
+from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder, EncodeSettings
 from embedft.errors import BaseError
 
@@ -22,7 +23,7 @@ def through_mteb(
         import mteb
     except ImportError:
         raise BaseError("--mteb needs the package mteb: pip install 'embedft[mteb]'") from None
-    encoder = _Encoder(Encoder(model, folder, settings), side=side, batch_size=batch_size)
+    encoder = _Encoder(SidedEncoder(model, folder, settings, side=side), batch_size=batch_size)
     task = _task(data)
     mteb.evaluate(encoder, task, cache=None, co2_tracker=False, show_progress_bar=False)  # pyright: ignore
     return {name: sum(row[theirs] for row in task.scores.values()) / len(task.scores) for name, theirs in SCORES.items()}
@@ -64,19 +65,16 @@ class _Encoder:
 
     mteb_model_meta: Any = None
 
-    def __init__(self, encoder: Encoder, *, side: str, batch_size: int) -> None:
+    def __init__(self, encoder: Encoder, *, batch_size: int) -> None:
         from mteb.models.model_meta import ModelMeta
 
-        self.encoder, self.side, self.batch_size = encoder, side, batch_size
+        self.encoder, self.batch_size = encoder, batch_size
         self.mteb_model_meta = ModelMeta.create_empty({"name": "embedft/adapter", "revision": "1"})
 
     def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Any:
         """(n, d) float32. MTEB says query or document."""
         kind: Any = getattr(prompt_type, "value", prompt_type)
         texts = [text for batch in inputs for text in batch["text"]]
-        if self.side == "query" and kind == "document":
-            with self.encoder.model.disable_adapter():
-                return self.encoder.encode(texts, input_type=kind, batch_size=self.batch_size)
         return self.encoder.encode(texts, input_type=kind, batch_size=self.batch_size)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:

@@ -13,8 +13,9 @@ from embedft.embedding.evaluate import compare_towers, evaluate_retrieval
 from embedft.embedding.guard import forgetting, general_set
 from embedft.embedding.losses import Loss, loss_named
 from embedft.embedding.proof import comparison, per_query
+from embedft.embedding.sided import SidedEncoder
 from embedft.embedding.start import start_batches
-from embedft.encode import Encoder, EncodeSettings, TextPreparer
+from embedft.encode import EncodeSettings, TextPreparer
 from embedft.errors import BaseError, DataError, Forgotten, RecipeError
 from embedft.recipe import EmbeddingRecipe
 
@@ -114,14 +115,12 @@ def best_checkpoint(
     """Let the trainer evaluate on the dev queries as it goes, and keep the best weights."""
     from embedft.training.best import BestCheckpoint
 
-    encoder = Encoder(model, base.folder, settings)
-
+    encoder = SidedEncoder(model, base.folder, settings, side=recipe.adapter.side)
     batch, fixed = recipe.eval.batch, list[Any]()
 
     def evaluate() -> float:
         if recipe.adapter.side == "query" and not fixed:  # no step changes these
-            with model.disable_adapter():
-                fixed.append(encoder.encode(list(dev.documents.values()), input_type="document", batch_size=batch))
+            fixed.append(encoder.encode(list(dev.documents.values()), input_type="document", batch_size=batch))
         return evaluate_retrieval(encoder, dev, batch_size=batch, documents=fixed[0] if fixed else None).metrics[recipe.eval.metric]
 
     assert recipe.train.evaluate_every is not None
