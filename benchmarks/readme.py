@@ -60,11 +60,29 @@ def gateway_text(report: dict[str, Any]) -> str:
     )
 
 
+def soak_text(reports: dict[str, dict[str, Any]]) -> str:
+    """What came of long mixed traffic, by engine."""
+    said = (
+        f"{one['seconds'] / 60:.0f} minutes of zipf traffic over {one['adapters']} adapters on the `{one['engine']}` engine "
+        f"({one['cores_used']} core{'s'[: one['cores_used'] > 1]}), with {one['done']['reload']} reloads, "
+        f"{sum(count for kind, count in one['done'].items() if kind.startswith('bad load refused'))} bad loads, "
+        f"{one['cancelled']} cancelled streams and {one['done']['kill']} engine kills:\n{one['sent']} requests sent, "
+        f"{one['answered']} answered, {sum(one['refused'].values())} refused while an engine was away, "
+        f"**{one['wrong']} wrong, {one['lost']} lost**; memory grew by {one['memory_slope_mib_a_minute']:.1f} MiB a minute."
+        for one in reports.values()
+    )
+    return (
+        "\n".join(said)
+        + "\nFrom `benchmarks/results/soak-*.json`, made by `benchmarks/soak.py`, which holds every answer against the adapter's own."
+    )
+
+
 PLUGIN = "serve/vllm_cpu_lora/README.md"
 BLOCKS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "demo-table": ("README.md", "demo.json", demo_table),
     "demo-text": ("README.md", "demo.json", demo_text),
     "gateway-text": ("README.md", "gateway-peft.json", gateway_text),
+    "soak-text": ("README.md", "soak-*.json", soak_text),
     "retrieval-table": ("README.md", "retrieval_*.json", training.retrieval_table),
     "retrieval-text": ("README.md", "retrieval_*.json", training.retrieval_text),
     "speed-table": ("README.md", "train_embed.json", training.speed_table),
@@ -82,7 +100,9 @@ BLOCKS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
 def rendered(page: str, text: str) -> str:
     """One README with each of its blocks made anew."""
     for name, (_, source, render) in ((name, block) for name, block in BLOCKS.items() if block[0] == page):
-        files = {path.stem.partition("_")[2]: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(source))}
+        files = {
+            path.stem.partition("_")[2] or path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(source))
+        }
         content = render(files if "*" in source else next(iter(files.values())))
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
         if not pattern.search(text):
