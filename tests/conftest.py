@@ -17,8 +17,12 @@ os.environ.setdefault("EMBEDFT_CACHE", tempfile.mkdtemp(prefix="embedft-test-cac
 os.environ["HF_HOME"] = os.environ["EMBEDFT_CACHE"] + "/hf"
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each worker: two pools that spin on the same cores take many times as long
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # cores of its own for each worker and all that it starts: threads that wait for others on a core that is taken take many times as long
+    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    if len(cores) >= workers:
+        os.sched_setaffinity(0, cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) :: workers])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

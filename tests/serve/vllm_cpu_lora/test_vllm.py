@@ -50,7 +50,13 @@ def in_peft(base: Path, task: str, folder: Path | None) -> Any:
 
 def vllm(base: Path, adapters: list[Path], prompts: list[list[int]], jobs: list[tuple[int | None, int]], **job: Any) -> list[list[float]]:
     job |= {"model": str(base), "adapters": [str(folder) for folder in adapters], "prompts": prompts, "jobs": jobs}
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("plain_vllm.py"))],
         input=json.dumps(job), env=env, capture_output=True, text=True, check=False, timeout=400,
