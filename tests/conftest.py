@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 LONGEST = (
-    *("test_line.py", "test_readme.py", "test_engine_vllm.py", "test_soak.py", "test_kinds_of_base.py", "test_clients.py", "test_vllm.py"),
+    *("test_readme.py", "test_line.py", "test_engine_vllm.py", "test_soak.py", "test_kinds_of_base.py", "test_clients.py", "test_vllm.py"),
     *("test_resume.py", "test_engine_peft_methods.py", "test_plan.py", "test_plugin.py", "test_convert.py", "test_engine_peft.py"),
 )
 
@@ -35,7 +35,7 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why."""
     # the longest files first: at the end of a run no worker is left alone with one
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     has_vllm = importlib.util.find_spec("vllm") is not None
     for item in items:
         if item.get_closest_marker("vllm") and not has_vllm:
