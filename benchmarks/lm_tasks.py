@@ -79,12 +79,17 @@ def run(task: str, method: str, arguments: argparse.Namespace) -> dict[str, Any]
 BASE_PARAMETERS = 4_196_608
 
 
+def seconds(row: dict[str, Any]) -> str:
+    """Of training; None where the process was stopped meanwhile."""
+    return "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
+
+
 def tasks_table(made: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = []
     for row in made["rows"]:
         base, score = f"{row['base']:.3f}", f"{row['score']:.3f}"
         share = f"{row['trainable_percent']:.1f}"
-        rows.append((row["task"], row["metric"], row["method"], base, score, share, str(row["peak_mib"]), f"{row['seconds']:.0f}"))
+        rows.append((row["task"], row["metric"], row["method"], base, score, share, str(row["peak_mib"]), seconds(row)))
     return table(("task", "metric", "method", "base", "adapter", "% trained", "peak MiB", "s"), rows)
 
 

@@ -91,7 +91,10 @@ def tasks_table(report: dict[str, Any]) -> str:
 
 
 def _trained(row: dict[str, Any] | None) -> str:
-    return f"{row['score']:.3f} ({row['seconds']:.0f} s, {row['peak_mib']} MiB)" if row else "–"
+    if row is None:
+        return "–"
+    took = "" if row["seconds"] is None else f"{row['seconds']:.0f} s, "
+    return f"{row['score']:.3f} ({took}{row['peak_mib']} MiB)"
 
 
 def tasks_text(report: dict[str, Any]) -> str:
@@ -101,7 +104,7 @@ def tasks_text(report: dict[str, Any]) -> str:
     verified = sum(row["verified"] for row in report["rows"])
     return (
         f"seed-lm, {report['steps']} steps of {report['batch']} rows, {report['test_rows']} test rows, one thread; "
-        f"{share['lora']:.1f} % of the weights trained, or all. {gains[0].upper()}{gains[1:]};\n"
+        f"{share['lora']:.1f} % of the weights trained, or all; the base's figure is the unquantized one's. {gains[0].upper()}{gains[1:]};\n"
         f"{verified} of {len(report['rows'])} pass `adapters verify`. "
         "From [lm_tasks.json](benchmarks/results/lm_tasks.json), made by `benchmarks/lm_tasks.py`."
     )
