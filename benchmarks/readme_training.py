@@ -104,7 +104,8 @@ def tasks_text(report: dict[str, Any]) -> str:
     verified = sum(row["verified"] for row in report["rows"])
     return (
         f"seed-lm, {report['steps']} steps of {report['batch']} rows, {report['test_rows']} test rows, one thread; "
-        f"{share['lora']:.1f} % of the weights trained, or all; the base's figure is the unquantized one's. {gains[0].upper()}{gains[1:]};\n"
+        f"{share['lora']:.1f} % of the weights trained, or all; the base's figure "
+        f"is the unquantized one's. {gains[0].upper()}{gains[1:]};\n"
         f"{verified} of {len(report['rows'])} pass `adapters verify`. "
         "From [lm_tasks.json](benchmarks/results/lm_tasks.json), made by `benchmarks/lm_tasks.py`."
     )
