@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.one_by_one import rows_one_by_one
-from benchmarks.tables import table
+from benchmarks.readme_training import tasks_table
 
 RESULTS = Path(__file__).parent / "results" / "lm_tasks.json"
 TASKS: dict[str, dict[str, Any]] = {
@@ -77,20 +77,6 @@ def run(task: str, method: str, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 BASE_PARAMETERS = 4_196_608
-
-
-def seconds(row: dict[str, Any]) -> str:
-    """Of training; None where the process was stopped meanwhile."""
-    return "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
-
-
-def tasks_table(made: dict[str, Any]) -> str:
-    rows: list[tuple[str, ...]] = []
-    for row in made["rows"]:
-        base, score = f"{row['base']:.3f}", f"{row['score']:.3f}"
-        share = f"{row['trainable_percent']:.1f}"
-        rows.append((row["task"], row["metric"], row["method"], base, score, share, str(row["peak_mib"]), seconds(row)))
-    return table(("task", "metric", "method", "base", "adapter", "% trained", "peak MiB", "s"), rows)
 
 
 if __name__ == "__main__":

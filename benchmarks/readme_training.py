@@ -107,7 +107,8 @@ def tasks_text(report: dict[str, Any]) -> str:
         f"{share['lora']:.1f} % of the weights trained, or all; the base's figure "
         f"is the unquantized one's. {gains[0].upper()}{gains[1:]};\n"
         f"{verified} of {len(report['rows'])} pass `adapters verify`. "
-        "From [lm_tasks.json](benchmarks/results/lm_tasks.json), made by `benchmarks/lm_tasks.py`."
+        "From [lm_tasks.json](benchmarks/results/lm_tasks.json), made by `benchmarks/lm_tasks.py "
+        f"DATA --steps {report['steps']} --rows {report['test_rows']}`."
     )
 
 

@@ -73,6 +73,7 @@ def describe(folder: Path) -> BaseInfo:
     architecture = (config.get("architectures") or ["unknown"])[0]
     decoder = "CausalLM" in architecture
     pooling, normalize = _pooling(folder, decoder=decoder)
+    max_length, positions = lengths(folder, config)
     return BaseInfo(
         fingerprint=fingerprint(folder),
         parent=read_json(folder / RECORD).get("parent") if (folder / RECORD).is_file() else None,
@@ -81,16 +82,20 @@ def describe(folder: Path) -> BaseInfo:
         kind="decoder" if decoder else "encoder",
         pooling=pooling,
         normalize=normalize,
-        max_length=_max_length(folder, config),
-        positions=positions(config),
+        max_length=max_length,
+        positions=positions,
         hidden_size=int(config["hidden_size"]),
     )
 
 
-def positions(config: dict[str, Any]) -> int:
-    """Tokens that the architecture of a config.json can place at most."""
-    limit = int(config.get("max_position_embeddings", 512))
-    return limit - 2 if config.get("model_type") in {"roberta", "xlm-roberta"} else limit  # theirs start after the padding index
+def lengths(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
+    """(tokens of a text that it reads by itself, tokens that it can place at most), from its small files alone."""
+    positions = int(config.get("max_position_embeddings", 512))
+    if config.get("model_type") in {"roberta", "xlm-roberta"}:
+        positions -= 2  # they start after the padding index
+    path = folder / "sentence_bert_config.json"
+    given = read_json(path).get("max_seq_length") if path.is_file() else None
+    return min(positions, int(given)) if given else positions, positions
 
 
 def template_hash(source: str | None) -> str:
@@ -124,12 +129,6 @@ def _pooling(folder: Path, *, decoder: bool) -> tuple[Pooling, bool]:
             if config.get("pooling_mode_lasttoken") or config.get("pooling_mode") == "lasttoken":
                 return "lasttoken", normalize
     return "mean", normalize
-
-
-def _max_length(folder: Path, config: dict[str, Any]) -> int:
-    limit, path = positions(config), folder / "sentence_bert_config.json"
-    given = read_json(path).get("max_seq_length") if path.is_file() else None
-    return min(limit, int(given)) if given else limit
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from embedft.base import Base, BaseSpec, compute_dtype, config_folder
 from embedft.errors import BaseError
 from embedft.methods import attach, train_adapters_only
-from embedft.model_folder import BaseInfo, Task, positions, quantization_of, read_json
+from embedft.model_folder import BaseInfo, Task, lengths, quantization_of, read_json
 from embedft.quantize import SKIPPED
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
 
@@ -157,6 +157,7 @@ def _info(folder: Path, spec: BaseSpec, task: Task) -> BaseInfo:
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["unknown"])[0]
     own = quantization_of(folder)
+    max_length, positions = lengths(folder, config)
     return BaseInfo(
         fingerprint="",
         parent=None,
@@ -165,8 +166,8 @@ def _info(folder: Path, spec: BaseSpec, task: Task) -> BaseInfo:
         kind="decoder" if "CausalLM" in architecture or task == "causal_lm" else "encoder",
         pooling="mean",
         normalize=True,
-        max_length=positions(config),
-        positions=positions(config),
+        max_length=max_length,
+        positions=positions,
         hidden_size=int(config["hidden_size"]),
     )
 

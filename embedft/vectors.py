@@ -32,22 +32,25 @@ def vector_kind(
     name: str = "",
 ) -> VectorKind:
     """How a base (`passport` None) or an adapter makes vectors of `input_type`. `max_length`: the engine's own limit in tokens.
-
-    The base reads as much of a text as it was published to read, an adapter as much as it was trained to.
     Raises InputInvalid: input_type_required, dimensions_unsupported.
     """
     cut = _cut(info, passport, dimensions)
-    limit = min(max_length or info.positions, info.positions)
+    length = text_length(info, passport, max_length)
     if passport is None:
-        return _kind(info, None, EncodeSettings(info.pooling, info.normalize, min(info.max_length, limit)), input_type, cut, side="both")
+        return _kind(info, None, EncodeSettings(info.pooling, info.normalize, length), input_type, cut, side="both")
     if passport.pooling is None:
         raise AdapterInvalid(name or passport.name, "it is no embedding adapter: its passport names no pooling")
-    settings = EncodeSettings(passport.pooling, bool(passport.normalize), min(passport.max_length, limit), passport.prompts)
+    settings = EncodeSettings(passport.pooling, bool(passport.normalize), length, passport.prompts)
     if passport.side == "query" and input_type is None:
         message = f"adapter {name or passport.name!r} is for queries only: say input_type query or document"
         raise InputInvalid("input_type_required", message, "input_type")
     made_by = None if passport.side == "query" and input_type == "document" else generation  # documents stay the base's
     return _kind(info, made_by, settings, input_type, cut, side=passport.side)
+
+
+def text_length(info: BaseInfo, passport: Passport | None, limit: int | None = None) -> int:
+    """Tokens of a text that count: the base's as it was published, an adapter's as it was trained, within an engine's `limit`."""
+    return min(passport.max_length if passport else info.max_length, limit or info.positions, info.positions)
 
 
 def _kind(

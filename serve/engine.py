@@ -12,6 +12,7 @@ from embedft.adapters.passport import Passport
 from embedft.base import base_folder
 from embedft.encode import EncodeSettings, TextPreparer
 from embedft.model_folder import BaseInfo, describe, own_template, template_hash
+from embedft.vectors import text_length
 from serve.config import BaseConfig, ServerConfig
 from serve.engines.command import engine_command, engine_key
 from serve.engines.settings import KEY, EngineSettings
@@ -48,10 +49,8 @@ class Engine:
         return min(self.config.max_length or self.info.positions, self.info.positions)
 
     def reads(self, passport: Passport | None = None) -> int:
-        """Tokens of a request that count, asked through an adapter or of the base: a text for vectors is read as far as it was trained."""
-        if self.config.task != "embedding":
-            return self.max_length
-        return min(passport.max_length if passport else self.info.max_length, self.max_length)
+        """Tokens of a request that count: all that the process takes, but of a text for vectors what its maker was trained to read."""
+        return text_length(self.info, passport, self.max_length) if self.config.task == "embedding" else self.max_length
 
     @property
     def public_model(self) -> str:

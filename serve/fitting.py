@@ -11,6 +11,7 @@ from serve.sources import Found
 
 
 def checked(name: str, found: Found) -> Passport:
+    """The passport of a folder whose content is what its generation says. AdapterInvalid."""
     check_contents(found.folder, name)
     passport = read_passport(found.folder, name=name)
     if generation(found.folder) != found.generation:
@@ -28,6 +29,7 @@ def state_of(folder: Path) -> tuple[tuple[str, int, int, int], ...] | None:
 
 
 def check_fit(name: str, passport: Passport, engine: Engine) -> None:
+    """Raise BaseMismatch, MethodUnsupported or AdapterInvalid where the engine cannot serve it as it was trained."""
     if passport.base.fingerprint != engine.info.fingerprint:
         raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=engine.info.fingerprint)
     method = method_named(passport.method)

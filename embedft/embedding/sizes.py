@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from embedft.base import BaseSpec, config_folder, source_folder
 from embedft.embedding.data import load_data, split_dev
 from embedft.embedding.losses import MINI_BATCH, Loss, loss_named
-from embedft.embedding.train import batch_plan, used_negatives
+from embedft.embedding.train import batch_plan, text_length, used_negatives
 from embedft.encode import EncodeSettings, TextPreparer
-from embedft.model_folder import positions, read_json
+from embedft.model_folder import lengths as lengths_of
+from embedft.model_folder import read_json
 from embedft.plan import Batch
 from embedft.recipe import EmbeddingRecipe
 from embedft.training.arguments import steps_an_epoch, total_steps
@@ -43,7 +44,7 @@ def largest_batch(recipe: EmbeddingRecipe, *, packed: bool = False) -> Batch:
     spec = BaseSpec(recipe.base.model, "none", recipe.base.revision)
     folder = config_folder(spec)
     folder = folder if (folder / "tokenizer.json").is_file() else source_folder(spec)
-    length = min(settings.max_length, positions(read_json(folder / "config.json")))
+    length = text_length(recipe, *lengths_of(folder, read_json(folder / "config.json")))
     preparer = TextPreparer(folder, EncodeSettings("mean", True, length, recipe.data.prompts.model_dump()))
     columns = [[row.query for row in examples.rows], [row.document for row in examples.rows]]
     columns += [[row.negatives[number] for row in examples.rows] for number in range(used_negatives(examples, loss))]

@@ -141,7 +141,7 @@ def batch_plan(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, padde
 
 
 def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
-    """The base's own pooling and normalisation where the recipe does not say otherwise; as many tokens as it says and the base places."""
+    """The base's own pooling, normalisation and length, where the recipe does not say otherwise."""
     given = recipe.base
     if "max_length" in recipe.train.model_fields_set and recipe.train.max_length > base.info.positions:
         from embedft.training.progress import note
@@ -150,9 +150,14 @@ def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
     return EncodeSettings(
         pooling=given.pooling or base.info.pooling,
         normalize=base.info.normalize if given.normalize is None else given.normalize,
-        max_length=min(recipe.train.max_length, base.info.positions),
+        max_length=text_length(recipe, base.info.max_length, base.info.positions),
         prompts=recipe.data.prompts.model_dump(),
     )
+
+
+def text_length(recipe: EmbeddingRecipe, max_length: int, positions: int) -> int:
+    """Tokens of a text that are read: by default no more than the base does by itself, on request as many as it can place."""
+    return min(recipe.train.max_length, positions if "max_length" in recipe.train.model_fields_set else max_length)
 
 
 def make_trainer(

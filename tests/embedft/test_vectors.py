@@ -37,13 +37,19 @@ def test_each_reads_what_it_was_made_to_within_what_the_engine_takes(
     )
 
 
-@pytest.mark.parametrize(("asked", "granted"), [(16, 16), (48, 48), (100, 64)])
+@pytest.mark.parametrize(("asked", "granted"), [(None, 32), (16, 16), (48, 48), (100, 64)])
 def test_training_reads_what_the_recipe_says_as_far_as_the_base_has_positions(
-    base: Path, asked: int, granted: int, capsys: pytest.CaptureFixture[str]
+    base: Path, asked: int | None, granted: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = parse_recipe(
-        {"task": "embedding", "name": "n", "base": {"model": str(base)}, "data": {"train": "none"}, "train": {"max_length": asked}}
+        {
+            "task": "embedding",
+            "name": "n",
+            "base": {"model": str(base)},
+            "data": {"train": "none"},
+            "train": {"max_length": asked} if asked else {},
+        }
     )
     assert isinstance(recipe, EmbeddingRecipe)
     assert settings_for(recipe, load_base(BaseSpec(str(base)), task="embedding")).max_length == granted
-    assert ("train.max_length=100 is cut" in capsys.readouterr().err) == (asked > granted)
+    assert ("train.max_length=100 is cut" in capsys.readouterr().err) == (asked == 100)
