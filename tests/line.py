@@ -42,10 +42,10 @@ def train_causal_lm(store: AdapterStore, name: str, folder: Path, *, seed: int, 
     from embedft.causal_lm.train import train
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row | {"completion": f"{OWN_WORDS[seed - 1]} {row['completion']}"} for row in questions(96)]
+    rows = [row | {"completion": f"{OWN_WORDS[seed - 1]} {row['completion']}"} for row in questions(64)]
     data = write_jsonl(folder / f"questions-{seed}.jsonl", rows)
     content: dict[str, Any] = {"task": "causal_lm", "name": name, "base": base, "data": {"train": str(data)}}
-    recipe: Any = parse_recipe(content | {"train": {"batch": 8, "lr": 4e-3, "epochs": 4, "max_length": 64, "seed": 1}})
+    recipe: Any = parse_recipe(content | {"train": {"batch": 8, "lr": 6e-3, "epochs": 3, "max_length": 64, "seed": 1}})
     result: Any = train(recipe, store=store, progress=False)
     return result.generation
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,50 +86,67 @@ import json, sys
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-task, base, adapter, inputs = json.loads(sys.argv[1])
-common = dict(model=base, enable_lora=True, max_loras=1, max_lora_rank=16, enforce_eager=True, dtype="float32")
-common["kv_cache_memory_bytes"] = 1 << 28
-request = LoRARequest("trained-here", 1, adapter)
-if task == "embedding":
-    llm = LLM(**common, runner="pooling", max_model_len=256)
-    outputs = llm.embed([{"prompt_token_ids": ids} for ids in inputs], lora_request=request, use_tqdm=False)
-    answers = [output.outputs.embedding for output in outputs]
-else:
-    llm = LLM(**common, max_model_len=256)
-    chats = [[{"role": "user", "content": text}] for text in inputs]
-    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=8), lora_request=request, use_tqdm=False)
-    answers = [output.outputs[0].text for output in outputs]
+answers = {}
+for task, base, adapter, inputs in json.loads(sys.argv[1]):
+    common = dict(model=base, enable_lora=True, max_loras=1, max_lora_rank=16, enforce_eager=True, dtype="float32")
+    common["kv_cache_memory_bytes"] = 1 << 28
+    request = LoRARequest("trained-here", 1, adapter)
+    if task == "embedding":
+        llm = LLM(**common, runner="pooling", max_model_len=256)
+        outputs = llm.embed([{"prompt_token_ids": ids} for ids in inputs], lora_request=request, use_tqdm=False)
+        answers[task] = [output.outputs.embedding for output in outputs]
+    else:
+        llm = LLM(**common, max_model_len=256)
+        chats = [[{"role": "user", "content": text}] for text in inputs]
+        outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=8), lora_request=request, use_tqdm=False)
+        answers[task] = [output.outputs[0].text for output in outputs]
+    del llm
 print("ANSWERS" + json.dumps(answers))
 """
 
 
-def plain_vllm(task: str, base: Path, adapter: Path, inputs: list[Any]) -> list[Any]:
-    """The answers of stock vLLM, with no plugin and nothing of ours imported, for an adapter given by its path."""
+@dataclass(frozen=True)
+class Plain:
+    """Adapters trained here over the unquantized built-in bases, and what stock vLLM answers with each, given by its path."""
+
+    store: AdapterStore
+    generations: dict[str, str]
+    answers: dict[str, list[Any]]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    """One interpreter for both, with no plugin and nothing of ours imported."""
+    folder = tmp_path_factory.mktemp("plain")
+    store = AdapterStore(folder / "adapters")
+    generations = {
+        "embedding": train_embedding(store, "a", folder / "data", seed=1, model="minilm"),
+        "causal_lm": train_causal_lm(store, "s", folder / "data", seed=1, model="seed-lm"),
+    }
+    minilm = base_folder(BaseSpec("minilm"))
+    ids = Encoder(None, minilm, settings_of(store.passport("a"))).preparer.prepare(QUERIES, input_type="query").ids
+    jobs = [
+        ("embedding", str(minilm), str(store.folder(generations["embedding"])), ids),
+        ("causal_lm", str(base_folder(BaseSpec("seed-lm"))), str(store.folder(generations["causal_lm"])), PROMPTS),
+    ]
     env = {**os.environ, "VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    argv = [sys.executable, "-c", PLAIN_VLLM, json.dumps([task, str(base), str(adapter), inputs])]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", PLAIN_VLLM, json.dumps(jobs)], env=env, capture_output=True, text=True, check=False)
     found = [line.removeprefix("ANSWERS") for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
     assert found, done.stderr[-3000:]
-    return json.loads(found[0])
+    return Plain(store, generations, json.loads(found[0]))
 
 
-def test_plain_vllm_loads_an_embedding_adapter_by_its_path(tmp_path: Path) -> None:
-    store = AdapterStore(tmp_path / "adapters")
-    generation = train_embedding(store, "a", tmp_path / "data", seed=1, model="minilm")
-    folder = base_folder(BaseSpec("minilm"))
-    ids = Encoder(None, folder, settings_of(store.passport("a"))).preparer.prepare(QUERIES, input_type="query").ids
-    vectors = np.array(plain_vllm("embedding", folder, store.folder(generation), ids))
-    expected = solo_vectors(store, generation, spec=BaseSpec("minilm"))
+def test_plain_vllm_loads_an_embedding_adapter_by_its_path(plain: Plain) -> None:
+    vectors = np.array(plain.answers["embedding"])
+    expected = solo_vectors(plain.store, plain.generations["embedding"], spec=BaseSpec("minilm"))
     assert (vectors * expected).sum(1).min() >= 0.9999
-    assert (vectors * solo_vectors(store, None, spec=BaseSpec("minilm"))).sum(1).max() < 0.999
+    assert (vectors * solo_vectors(plain.store, None, spec=BaseSpec("minilm"))).sum(1).max() < 0.999
 
 
-def test_plain_vllm_loads_a_language_model_adapter_by_its_path(tmp_path: Path) -> None:
+def test_plain_vllm_loads_a_language_model_adapter_by_its_path(plain: Plain) -> None:
     assert TOKENS == 8
-    store = AdapterStore(tmp_path / "adapters")
-    generation = train_causal_lm(store, "s", tmp_path / "data", seed=1, model="seed-lm")
-    answers = plain_vllm("causal_lm", base_folder(BaseSpec("seed-lm")), store.folder(generation), PROMPTS)
-    for answer, solo in zip(answers, solo_answers(store, generation, spec=BaseSpec("seed-lm")), strict=True):
+    answers = plain.answers["causal_lm"]
+    for answer, solo in zip(answers, solo_answers(plain.store, plain.generations["causal_lm"], spec=BaseSpec("seed-lm")), strict=True):
         assert solo.equals(answer), (answer, solo)
-    base = solo_answers(store, None, spec=BaseSpec("seed-lm"))
+    base = solo_answers(plain.store, None, spec=BaseSpec("seed-lm"))
     assert all(answer != solo.text for answer, solo in zip(answers, base, strict=True))

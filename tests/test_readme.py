@@ -19,7 +19,7 @@ from tests.serve.world import TOKEN, wait_for
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.timeout(900)
-FEW_PAIRS = "data.limit=64 eval.queries=20 eval.documents=40 eval.guard=null train.batch=16"
+FEW_PAIRS = "data.limit=64 train.max_length=64 eval.queries=20 eval.documents=40 eval.guard=null train.batch=16"
 FEW_ROWS = "data.limit=64 eval.rows=10"
 
 

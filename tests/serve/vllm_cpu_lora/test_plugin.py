@@ -1,6 +1,7 @@
 """How vLLM finds the plugin, and when the plugin leaves vLLM alone. No model is loaded."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -36,36 +37,62 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def test_vllm_finds_the_plugin_by_its_entry_point_and_uses_its_operations(installed: Path) -> None:
+CODE = """
+import importlib, json, os, sys
+import vllm, vllm.plugins as plugins
+from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
+from vllm.platforms import current_platform as platform
+import serve
+from serve.vllm_cpu_lora import register
+
+def wrapper():
+    made = type(get_punica_wrapper(64, max_batches=4, device="cpu", lora_config=None))
+    return f"{made.__module__}.{made.__name__}"
+
+found = {"on_cpu": platform.is_cpu(), "file": serve.__file__, "stock": platform.get_punica_wrapper()}
+kind, tested = type(platform), vllm.__version__
+on_cpu, kind.is_cpu = kind.is_cpu, lambda self: False
+register()
+found["on a GPU"] = platform.get_punica_wrapper()
+kind.is_cpu, vllm.__version__ = on_cpu, "0.99.1"
+register(), register()
+found["untested"] = platform.get_punica_wrapper()
+if os.fork() == 0:  # as vLLM's processes are made; the module as a new process would have it
+    importlib.reload(sys.modules["serve.vllm_cpu_lora"]).register()
+    os._exit(0)
+assert os.wait()[1] == 0
+vllm.__version__ = tested
+plugins.load_general_plugins()
+found["not listed"] = wrapper()
+del os.environ["VLLM_PLUGINS"]
+plugins.plugins_loaded = False
+plugins.load_general_plugins(), plugins.load_general_plugins()
+found["listed"] = wrapper()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(installed: Path) -> "subprocess.CompletedProcess[str]":
+    """What one interpreter prints that goes through a GPU's case, an untested vLLM's and the entry point's."""
+    return vllm_python(CODE, installed, VLLM_PLUGINS="bitsandbytes")
+
+
+def test_vllm_finds_the_plugin_by_its_entry_point_and_uses_its_operations(
+    installed: Path, said: "subprocess.CompletedProcess[str]"
+) -> None:
+    found = json.loads(said.stdout.splitlines()[-1])
     assert (installed / "serve" / "vllm_cpu_lora" / "kernel.c").is_file()
-    code = (
-        "import os, vllm.plugins as plugins; from vllm.platforms import current_platform as p\n"
-        "from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper\n"
-        "wrapper = lambda: type(get_punica_wrapper(64, max_batches=4, device='cpu', lora_config=None))\n"
-        "plugins.load_general_plugins(); before = wrapper().__name__\n"
-        "del os.environ['VLLM_PLUGINS']; plugins.plugins_loaded = False\n"
-        "plugins.load_general_plugins(); plugins.load_general_plugins(); w = wrapper()\n"
-        "import serve; print(before, w.__module__, w.__name__, serve.__file__, p.is_cpu())"
-    )
-    before, module, name, file, on_cpu = vllm_python(code, installed, VLLM_PLUGINS="bitsandbytes").stdout.split()[-5:]
-    if on_cpu == "True":
-        assert before == "PunicaWrapperCPU"  # a list of plugins that does not name it
-        assert (module, name) == ("serve.vllm_cpu_lora.wrapper", "SegmentedPunicaWrapper")
-        assert Path(file).is_relative_to(installed)
+    assert Path(found["file"]).is_relative_to(installed)
+    if found["on_cpu"]:
+        assert found["not listed"].endswith(".PunicaWrapperCPU")  # a list of plugins that does not name it
+        assert found["listed"] == "serve.vllm_cpu_lora.wrapper.SegmentedPunicaWrapper"
 
 
-def test_a_gpu_and_an_untested_vllm_are_left_alone_the_second_with_one_warning(installed: Path) -> None:
-    code = (
-        "from vllm.platforms import current_platform as p; before, kind = p.get_punica_wrapper(), type(p)\n"
-        "from serve.vllm_cpu_lora import register; on_cpu = kind.is_cpu; kind.is_cpu = lambda self: False; register()\n"
-        "assert p.get_punica_wrapper() == before, p.get_punica_wrapper()\n"
-        "kind.is_cpu = on_cpu; import vllm; vllm.__version__ = '0.99.1'; register(); register()\n"
-        "assert p.get_punica_wrapper() == before, p.get_punica_wrapper()\n"
-        "import subprocess, sys; subprocess.run([sys.executable, '-c', \"import vllm; vllm.__version__ = '0.99.1'; "
-        'from serve.vllm_cpu_lora import register; register()"], check=True)'
-    )
-    done = vllm_python(code, installed)
-    assert (done.stdout + done.stderr).count("leaves vLLM 0.99.1 alone") == 1
+def test_a_gpu_and_an_untested_vllm_are_left_alone_the_second_with_one_warning(said: "subprocess.CompletedProcess[str]") -> None:
+    found = json.loads(said.stdout.splitlines()[-1])
+    assert found["on a GPU"] == found["untested"] == found["stock"]
+    assert (said.stdout + said.stderr).count("leaves vLLM 0.99.1 alone") == 1
 
 
 def test_the_plugin_imports_nothing_else_of_ours() -> None:
