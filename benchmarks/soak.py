@@ -28,10 +28,15 @@ from embedft.base import BaseSpec, base_folder
 RESULTS = Path(__file__).parent / "results"
 
 
-def soak(world: World, url: str, process: int, *, seconds: float, workers: int, kill_every: float, seed: int = 0) -> Report:
-    """Traffic and trouble against one running server until `seconds` are over. `process` is the gateway's."""
+def soak(
+    world: World, url: str, process: int, *, seconds: float, workers: int, kill_every: float, rest: float = 0.0, seed: int = 0
+) -> Report:
+    """Traffic and trouble against one running server until `seconds` are over. `process` is the gateway's.
+
+    `rest`: seconds without new requests after each second of them; leaves cores to others, and no engine is less crowded for it.
+    """
     report, until = Report(), time.monotonic() + seconds
-    clients = [Client(world, url, report, until, random.Random(seed * 1000 + number)) for number in range(workers)]
+    clients = [Client(world, url, report, until, random.Random(seed * 1000 + number), rest) for number in range(workers)]
     jobs: list[Callable[[], None]] = [client.run for client in clients]
     jobs += [
         lambda: trouble.reload(world, url, report, until),

@@ -18,16 +18,17 @@ os.environ["HF_HOME"] = os.environ["EMBEDFT_CACHE"] + "/hf"
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    # cores of its own for each worker and all that it starts: threads that wait for others on a core that is taken take many times as long
+    # each worker, with all that it starts, keeps to its cores: threads that wait for others on a core that is taken take many times as long
     cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    if len(cores) >= workers:
-        os.sched_setaffinity(0, cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) :: workers])
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    own = cores[number::workers] or [cores[number % len(cores)]]
+    os.sched_setaffinity(0, own)
+    os.environ["OMP_NUM_THREADS"] = str(len(own))
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 LONGEST = (
-    *("test_readme.py", "test_line.py", "test_engine_vllm.py", "test_soak.py", "test_kinds_of_base.py", "test_clients.py", "test_vllm.py"),
+    *("test_readme.py", "test_line.py", "test_soak.py", "test_kinds_of_base.py", "test_engine_vllm.py", "test_clients.py", "test_vllm.py"),
     *("test_resume.py", "test_engine_peft_methods.py", "test_plan.py", "test_plugin.py", "test_convert.py", "test_engine_peft.py"),
 )
 

@@ -18,17 +18,21 @@ PATIENCE = 1.0  # seconds at most that a refused client waits, whatever Retry-Af
 
 @dataclass(eq=False)
 class Client:
-    """One of many; `until` on the monotonic clock."""
+    """One of many; `until` on the monotonic clock. All rest together, `rest` seconds after each second of requests."""
 
     world: World
     url: str
     report: Report
     until: float
     choice: random.Random
+    rest: float = 0.0
 
     def run(self) -> None:
         with httpx.Client(base_url=self.url, timeout=180) as client:
-            while time.monotonic() < self.until:
+            while (now := time.monotonic()) < self.until:
+                beat = now % (1 + self.rest)
+                if beat > 1:
+                    time.sleep(1 + self.rest - beat)
                 base = self.choice.choice(["texts", "words"])
                 names = self.world.names[base]
                 popular = self.choice.choices(names, [1 / (rank + 1) for rank in range(len(names))])[0]

@@ -33,7 +33,7 @@ def server(world: World) -> Iterator[Server]:
 
 
 def test_ninety_seconds_of_everything_lose_nothing_and_mix_nothing_up(world: World, server: Server) -> None:
-    report = soak(world, server.url, server.process.pid, seconds=SECONDS, workers=6, kill_every=SECONDS / 3)
+    report = soak(world, server.url, server.process.pid, seconds=SECONDS, workers=6, kill_every=SECONDS / 3, rest=2)
     found = summary(report, seconds=SECONDS)
     assert found["examples"] == []
     assert (found["wrong"], found["lost"]) == (0, 0), found
