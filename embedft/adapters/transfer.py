@@ -7,7 +7,7 @@ from typing import Any
 from embedft.adapters.passport import CONFIG, TEXTS, WEIGHTS, read_passport
 from embedft.adapters.store import AdapterStore, check_folder
 from embedft.errors import AdapterExists, AdapterInvalid, EmbedftError, UsageError
-from embedft.files import HeaderInvalid, publish_folder, staged_folder, tensor_table
+from embedft.files import HeaderInvalid, not_finite, publish_folder, staged_folder, tensor_table
 
 
 class TransferFailed(EmbedftError):
@@ -94,13 +94,15 @@ def check_contents(folder: Path, name: str) -> None:
 
 
 def check_weights(folder: Path, name: str) -> None:
-    """PEFT's two files, with tensors that can be read. AdapterInvalid."""
+    """PEFT's two files, with tensors that can be read and hold nothing but numbers. AdapterInvalid."""
     for required in (CONFIG, WEIGHTS):
         if not (folder / required).is_file():
             raise AdapterInvalid(name, f"its folder lacks {required}")
     try:
         if not tensor_table(folder / WEIGHTS):
             raise AdapterInvalid(name, f"{WEIGHTS} holds no tensors")
+        if broken := not_finite(folder / WEIGHTS):
+            raise AdapterInvalid(name, f"tensor {broken} is not finite: its training diverged (lower train.lr), or the file is damaged")
     except HeaderInvalid as error:
         raise AdapterInvalid(name, str(error)) from None
 

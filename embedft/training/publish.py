@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.adapters.passport import CONFIG, TEXTS, BaseIdentity, Passport
 from embedft.adapters.probes import RecordedProbes, write_probes
+from embedft.adapters.transfer import check_weights
 from embedft.base import Base
 from embedft.methods import save_weights
 from embedft.recipe import AdapterSection, CausalLMRecipe, EmbeddingRecipe
@@ -52,11 +53,12 @@ def publish(
     """Write the adapter folder in a stage and put it into the store under `recipe.name`: whole, or not at all.
 
     `model` is the PeftModel. The probes are recorded on a base and an adapter loaded afresh from files, never from the
-    trainer's memory, so what is published is what anyone will load. Raises AdapterInvalid if it changes nothing.
+    trainer's memory, so what is published is what anyone will load. Raises AdapterInvalid if it changes nothing or diverged.
     """
     trained = trainable(model).count
     with store.stage() as folder:
         save_weights(model, folder, base_name=public_name(recipe.base.model))
+        check_weights(folder, recipe.name)
         if published.settings is not None:
             write_sentence_files(folder, base.tokenizer, published.settings, dimension=base.info.hidden_size)
         recorded = record(folder, base=base.folder, tokenizer=base.tokenizer, task=recipe.task, settings=published.settings)

@@ -9,7 +9,9 @@ compute as in training (embedft.int8). On a CPU:
 2. vllm-bnb-plugin sizes 4-bit weights by the activations' dtype (right for 16-bit ones only): with fp32 no NF4 folder loads.
 3. It multiplies in bf16 whatever the dtype: tens of times slower than fp32 on CPUs without AVX512-BF16, and other
    rounding than transformers has, so adapters would not meet the base that they were trained on.
-4. Its LoRA operations are replaced (serve.vllm_cpu_lora, registered here because VLLM_PLUGINS names bitsandbytes only).
+4. What is not finite never enters the cache: attention reads a block to its end and multiplies what is beyond a sequence by 0,
+   which of NaN makes NaN. One damaged adapter would spoil the answers of all who get its blocks after it.
+5. Its LoRA operations are replaced (serve.vllm_cpu_lora, registered here because VLLM_PLUGINS names bitsandbytes only).
 """
 
 import os
@@ -31,6 +33,7 @@ def main() -> None:
     _bitsandbytes_as_the_trainer_has_it(on_cpu=current_platform.is_cpu())
     if current_platform.is_cpu():
         _one_process_for_engine_and_worker(type(current_platform))
+        _only_finite_keys_and_values()
         vllm_cpu_lora.register()
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
@@ -75,6 +78,19 @@ def _one_process_for_engine_and_worker(platform: Any) -> None:
             vllm_config.parallel_config.distributed_executor_backend = "uni"
 
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _only_finite_keys_and_values() -> None:
+    from vllm import _custom_ops
+
+    operations: Any = _custom_ops
+    stock = operations.cpu_attn_reshape_and_cache
+
+    def cpu_attn_reshape_and_cache(key: Any, value: Any, *args: Any, **kwargs: Any) -> None:
+        """key, value: (tokens, heads, head size)."""
+        stock(key.nan_to_num(), value.nan_to_num(), *args, **kwargs)
+
+    operations.cpu_attn_reshape_and_cache = cpu_attn_reshape_and_cache
 
 
 def _bitsandbytes_as_the_trainer_has_it(*, on_cpu: bool) -> None:

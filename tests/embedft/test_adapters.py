@@ -177,6 +177,25 @@ def test_a_weights_file_with_a_false_header_is_refused(adapter: Path, store: Ada
         import_folder(store, adapter)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "largest"])
+def test_weights_that_are_not_finite_are_refused(adapter: Path, store: AdapterStore, dtype: str, value: str) -> None:
+    import torch
+    from safetensors.torch import save_file as save
+
+    kind: torch.dtype = getattr(torch, dtype)
+    tensors = {name: torch.from_numpy(tensor).to(kind) for name, tensor in load_file(str(adapter / WEIGHTS)).items()}
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[-1] = torch.finfo(kind).max if value == "largest" else float(value)
+    save(tensors, str(adapter / WEIGHTS))
+    if value == "largest":
+        import_folder(store, adapter)
+        return
+    with pytest.raises(AdapterInvalid, match=f"{name} is not finite"):
+        import_folder(store, adapter)
+    assert not store.names()
+
+
 def test_push_and_pull_round_trip_bit_for_bit(adapter: Path, store: AdapterStore, tmp_path: Path) -> None:
     import_folder(store, adapter, name="legal")
     for place in (str(tmp_path / "elsewhere"), "memory://adapters/legal"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from embedft.quantize import quantize
 from tests.fixtures_lm import tiny_llama
@@ -26,6 +27,7 @@ from tests.serve.engine_process import (
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 PROMPTS = [[5, 9, 100, 33], [7] * 20, list(range(50, 90))]
 SLOTS = 2  # as many as adapters: with all slots taken, stock vLLM on a CPU gives base rows the last adapter
+KV_GIB = 2**-9  # room for a few requests: what one of them leaves in the cache, the next ones get
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def adapters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.fixture(scope="module")
 def server(llama: Path, adapters: dict[str, Path]) -> Iterator[EngineProcess]:
-    with engine("vllm", llama, "causal_lm", max_loras=SLOTS, max_length=256) as process:
+    with engine("vllm", llama, "causal_lm", max_loras=SLOTS, max_length=256, kv_gib=KV_GIB) as process:
         for name, path in adapters.items():
             process.load(name, path)
         yield process
@@ -90,9 +92,27 @@ def test_what_a_lora_can_ask_for_is_done_as_peft_does_it_or_refused(
     assert np.allclose(after, before, atol=1e-5)
 
 
-def test_an_adapter_that_matches_nothing_is_refused(server: EngineProcess, adapters: dict[str, Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("factor", [float("nan"), 1e25])
+def test_an_adapter_that_is_not_finite_fails_alone(
+    server: EngineProcess, llama: Path, adapters: dict[str, Path], tmp_path: Path, factor: float
+) -> None:
+    """Not even in the cache's blocks, which others get after it, is anything left of it."""
+    tensors = load_file(adapters["a"] / "adapter_model.safetensors")
+    save_file({name: tensor * factor for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((adapters["a"] / "adapter_config.json").read_text())
+    server.load("bad", tmp_path)
+    before = {name: server.complete(name, PROMPTS[1], max_tokens=12)["token_ids"] for name in ("base", "b")}
+    bad = {"model": "bad", "max_tokens": 12, "ignore_eos": True}
+    with ThreadPoolExecutor(8) as pool:
+        beside = [pool.submit(server.complete, "b", PROMPTS[1], max_tokens=12) for _ in range(3)]
+        list(pool.map(lambda turn: server.post("/v1/completions", prompt=[turn + 5] * 60, **bad), range(24)))
+    assert all(answer.result()["token_ids"] == before["b"] for answer in beside)
+    assert server.post("/v1/unload_lora_adapter", lora_name="bad").status_code == 200
+    for _ in range(3):
+        assert {name: server.complete(name, PROMPTS[1], max_tokens=12)["token_ids"] for name in before} == before
 
+
+def test_an_adapter_that_matches_nothing_is_refused(server: EngineProcess, adapters: dict[str, Path], tmp_path: Path) -> None:
     tensors = {key.replace("layers", "blocks"): value for key, value in load_file(adapters["a"] / "adapter_model.safetensors").items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text((adapters["a"] / "adapter_config.json").read_text())

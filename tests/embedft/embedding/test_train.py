@@ -14,7 +14,7 @@ from embedft.base import BaseSpec, base_folder, load_base, load_model
 from embedft.embedding.proof import evaluate_adapter
 from embedft.embedding.train import train
 from embedft.encode import Encoder, EncodeSettings
-from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError
+from embedft.errors import AdapterInvalid, BaseError, DataError, MethodUnsupported, RecipeError
 from embedft.methods import load_adapter
 from embedft.training.measure import DryRunReport
 from tests.embedft.embedding.runs import GAP, PADDED, Make, gain, trained
@@ -234,6 +234,12 @@ def test_faults_of_data_and_loss_are_told_before_a_model_loads(
             train(make(**alone), store=store)
     with pytest.raises(DataError, match=r"typo\.jsonl"):
         train(make(eval={"guard": {"data": str(root / "typo.jsonl")}}), store=store)
+
+
+def test_a_run_that_diverges_publishes_nothing_and_says_so(make: Make, store: AdapterStore) -> None:
+    with pytest.raises(AdapterInvalid, match="is not finite: its training diverged"):
+        train(make(train={"lr": 1e38}), store=store)
+    assert not store.names()
 
 
 def test_rows_of_one_answer_are_refused_for_they_make_no_batch(make: Make, store: AdapterStore, root: Path, beir: str) -> None:
