@@ -35,6 +35,10 @@ class BaseInfo:
     positions: int
     hidden_size: int
 
+    def takes(self, limit: int | None) -> int:
+        """Tokens of one text that a process over it takes at most, where `limit` was asked for (None: all it can)."""
+        return min(limit or self.positions, self.positions)
+
 
 def quantization_of(folder: Path) -> str:
     """'none', 'nf4', 'int8', 'w4a16', 'w8a8' or the config's own quant_method."""

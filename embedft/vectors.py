@@ -50,7 +50,7 @@ def vector_kind(
 
 def text_length(info: BaseInfo, passport: Passport | None, limit: int | None = None) -> int:
     """Tokens of a text that count: the base's as it was published, an adapter's as it was trained, within an engine's `limit`."""
-    return min(passport.max_length if passport else info.max_length, limit or info.positions, info.positions)
+    return min(passport.max_length if passport else info.max_length, info.takes(limit))
 
 
 def _kind(

@@ -46,7 +46,7 @@ class Engine:
     @property
     def max_length(self) -> int:
         """Tokens that its process takes at most."""
-        return min(self.config.max_length or self.info.positions, self.info.positions)
+        return self.info.takes(self.config.max_length)
 
     def reads(self, passport: Passport | None = None) -> int:
         """Tokens of a request that count: all that the process takes, but of a text for vectors what its maker was trained to read."""

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from embedft.embedding.data import RetrievalSet
 from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder, EncodeSettings
+from embedft.ranks import fused
 
 METRICS = ("ndcg@10", "mrr@10", "hit@1", "hit@5", "hit@10", "recall@10")
 DEPTH = 10
 POOL = 100  # documents of each ranking that a fusion looks at
-FUSION = 60  # reciprocal rank fusion's constant (Cormack et al. 2009)
 _DISCOUNTS = 1.0 / np.log2(np.arange(2, DEPTH + 2))
 
 
@@ -87,14 +87,11 @@ def bm25_top(queries: Sequence[str], documents: Sequence[str], *, depth: int) ->
 
 def fuse(data: RetrievalSet, *results: RetrievalResult) -> RetrievalResult:
     """Reciprocal rank fusion of several rankings of the same queries."""
-    fused: list[list[str]] = []
+    ranked: list[list[str]] = []
     for lists in zip(*(result.ranked for result in results), strict=True):
-        sums: dict[str, float] = {}
-        for ranked in lists:
-            for place, identifier in enumerate(ranked):
-                sums[identifier] = sums.get(identifier, 0.0) + 1 / (FUSION + 1 + place)
-        fused.append(sorted(sums, key=lambda identifier: (-sums[identifier], identifier))[:POOL])
-    return score(data, fused)
+        sums = fused(lists)
+        ranked.append(sorted(sums, key=lambda identifier: (-sums[identifier], identifier))[:POOL])
+    return score(data, ranked)
 
 
 def score(data: RetrievalSet, ranked: Sequence[Sequence[str]]) -> RetrievalResult:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from embedft.embedding.beir import is_beir, read_beir
 from embedft.embedding.data import make_examples
-from embedft.embedding.evaluate import FUSION, bm25_top, unit
+from embedft.embedding.evaluate import bm25_top, unit
 from embedft.embedding.near import jaccard
 from embedft.embedding.near import shingles as shingles_of
 from embedft.embedding.pairs import Example, parse
@@ -29,6 +29,7 @@ from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder, EncodeSettings
 from embedft.errors import DataError
 from embedft.files import write_text
+from embedft.ranks import reciprocal
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
@@ -276,7 +277,7 @@ def _doubts(query: _Query, documents: Sequence[str]) -> list[dict[str, Any]]:
     """One line for a person to judge: does this document answer the query as well?"""
 
     def fused(rows: Iterable[int]) -> float:
-        return sum(1 / (FUSION + 1 + _rank(ranked, rows)) for ranked in query.lists.values())
+        return sum(reciprocal(_rank(ranked, rows) + 1) for ranked in query.lists.values())
 
     answer = documents[min(query.answers, key=lambda row: -fused([row]))]
     return [

@@ -9,10 +9,10 @@ import numpy as np
 from embedft.errors import EngineFailed, UsageError
 from embedft.rag.engines import Labelled
 from embedft.rag.index import Found, VectorIndex
+from embedft.ranks import fused
 
 Scores = Sequence[tuple[int, float]]  # (row, score), best first
 Rerank = Callable[[str, Sequence[str]], Sequence[float]]  # (question, chunks' whole texts) → a score for each
-RRF_K = 60
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,9 @@ def _fused(dense: Scores, sparse: Scores, stages: Stages) -> Scores:
     return rrf([dense, sparse]) if stages.fusion == "rrf" else weighted(dense, sparse, stages.weight)
 
 
-def rrf(lists: Sequence[Scores], *, k: int = RRF_K) -> Scores:
-    """Reciprocal rank fusion: Σ 1 / (k + rank), ranks from 1."""
-    total: dict[int, float] = {}
-    for scored in lists:
-        for rank, (row, _) in enumerate(scored, start=1):
-            total[row] = total.get(row, 0.0) + 1.0 / (k + rank)
+def rrf(lists: Sequence[Scores]) -> Scores:
+    """Reciprocal rank fusion."""
+    total = fused([row for row, _ in scored] for scored in lists)
     return sorted(total.items(), key=lambda pair: -pair[1])
 
 

@@ -30,7 +30,7 @@ def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSe
     on_cpu = not torch.cuda.is_available()
     info = describe(folder)
     check_base(folder, info, task=task, on_cpu=on_cpu)
-    length = min(settings.max_length or info.positions, info.positions)
+    length = info.takes(settings.max_length)
     argv = [sys.executable, "-m", "serve.engines.vllm_server", "--model", str(folder), "--served-model-name", "base"]
     argv += ["--uds", str(socket)]
     argv += ["--dtype", str(compute_dtype()).removeprefix("torch."), "--max-model-len", str(length)]

@@ -23,7 +23,7 @@ def main() -> None:
     from serve.engines.peft.worker import Worker
 
     base = load_base(BaseSpec(str(arguments.folder.resolve())), task=arguments.task)
-    context = min(arguments.max_length or base.info.positions, base.info.positions)
+    context = base.info.takes(arguments.max_length)
     settings = EncodeSettings(pooling=arguments.pooling or base.info.pooling, normalize=base.info.normalize, max_length=context)
     encoder = Encoder(base.model, base.folder, settings) if arguments.task == "embedding" else None
     app = create_app(Worker(base, encoder), key=os.environ.pop(KEY, ""), context=context)
