@@ -62,13 +62,14 @@ def way_of(engine: Engine, resident: Resident | None, *, input_type: InputType |
 
 
 class Preparers:
-    """TextPreparers kept by what they depend on; reading a tokenizer's file takes longer than a request may."""
+    """TextPreparers kept by what they depend on, which most adapters of a base share: each holds a tokenizer (6 MB for MiniLM's),
+    and reading its file takes longer than a request may."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], TextPreparer] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int, frozenset[tuple[str, str]]], TextPreparer] = OrderedDict()
 
     async def of(self, way: Way) -> TextPreparer:
-        key = (way.engine.name, way.resident.id if way.resident else BASE)
+        key = (way.engine.name, way.settings.max_length, frozenset(way.settings.prompts.items()))
         found = self._kept.get(key)
         if found is None:
             found = await asyncio.to_thread(way.engine.preparer, way.settings)

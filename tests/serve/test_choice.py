@@ -1,6 +1,9 @@
 """Which adapter answers: `model`, `adapter`, `?adapter=`, lists, and what is refused. On the fake engine, whose answers tell."""
 
+import asyncio
 import base64
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 
 from embedft.encode import EncodeSettings, TextPreparer
+from serve.embedding import Preparers, Way
 from serve.engines.fake import load, vector
 from tests.serve.world import DIMENSION, LENGTH, Server, World
 
@@ -184,3 +188,20 @@ def test_models_lists_bases_and_adapters_with_their_parent(shared: Server) -> No
     assert shared.client.get("/v1/models/a").json()["parent"] == "texts"
     assert [shared.client.get(f"/v1/models/{name}").json()["max_model_len"] for name in ("texts", "a", "b")] == [LENGTH, LENGTH, 20]
     refused(shared.client.get("/v1/models/nix"), 404, "model_not_found")
+
+
+def test_adapters_that_read_alike_share_one_tokenizer_and_others_have_their_own(shared_world: World) -> None:
+    engine: Any = SimpleNamespace(name="texts", preparer=lambda settings: TextPreparer(shared_world.texts, settings))
+
+    async def texts(*settings: EncodeSettings) -> list[TextPreparer]:
+        kept = Preparers()
+        return [await kept.of(Way(engine, None, "base", one, "", None)) for one in settings]
+
+    plain, prompts = EncodeSettings("mean", True, 16), {"query": "find: "}
+    one, same, shorter, prompted, matryoshka = asyncio.run(
+        texts(plain, plain, replace(plain, max_length=8), replace(plain, prompts=prompts), replace(plain, dimensions=4))
+    )
+    assert one is same is matryoshka
+    assert len({id(preparer) for preparer in (one, shorter, prompted)}) == 3
+    assert len(shorter.prepare(["hello there " * 20]).ids[0]) == 8
+    assert prompted.prepare(["x"], "query").ids == one.prepare(["find: x"]).ids
