@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.one_by_one import rows_one_by_one
-from benchmarks.tables import table
+from benchmarks.readme_training import methods_table
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 
@@ -33,9 +33,7 @@ def main() -> None:
         print(json.dumps(_row(*arguments.one, arguments)))
         return
     about = {"task": arguments.data.name, "steps": arguments.steps, "batch": 16, "test_rows": arguments.rows}
-    rows_one_by_one(
-        __file__, RESULTS, about, [(method,) for method in arguments.methods], page=methods_table, of=lambda row: (row["method"],)
-    )
+    rows_one_by_one(__file__, RESULTS, about, [(method,) for method in arguments.methods], page=page, of=lambda row: (row["method"],))
 
 
 def _row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -99,20 +97,10 @@ def _as_lora(store: Any, method: str) -> Any:
     return {"rank": made.rank, "exact_rank": made.exact_rank, "error": made.error, "probes": made.probes, "tolerance": made.tolerance}
 
 
-def methods_table(made: dict[str, Any]) -> str:
-    rows: list[tuple[str, ...]] = []
-    for row in made["rows"]:
-        if "failed" in row:
-            rows.append((row["method"], row["base"], *["–"] * 5, row["failed"]))
-            continue
-        given = row["vllm"]
-        vllm = "as it is" if given == "yes" else f"as LoRA of rank {given['rank']}" if isinstance(given, dict) else "no"
-        score, change = f"{row['exact_match']:.3f}", f"{row['gain_ci95'][0]:+.3f} … {row['gain_ci95'][1]:+.3f}"
-        size = f"{row['adapter_bytes'] / 2**10:,.0f}"
-        cells = (row["method"], row["base"], score, change, f"{row['trainable']:,}", size, f"{row['seconds']:.0f}", vllm)
-        rows.append(cells)
-    head = ("method", "base", "exact match", "gain, 95 % interval", "trained", "KiB", "s", "vLLM")
-    return table(head, rows)
+def page(made: dict[str, Any]) -> str:
+    """methods.md: what each method learnt and, where benchmarks/methods_served.py has been run, who serves it."""
+    served = RESULTS.with_name("methods_served.json")
+    return methods_table({"methods": made, "served": json.loads(served.read_text(encoding="utf-8")) if served.is_file() else {}})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Each adapter of benchmarks/methods.py in a live engine: does it load, and is its effect the trainer's?
 
 python benchmarks/methods_served.py [--store runs/methods] [--engine vllm] [--base none] → benchmarks/results/methods_served.json, by engine
-and base. Only the adapters of that base are asked for; those that an engine does not take are rows with its reason.
+and base, and methods.md. Only the adapters of that base are asked for; those that an engine does not take are rows with its reason.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.methods import page
 from tests.serve.world import ADMIN, launch
 
 RESULTS = Path(__file__).parent / "results" / "methods_served.json"
@@ -30,6 +31,9 @@ def main() -> None:
     made = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     made[f"{arguments.engine} {arguments.base}"] = rows
     RESULTS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    trained = RESULTS.with_name("methods.json")
+    if trained.is_file():
+        trained.with_suffix(".md").write_text(f"{page(json.loads(trained.read_text(encoding='utf-8')))}\n", encoding="utf-8")
     for row in rows:
         sys.stdout.write(json.dumps(row) + "\n")
 

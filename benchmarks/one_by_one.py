@@ -31,8 +31,7 @@ def rows_one_by_one(
         rows[cell] = json.loads(done.stdout.splitlines()[-1])
         sys.stdout.write(json.dumps(rows[cell]) + "\n")
         sys.stdout.flush()
-        listed = [rows[name] for name in cells if name in rows] + [row for name, row in rows.items() if name not in cells]
         results.parent.mkdir(exist_ok=True)
-        made = {**about, "machine": machine(), "rows": listed}
+        made = {**about, "machine": machine(), "rows": list(rows.values())}
         results.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
         results.with_suffix(".md").write_text(f"{page(made)}\n", encoding="utf-8")

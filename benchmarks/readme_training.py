@@ -112,6 +112,45 @@ def tasks_text(report: dict[str, Any]) -> str:
     )
 
 
+def methods_table(reports: dict[str, Any]) -> str:
+    """One method a row: what it learnt, what it trained, and how far its effect is from the trainer's in each engine."""
+    made, served = reports["methods"], reports["served"]
+    rows: list[tuple[str, ...]] = []
+    for row in made["rows"]:
+        if "failed" in row:
+            rows.append((row["method"], row["base"], *["–"] * 5, row["failed"]))
+            continue
+        peft, vllm = ({one["name"]: one for one in served.get(f"{engine} {row['base']}", [])} for engine in ("peft", "vllm"))
+        name = f"method-{row['method'].replace('_', '-')}"
+        low, high = row["gain_ci95"]
+        copy = vllm.get(f"{name}-lora")
+        in_vllm = f"{_served(copy)} as LoRA of rank {copy['r']}" if copy else _served(vllm.get(name))
+        gain, size = f"{low:+.3f} … {high:+.3f}", f"{row['adapter_bytes'] / 2**10:,.0f}"
+        learnt = (f"{row['exact_match']:.3f}", gain, f"{row['trainable']:,}", size, f"{row['seconds']:.0f}")
+        rows.append((row["method"], row["base"], *learnt, _served(peft.get(name)), in_vllm))
+    head = ("method", "base", "exact match", "gain, 95 % interval", "trained", "KiB", "s", "`peft` engine", "vLLM")
+    return table(head, rows)
+
+
+def _served(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    return "no" if row["state"] != "serving" else f"{row['probe_error']:.0e}"
+
+
+def methods_text(reports: dict[str, Any]) -> str:
+    made = reports["methods"]
+    verified = sum(bool(row.get("verified")) for row in made["rows"])
+    rows = f"{made['batch']} rows, {made['test_rows']} test rows"
+    return (
+        f"seed-lm on {made['task']}: {made['steps']} steps of {rows}, one thread, each method by its shipped recipe, tuned for none;\n"
+        f"the base scores {made['rows'][0]['base_exact_match']:.3f}. {verified} of {len(made['rows'])} pass `adapters verify`. "
+        "An engine's figure is the error of the adapter's effect there, of its norm.\n"
+        "From [methods.json](benchmarks/results/methods.json) and [methods_served.json](benchmarks/results/methods_served.json), made by "
+        "`benchmarks/methods.py` and `methods_served.py`."
+    )
+
+
 def plan_text(report: dict[str, Any]) -> str:
     peaks = sorted(row["peak_ratio"] for row in report["rows"])
     seconds = sorted(row["planned_seconds_per_step"] / row["measured_seconds_per_step"] for row in report["rows"])

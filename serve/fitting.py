@@ -34,8 +34,8 @@ def check_fit(name: str, passport: Passport, engine: Engine) -> None:
         raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=engine.info.fingerprint)
     method = method_named(passport.method)
     if engine.config.engine == "vllm" and not method.vllm:
-        remedy = f"convert it first: embedft adapters convert {name} --to lora" if method.to_lora != "no" else "it has no LoRA form"
-        raise MethodUnsupported(method.name, where="by vLLM", why=f"{remedy}; or serve it by the peft engine (embedft serve --engine peft)")
+        convert = f"convert it first: embedft adapters convert {name} --to lora; or" if method.to_lora != "no" else "it has no LoRA form:"
+        raise MethodUnsupported(method.name, where="by vLLM", why=f"{convert} serve it by the peft engine (embedft serve --engine peft)")
     if method.vllm and passport.r > engine.config.max_lora_rank:
         limit = engine.config.max_lora_rank
         raise AdapterInvalid(name, f"its rank {passport.r} is above this engine's {limit}: raise max_lora_rank of the base")
