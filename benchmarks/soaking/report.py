@@ -62,8 +62,13 @@ def summary(report: Report, *, seconds: float) -> dict[str, Any]:
         "gateway_mib": round(points[-1][1] / 2**20) if points else None,
         "memory_slope_mib_a_minute": _slope(settled),
         "gateway_slope_mib_a_minute": _slope([(at, gateway) for at, gateway, _, _ in points]),
-        "examples": [*report.wrong[:5], *report.lost[:5]],
+        "examples": [*_one_of_each(report.wrong)[:5], *report.lost[:5]],
     }
+
+
+def _one_of_each(wrong: list[str]) -> list[str]:
+    """The first of each adapter's (or of whatever else stands before the colon)."""
+    return list({text.partition(":")[0]: text for text in reversed(wrong)}.values())[::-1]
 
 
 def _slope(points: list[tuple[float, int]]) -> float | None:

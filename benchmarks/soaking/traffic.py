@@ -99,8 +99,8 @@ class Client:
             self.report.count(kind, answered=1, wrong=[f"{name} answered by {headers['x-embedft-adapter']}"])
             return
         tokens, sure = self.world.solo["words"][made_by][row]
-        expected = [self.world.word(token) for token in tokens]
-        wrong = [] if words[:sure] == expected[:sure] and len(words) == TOKENS else [f"{name}: {words} where alone {expected}"]
+        right = len(words) == TOKENS and self.world.says(words[:sure], tokens[:sure])
+        wrong = [] if right else [f"{name}: {words} where alone {[self.world.word(token) for token in tokens]}"]
         self.report.count(kind, answered=1, wrong=wrong)
 
     def _made_by(self, header: str, name: str | None) -> str | None:

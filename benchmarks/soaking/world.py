@@ -31,6 +31,13 @@ class World:
     solo: dict[str, dict[str, Any]] = field(default_factory=dict)
     generations: dict[str, list[str]] = field(default_factory=dict)
 
+    def says(self, words: list[str], tokens: list[int]) -> bool:
+        """Whether an engine's `words` are these tokens. Of one that is part of a character vLLM says nothing, the `peft` engine U+FFFD."""
+        expected = [self.word(token) for token in tokens]
+        return len(words) == len(tokens) and all(
+            word == own or (word == "" and "\ufffd" in own) for word, own in zip(words, expected, strict=True)
+        )
+
     def word(self, token: int) -> str:
         if not hasattr(self, "_tokenizer"):
             from transformers import AutoTokenizer
