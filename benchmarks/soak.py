@@ -57,10 +57,8 @@ def serve(world: World, *, engine: str, slots: int | None) -> Any:
     from tests.serve.world import launch
 
     cache = {"kv_gib": 0.25} if engine == "vllm" else {}  # soon written to its end: what grows after that is no cache being filled
-    bases: list[dict[str, Any]] = [
-        cache | {"name": name, "model": str(folder), "task": TASKS[name], "engine": engine, "slots": slots}
-        for name, folder in world.bases.items()
-    ]
+    settings = cache | {"engine": engine, "slots": slots}
+    bases = [{"name": name, "model": str(folder), "task": TASKS[name], **settings} for name, folder in world.bases.items()]
     config = {"bases": bases, "access_log": False}
     server = launch(config, folder=world.folder, store=world.store.root, env={"EMBEDFT_ADMIN_TOKEN": "soak"})
     server.wait_ready(900)

@@ -40,7 +40,7 @@ def test_vllm_takes_what_its_row_allows_and_names_the_conversion_for_the_rest(en
     if METHODS[method].vllm:
         check_fit("a", passport(info, method), engines["vllm"])
         return
-    wanted = "no LoRA form; or serve it by the peft engine" if METHODS[method].to_lora == "no" else "embedft adapters convert a --to lora"
+    wanted = "no LoRA form: serve it by the peft engine" if METHODS[method].to_lora == "no" else "embedft adapters convert a --to lora"
     with pytest.raises(MethodUnsupported, match=wanted):
         check_fit("a", passport(info, method), engines["vllm"])
 
