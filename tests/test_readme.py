@@ -106,7 +106,7 @@ def test_the_rag_python_is_ten_lines_that_run(tmp_path: Path, monkeypatch: pytes
 def smaller(line: str) -> str:
     """The same command on less data."""
     if line.startswith("embedft data pydocs"):
-        return f"{line} --limit 150 --packages numpy networkx"
+        return f"{line} --limit 100 --packages numpy networkx"
     if line.startswith("embedft train"):
         return f"{line} {FEW_PAIRS if 'embed ' in line else FEW_ROWS}"
     return line
