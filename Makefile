@@ -37,10 +37,10 @@ check: install
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# pyright leaves a core idle, and the tests the beginning of theirs: both at once. Four workers on two cores, since tests of servers wait.
+# pyright leaves a core idle, and the tests the beginning of theirs: both at once. Three workers on two cores, since tests of servers wait.
 test: install
 	$(MAKE) --no-print-directory check > .check.log 2>&1 & checking=$$!; \
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder; tested=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder; tested=$$?; \
 	wait $$checking; checked=$$?; cat .check.log; rm -f .check.log; exit $$((tested | checked))
 
 # Every PEFT method on every kind of base, where `make test` takes one of each kind; some minutes.

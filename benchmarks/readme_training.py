@@ -151,6 +151,24 @@ def methods_text(reports: dict[str, Any]) -> str:
     )
 
 
+def lm_speed_text(made: dict[str, Any]) -> str:
+    """The language-model trainer beside TRL's: tokens a second and peak memory; what packing gives, in examples."""
+    rows = {(row["side"], row["base"]): row for row in made["rows"]}
+
+    def beside(base: str) -> str:
+        ours, theirs = rows["embedft", base], rows["trl", base]
+        speed, memory = (ours[of] / theirs[of] for of in ("tokens_per_second", "peak_bytes"))
+        return f"**{speed:.2f}** of its tokens a second at {memory:.2f} of its peak memory"
+
+    packed = rows["embedft-packed", "none"]["examples_per_second"] / rows["embedft", "none"]["examples_per_second"]
+    return (
+        f"Beside TRL's `SFTTrainer` on {made['data']} (LoRA of rank {made['r']}, batch {made['batch']}, {made['machine']['cores']} cores, "
+        f"sides by turns): {beside('none')} on the full base,\n{beside('nf4')} on NF4. "
+        f"`train.packing` gives **{packed:.1f}** times the examples a second.\n"
+        "From [train_lm.json](benchmarks/results/train_lm.json), made by `benchmarks/train_lm.py`."
+    )
+
+
 def plan_text(report: dict[str, Any]) -> str:
     peaks = sorted(row["peak_ratio"] for row in report["rows"])
     seconds = sorted(row["planned_seconds_per_step"] / row["measured_seconds_per_step"] for row in report["rows"])

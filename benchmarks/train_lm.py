@@ -40,6 +40,7 @@ def main() -> None:
 
 def write(runs: dict[tuple[str, str], list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
     from benchmarks.machine import machine
+    from benchmarks.readme_training import lm_speed_text
 
     rows: list[dict[str, Any]] = []
     for (side, scheme), made in runs.items():
@@ -156,21 +157,6 @@ def trl_side(base: Any, rows: list[dict[str, str]], steps: int, folder: Path, *,
             parameter.data = parameter.data.float()
     trainer.data_collator = Seen(trainer.data_collator, lambda row: (len(row["input_ids"]), 1))
     return trainer, trainer.data_collator
-
-
-def lm_speed_text(made: dict[str, Any]) -> str:
-    """Tokens a second beside TRL's trainer; packing counted in examples."""
-    rows = {(row["side"], row["base"]): row for row in made["rows"]}
-
-    def ratio(side: str, base: str, of: str) -> str:
-        return f"{rows[side, base][of] / rows['trl', base][of]:.2f}"
-
-    return (
-        f"Beside TRL's `SFTTrainer` on {made['data']} (batch {made['batch']}, rank {made['r']}, {made['machine']['cores']} cores): "
-        f"**{ratio('embedft', 'none', 'examples_per_second')}** of its examples a second on the full base,\n"
-        f"**{ratio('embedft', 'nf4', 'examples_per_second')}** on NF4, **{ratio('embedft-packed', 'none', 'examples_per_second')}** with "
-        f"`train.packing`. From [train_lm.json](benchmarks/results/train_lm.json), made by `benchmarks/train_lm.py`."
-    )
 
 
 if __name__ == "__main__":
