@@ -90,6 +90,7 @@ BLOCKS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "plan-text": ("README.md", "plan.json", training.plan_text),
     "tasks-table": ("README.md", "lm_tasks.json", training.tasks_table),
     "tasks-text": ("README.md", "lm_tasks.json", training.tasks_text),
+    "lm-speed-text": ("README.md", "train_lm.json", training.lm_speed_text),
     "methods-table": ("README.md", "methods*.json", training.methods_table),
     "methods-text": ("README.md", "methods*.json", training.methods_text),
     "rag-table": ("README.md", "rag.json", rag_table),
