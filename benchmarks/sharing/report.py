@@ -61,10 +61,11 @@ def together(before: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(run: dict[str, Any]) -> str:
     hardware = run["hardware"]
+    rounds = " to ".join(map(str, sorted({len(row["rates"]) for row in run["rows"]}))) or "no"
     lines = ["# Many adapters over one base, every way", ""]
     lines += [
         f"{hardware['cpu']} ({', '.join(hardware['flags'])}), {hardware['cores_each_side']} cores for each side in turn, "
-        f"{hardware['dtype']}, {run['rounds']} rounds, rank 16 on all linear layers, at most 32 requests in flight. "
+        f"{hardware['dtype']}, {rounds} rounds, rank 16 on all linear layers, at most 32 requests in flight. "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         + ". Ratios are medians over the rounds of one run, each of neighbours in time; a table is one run.",
         "",
