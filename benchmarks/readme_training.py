@@ -141,11 +141,15 @@ def _served(row: dict[str, Any] | None) -> str:
 def methods_text(reports: dict[str, Any]) -> str:
     made = reports["methods"]
     verified = sum(bool(row.get("verified")) for row in made["rows"])
+    serving = {one["name"] for cell, found in reports["served"].items() if "vllm" in cell for one in found if one["state"] == "serving"}
+    names = [f"method-{row['method'].replace('_', '-')}" for row in made["rows"]]
+    plain, copies = (sum(f"{name}{ending}" in serving for name in names) for ending in ("", "-lora"))
     rows = f"{made['batch']} rows, {made['test_rows']} test rows"
     return (
         f"seed-lm on {made['task']}: {made['steps']} steps of {rows}, one thread, each method by its shipped recipe, tuned for none;\n"
         f"the base scores {made['rows'][0]['base_exact_match']:.3f}. {verified} of {len(made['rows'])} pass `adapters verify`. "
-        "An engine's figure is the error of the adapter's effect there, of its norm.\n"
+        "An engine's figure is the error of the adapter's effect there, of its norm;\n"
+        f"vLLM takes {plain} as they are and {copies} as converted LoRA. "
         "From [methods.json](benchmarks/results/methods.json) and [methods_served.json](benchmarks/results/methods_served.json), made by "
         "`benchmarks/methods.py` and `methods_served.py`."
     )

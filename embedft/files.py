@@ -41,11 +41,11 @@ def tensor_table(path: Path) -> list[tuple[str, str, list[int], int, int]]:
 _EXPONENTS = {"F64": ("<u8", 0x7FF0_0000_0000_0000), "F32": ("<u4", 0x7F80_0000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 
 
-def not_finite(path: Path) -> str | None:
-    """The first tensor of a safetensors file that holds a NaN or an infinity (their exponent bits are all ones); needs no torch."""
+def not_finite(path: Path, table: Iterable[tuple[str, str, list[int], int, int]]) -> str | None:
+    """The first tensor of `table`, which is a safetensors file's, that holds a NaN or an infinity (their exponent bits are all ones); needs no torch."""
     import numpy as np
 
-    for name, dtype, _, start, length in tensor_table(path):
+    for name, dtype, _, start, length in table:
         if dtype in _EXPONENTS and length:
             kind, ones = _EXPONENTS[dtype]
             values = np.memmap(path, kind, "r", start, length // np.dtype(kind).itemsize)

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedft.adapters.store import AdapterStore
+from embedft.adapters.store import AdapterStore, check_folder
 from embedft.adapters.transfer import check_contents
 from embedft.errors import AdapterNotFound, InputInvalid
 
@@ -34,7 +34,7 @@ def find(store: AdapterStore, name: str, source: str | None) -> Found:
     folder = contained(store.root, wanted)
     if folder.parent == store.root / "objects":
         return Found(folder.name, folder)
-    check_contents(folder, name)
+    check_folder(folder, name)
     with store.stage() as stage:
         shutil.copytree(folder, stage, dirs_exist_ok=True)
         check_contents(stage, name)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.soaking.traffic import rest_together
 from embedft.adapters.passport import PASSPORT, WEIGHTS
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
@@ -130,9 +131,8 @@ def test_mixed_traffic_with_hot_reloads_is_answered_by_the_right_adapter_and_in_
 
     def traffic(seed: int) -> None:
         choice = random.Random(seed)
-        while (now := time.monotonic()) < until:
-            beat = now % (1 + REST)
-            time.sleep(1 + REST - beat if beat > 1 else 0)
+        while time.monotonic() < until:
+            rest_together(REST)
             name, kind = choice.choice([None, *EMBEDDING]), choice.choice(["embed", "mixed", "chat", "stream"])
             rows = choice.sample(range(len(QUERIES)), 3)
             if kind == "embed":

@@ -16,6 +16,13 @@ BUSY = (429, 503)
 PATIENCE = 1.0  # seconds at most that a refused client waits, whatever Retry-After says: pressure must stay on
 
 
+def rest_together(seconds: float) -> None:
+    """Sleep out the `seconds` that follow each second of the monotonic clock: all that call it send together, and rest together."""
+    beat = time.monotonic() % (1 + seconds)
+    if beat > 1:
+        time.sleep(1 + seconds - beat)
+
+
 @dataclass(eq=False)
 class Client:
     """One of many; `until` on the monotonic clock. All rest together, `rest` seconds after each second of requests."""
@@ -29,10 +36,8 @@ class Client:
 
     def run(self) -> None:
         with httpx.Client(base_url=self.url, timeout=180) as client:
-            while (now := time.monotonic()) < self.until:
-                beat = now % (1 + self.rest)
-                if beat > 1:
-                    time.sleep(1 + self.rest - beat)
+            while time.monotonic() < self.until:
+                rest_together(self.rest)
                 base = self.choice.choice(["texts", "words"])
                 names = self.world.names[base]
                 popular = self.choice.choices(names, [1 / (rank + 1) for rank in range(len(names))])[0]

@@ -99,9 +99,10 @@ def check_weights(folder: Path, name: str) -> None:
         if not (folder / required).is_file():
             raise AdapterInvalid(name, f"its folder lacks {required}")
     try:
-        if not tensor_table(folder / WEIGHTS):
+        table = tensor_table(folder / WEIGHTS)
+        if not table:
             raise AdapterInvalid(name, f"{WEIGHTS} holds no tensors")
-        if broken := not_finite(folder / WEIGHTS):
+        if broken := not_finite(folder / WEIGHTS, table):
             raise AdapterInvalid(name, f"tensor {broken} is not finite: its training diverged (lower train.lr), or the file is damaged")
     except HeaderInvalid as error:
         raise AdapterInvalid(name, str(error)) from None

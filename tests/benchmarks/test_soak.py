@@ -47,6 +47,15 @@ def test_ninety_seconds_of_everything_lose_nothing_and_mix_nothing_up(world: Wor
     server.wait_ready()
 
 
+def test_of_half_a_character_an_engine_may_say_nothing_and_of_no_other(world: World) -> None:
+    half = next(token for token in range(400) if "\ufffd" in world.word(token))
+    whole = next(token for token in range(400) if world.word(token).isalpha())
+    assert world.says(["", world.word(half), world.word(whole)], [half, half, whole])
+    assert not world.says([""], [whole])
+    assert not world.says(["x"], [half])
+    assert not world.says([], [half])
+
+
 def test_the_soak_sees_an_answer_of_another_adapter(world: World, server: Server) -> None:
     swapped = copy.deepcopy(world)
     for base, names in world.names.items():
