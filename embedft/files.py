@@ -42,7 +42,9 @@ _EXPONENTS = {"F64": ("<u8", 0x7FF0_0000_0000_0000), "F32": ("<u4", 0x7F80_0000)
 
 
 def not_finite(path: Path, table: Iterable[tuple[str, str, list[int], int, int]]) -> str | None:
-    """The first tensor of `table`, which is a safetensors file's, that holds a NaN or an infinity (their exponent bits are all ones); needs no torch."""
+    """The first tensor of `table`, which is a safetensors file's, that holds a NaN or an infinity: their exponent bits are all ones.
+
+    Needs no torch."""
     import numpy as np
 
     for name, dtype, _, start, length in table:
