@@ -10,12 +10,14 @@ import sys
 from collections.abc import Sequence
 
 from embedft.errors import EmbedftError
+from embedft.lean import EAGER
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = parse(argv)
-    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("TOKENIZERS_PARALLELISM", "false"), ("TRANSFORMERS_VERBOSITY", "error")):
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    for name, value in (quiet if arguments.serves else quiet | EAGER).items():  # an engine decides for itself what it compiles
         os.environ.setdefault(name, value)
     try:
         return arguments.run(arguments) or 0

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from embedft.errors import EngineFailed
+from embedft.lean import EAGER
 from serve.engines.settings import KEY, EngineKind, EngineSettings, Work, parse_cores
 
 
@@ -40,5 +41,5 @@ def engine_command(
             argv += ["--cores", settings.cores]
             env["OMP_NUM_THREADS"] = str(len(parse_cores(settings.cores)))
         env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
-        env["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled here, and the compiler alone takes a second and a half to import
+        env |= EAGER
     return argv, env

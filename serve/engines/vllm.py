@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from embedft.base import compute_dtype
 from embedft.errors import EngineFailed
+from embedft.lean import EAGER
 from embedft.model_folder import BaseInfo, describe, read_json
 from serve.engines.settings import KEY, EngineSettings, parse_cores
 
@@ -78,6 +79,7 @@ def _environment(settings: EngineSettings, key: str, *, on_cpu: bool) -> dict[st
             "EMBEDFT_ENGINE_CORES": settings.cores or "",
         }
         env |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_ENGINE_READY_TIMEOUT_S": "600"}  # idle threads leave their core to others
+        env |= EAGER  # else the first sampled token or log-probability waits for a C++ compiler
     return env
 
 

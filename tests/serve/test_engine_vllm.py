@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from embedft.quantize import quantize
@@ -43,11 +44,19 @@ def adapters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def server(llama: Path, adapters: dict[str, Path]) -> Iterator[EngineProcess]:
-    with engine("vllm", llama, "causal_lm", max_loras=SLOTS, max_length=256, kv_gib=KV_GIB) as process:
-        for name, path in adapters.items():
-            process.load(name, path)
-        yield process
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where torch would keep what it compiles."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def server(llama: Path, adapters: dict[str, Path], compiled: Path) -> Iterator[EngineProcess]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        with engine("vllm", llama, "causal_lm", max_loras=SLOTS, max_length=256, kv_gib=KV_GIB) as process:
+            for name, path in adapters.items():
+                process.load(name, path)
+            yield process
 
 
 def test_a_mixed_batch_generates_what_each_adapter_generates_alone(server: EngineProcess, llama: Path, adapters: dict[str, Path]) -> None:
@@ -65,6 +74,13 @@ def test_prompt_log_probabilities_are_the_adapters_own(server: EngineProcess, ll
         model = solo(llama, "causal_lm", adapters.get(name))
         choice = server.complete(name, PROMPTS[2], max_tokens=1, prompt_logprobs=0)
         assert np.allclose(reported_logprobs(choice, PROMPTS[2]), prompt_logprobs(model, PROMPTS[2]), atol=2e-3), name
+
+
+def test_no_request_waits_for_a_compiler(server: EngineProcess, compiled: Path) -> None:
+    """On a CPU vLLM has torch compile how a token is drawn and how log-probabilities are ranked: seconds, for the first who asks."""
+    sampled = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 1, "logprobs": 2}
+    assert len(server.complete("a", PROMPTS[0], **sampled)["token_ids"]) == 12
+    assert torch.cuda.is_available() or not [*compiled.rglob("*.so")]
 
 
 @pytest.mark.parametrize("feature", FEATURES)

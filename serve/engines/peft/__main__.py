@@ -3,16 +3,16 @@
 import argparse
 import os
 import signal
-import sys
 from pathlib import Path
 
+from embedft.lean import without_sklearn
 from serve.engines.settings import KEY, parse_cores
 
 
 def main() -> None:
     """Load the base, then serve."""
     arguments = _arguments()
-    sys.modules["sklearn"] = None  # pyright: ignore[reportArgumentType] # a sixth of the start: transformers' assisted decoding, not used here
+    without_sklearn()
     if arguments.cores:
         os.sched_setaffinity(0, parse_cores(arguments.cores))
     import uvicorn
