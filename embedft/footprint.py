@@ -6,6 +6,7 @@ Each way is measured in a process of its own, so that neither pays for the other
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 from embedft.base import load_model
 from embedft.errors import EmbedftError
+from embedft.lean import EAGER, without_unused
 from embedft.methods import load_adapter
 from embedft.model_folder import Task
 
@@ -35,7 +37,7 @@ class Footprint:
 def footprint(base: Path, adapters: Sequence[Path], *, task: Task, way: Way) -> Footprint:
     """Load `adapters` over one `base`, or one merged copy each, in a fresh process, and measure it there."""
     argv = [sys.executable, "-m", "embedft.footprint", way, task, str(base), *map(str, adapters)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, **EAGER})
     if done.returncode:
         raise EmbedftError(f"measuring memory ({way}) failed: {done.stderr.strip()[-500:]}")
     return Footprint(**json.loads(done.stdout.strip().splitlines()[-1]))
@@ -93,6 +95,7 @@ def tensor_bytes(model: Any) -> int:
 
 
 if __name__ == "__main__":
+    without_unused()
     way, task, base, *adapters = sys.argv[1:]
     measured = _measure(Path(base), [Path(folder) for folder in adapters], task=task, way=way)  # pyright: ignore[reportArgumentType]
     sys.stdout.write(json.dumps(asdict(measured)) + "\n")

@@ -3,8 +3,13 @@
 import sys
 
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}  # nothing here is compiled; bitsandbytes' and vLLM's wish to takes two seconds, and a compiler
+UNUSED = ("sklearn", "scipy", "pandas", "pyarrow", "cv2")
 
 
-def without_sklearn() -> None:
-    """Call it before transformers is imported, which wants it for assisted decoding alone: a second and a half, 75 MB."""
-    sys.modules["sklearn"] = None  # pyright: ignore[reportArgumentType]
+def without_unused() -> None:
+    """Before transformers or vLLM is imported: they ask for these where they are there (assisted decoding, object detection, video).
+
+    Two seconds and 150 MB a process. Not where sentence-transformers or datasets are used: those need them.
+    """
+    for name in UNUSED:
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]

@@ -17,7 +17,7 @@ from embedft.adapters.passport import CONFIG, WEIGHTS, BaseIdentity, Passport, r
 from embedft.adapters.store import AdapterStore, check_folder
 from embedft.adapters.transfer import check_weights
 from embedft.errors import AdapterInvalid, EmbedftError, UsageError
-from embedft.lean import without_sklearn
+from embedft.lean import without_unused
 
 
 def main(path: Path) -> int:
@@ -150,5 +150,5 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
 
 
 if __name__ == "__main__":
-    without_sklearn()
+    without_unused()
     sys.exit(main(Path(sys.argv[1])))

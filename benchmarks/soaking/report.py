@@ -60,6 +60,7 @@ def summary(report: Report, *, seconds: float) -> dict[str, Any]:
         "done": dict(sorted(report.done.items())),
         "memory_mib": round(points[-1][2] / 2**20) if points else None,
         "gateway_mib": round(points[-1][1] / 2**20) if points else None,
+        "memory_mib_by_minute": _by_minute(report.memory),
         "memory_slope_mib_a_minute": _slope(settled),
         "gateway_slope_mib_a_minute": _slope([(at, gateway) for at, gateway, _, _ in points]),
         "examples": [*_one_of_each(report.wrong)[:5], *report.lost[:5]],
@@ -69,6 +70,14 @@ def summary(report: Report, *, seconds: float) -> dict[str, Any]:
 def _one_of_each(wrong: list[str]) -> list[str]:
     """The first of each adapter's (or of whatever else stands before the colon)."""
     return list({text.partition(":")[0]: text for text in reversed(wrong)}.values())[::-1]
+
+
+def _by_minute(points: list[tuple[float, int, int, bool]]) -> list[int]:
+    """The median of all processes' memory in each minute: an engine that was killed and is loading again shows as a dip."""
+    minutes: dict[int, list[int]] = {}
+    for at, _, everything, _ in points:
+        minutes.setdefault(int((at - points[0][0]) // 60), []).append(everything)
+    return [round(float(np.median(sizes)) / 2**20) for sizes in minutes.values()]
 
 
 def _slope(points: list[tuple[float, int]]) -> float | None:

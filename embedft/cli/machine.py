@@ -13,7 +13,6 @@ from embedft.cli.show import show_table
 
 def add_commands(commands: Any) -> None:
     made = command(commands, "demo", _demo, "train four adapters, serve them over two quantized bases, compare")
-    made.set_defaults(serves=True)
     made.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     made.add_argument("--engine", choices=("vllm", "peft"), help="default: vllm where it is installed")
     made.add_argument("--quick", action="store_true", help="every step, on a fraction of the data")

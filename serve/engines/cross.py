@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from embedft.lean import without_sklearn
+from embedft.lean import without_unused
 from serve.engines.settings import KEY, parse_cores
 
 PAIRS = 32  # of one forward pass
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int)
     parser.add_argument("--cores")
     arguments = parser.parse_args()
-    without_sklearn()
+    without_unused()
     if arguments.cores:
         os.sched_setaffinity(0, parse_cores(arguments.cores))
     import uvicorn

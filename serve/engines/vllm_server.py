@@ -18,14 +18,14 @@ import os
 from typing import Any
 
 from embedft.int8 import dequantized
-from embedft.lean import without_sklearn
+from embedft.lean import without_unused
 from serve import vllm_cpu_lora
 from serve.engines.settings import parse_cores
 
 
 def main() -> None:
     """Run vLLM's API server with the arguments of this process."""
-    without_sklearn()
+    without_unused()
     cores = os.environ.get("EMBEDFT_ENGINE_CORES")
     if cores:
         os.sched_setaffinity(0, parse_cores(cores))

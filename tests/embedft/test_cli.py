@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit statuses, messages, --json, and how fast it answers."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,17 @@ def test_importing_embedft_imports_no_torch() -> None:
     modules = "embedft, embedft.cli, embedft.recipe, embedft.errors"
     code = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'vllm'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_nothing_is_compiled_but_what_an_engine_decides_for_itself(monkeypatch: pytest.MonkeyPatch, in_folder: Path) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "given")
+    main(["adapters", "list", "--adapters", str(in_folder)])
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "given"
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    main(["serve", str(in_folder / "missing.yaml")])
+    assert "TORCHDYNAMO_DISABLE" not in os.environ
+    main(["adapters", "list", "--adapters", str(in_folder)])
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
 
 
 def test_wrong_usage_exits_2_without_a_traceback(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,12 @@ def test_no_request_waits_for_a_compiler(server: EngineProcess, compiled: Path) 
     assert torch.cuda.is_available() or not [*compiled.rglob("*.so")]
 
 
+def test_the_engine_holds_no_library_that_it_does_not_use(server: EngineProcess) -> None:
+    mapped = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "/torch/" in mapped
+    assert not [name for name in ("/scipy/", "/pandas/", "/pyarrow/", "/sklearn/", "/cv2/") if name in mapped]
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_what_a_lora_can_ask_for_is_done_as_peft_does_it_or_refused(
     server: EngineProcess, llama: Path, tmp_path: Path, feature: str

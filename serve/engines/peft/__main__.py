@@ -5,14 +5,14 @@ import os
 import signal
 from pathlib import Path
 
-from embedft.lean import without_sklearn
+from embedft.lean import without_unused
 from serve.engines.settings import KEY, parse_cores
 
 
 def main() -> None:
     """Load the base, then serve."""
     arguments = _arguments()
-    without_sklearn()
+    without_unused()
     if arguments.cores:
         os.sched_setaffinity(0, parse_cores(arguments.cores))
     import uvicorn
