@@ -65,7 +65,7 @@ def over_counts(
             run.rows += measure(part, sides, requests, count=count, popularity=popularity, flight=FLIGHT, tokens=tokens, rounds=rounds)
         run.memory(part, count, sides)
         if count == min(8, max(counts)):
-            run.switches(part, sides, ids[0], tokens=tokens)
+            run.switches(part, sides, ids[0], tokens=tokens, times=15 if tokens == 1 else 5)
         if count == max(counts):
             run.cold_loads(part, sides, folders[-1], ids[0], tokens=tokens)
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from embedft.lean import EAGER
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ |= EAGER  # as the command line has it
 os.environ.setdefault("EMBEDFT_CACHE", tempfile.mkdtemp(prefix="embedft-test-cache-"))
 os.environ["HF_HOME"] = os.environ["EMBEDFT_CACHE"] + "/hf"
 

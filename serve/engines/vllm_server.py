@@ -4,7 +4,8 @@
 lacks: vLLM would load it and apply nothing. (Names saved from a bare decoder, without `model.`, are matched first.) Int8 bases
 compute as in training (embedft.int8). On a CPU:
 
-1. Children are forked and the worker lives in the engine process: vLLM would import itself three times, once a process.
+1. Children are forked, the worker lives in the engine process, and a new kind of model is looked at in this one (elsewhere that would
+   be a CUDA context): vLLM would import itself four times, once a process.
    The cores are set on the whole process beforehand (EMBEDFT_ENGINE_CORES), which is why one worker needs no process of its own.
 2. vllm-bnb-plugin sizes 4-bit weights by the activations' dtype (right for 16-bit ones only): with fp32 no NF4 folder loads.
 3. It multiplies in bf16 whatever the dtype: tens of times slower than fp32 on CPUs without AVX512-BF16, and other
@@ -35,6 +36,7 @@ def main() -> None:
     _bitsandbytes_as_the_trainer_has_it(on_cpu=current_platform.is_cpu())
     if current_platform.is_cpu():
         _one_process_for_engine_and_worker(type(current_platform))
+        _models_inspected_in_this_process()
         _only_finite_keys_and_values()
         vllm_cpu_lora.register()
     from vllm.entrypoints.launchers.api_server.entry import main as serve
@@ -80,6 +82,13 @@ def _one_process_for_engine_and_worker(platform: Any) -> None:
             vllm_config.parallel_config.distributed_executor_backend = "uni"
 
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _models_inspected_in_this_process() -> None:
+    from vllm.model_executor.models import registry
+
+    module: Any = registry
+    module._run_in_subprocess = lambda inspect: inspect()
 
 
 def _only_finite_keys_and_values() -> None:

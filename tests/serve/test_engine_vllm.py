@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,7 +46,7 @@ def adapters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where torch would keep what it compiles."""
+    """Where torch would keep what it compiles, and vLLM what it finds out about a model."""
     return tmp_path_factory.mktemp("compiled")
 
 
@@ -53,6 +54,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(llama: Path, adapters: dict[str, Path], compiled: Path) -> Iterator[EngineProcess]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        patch.setenv("VLLM_CACHE_ROOT", str(compiled))
+        patch.delenv("TORCHDYNAMO_DISABLE", raising=False)
         with engine("vllm", llama, "causal_lm", max_loras=SLOTS, max_length=256, kv_gib=KV_GIB) as process:
             for name, path in adapters.items():
                 process.load(name, path)
@@ -81,6 +84,12 @@ def test_no_request_waits_for_a_compiler(server: EngineProcess, compiled: Path) 
     sampled = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 1, "logprobs": 2}
     assert len(server.complete("a", PROMPTS[0], **sampled)["token_ids"]) == 12
     assert torch.cuda.is_available() or not [*compiled.rglob("*.so")]
+
+
+def test_a_kind_of_model_that_is_new_to_it_is_looked_at_without_another_vllm(server: EngineProcess, compiled: Path) -> None:
+    """vLLM would start a Python that imports it a second time; what processes that have ended took is in the server's own account."""
+    assert [*compiled.glob("modelinfos/*")]
+    assert psutil.Process(server.process.pid).cpu_times().children_user < 3
 
 
 def test_the_engine_holds_no_library_that_it_does_not_use(server: EngineProcess) -> None:
