@@ -3,6 +3,7 @@
 import sys
 
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}  # nothing here is compiled; bitsandbytes' and vLLM's wish to takes two seconds, and a compiler
+COMPILED = {"TORCHDYNAMO_DISABLE": "0"}  # for vLLM on a GPU, whatever its parents have
 UNUSED = ("sklearn", "scipy", "pandas", "pyarrow", "cv2")
 
 

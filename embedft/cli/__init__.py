@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = parse(argv)
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-    for name, value in (quiet if arguments.serves else quiet | EAGER).items():  # an engine decides for itself what it compiles
+    for name, value in (quiet | EAGER).items():
         os.environ.setdefault(name, value)
     try:
         return arguments.run(arguments) or 0

@@ -13,7 +13,7 @@ def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | 
     """A parser for a command, or an action of one; `run` gives the exit status, None for 0."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for machines")
-    parser.set_defaults(run=run, serves=False)
+    parser.set_defaults(run=run)
     return parser
 
 

@@ -14,7 +14,6 @@ def add_commands(commands: Any) -> None:
         "config", metavar="CONFIG", nargs="?", type=Path, help="a YAML file; without one, the bases that the store's adapters need"
     )
     serve.add_argument("--engine", choices=("vllm", "peft", "fake"), help="default: vllm where it is installed, else peft")
-    serve.set_defaults(serves=True)
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument(

@@ -14,7 +14,6 @@ from typing import Any, Self
 import httpx
 
 from embedft.errors import EngineFailed
-from embedft.lean import EAGER
 
 
 class Server:
@@ -32,11 +31,9 @@ class Server:
             port = probe.getsockname()[1]
         argv = [sys.executable, "-m", "embedft", "serve", "--adapters", str(self._adapters), "--port", str(port)]
         argv += ["--engine", self._engine] if self._engine else []
-        env = {name: value for name, value in os.environ.items() if name not in EAGER}  # its engines decide for themselves
-        env["EMBEDFT_ADMIN_TOKEN"] = self.token
         started = time.perf_counter()
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(argv, stdout=log, stderr=log, env=env)
+            self.process = subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, "EMBEDFT_ADMIN_TOKEN": self.token})
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
         self._wait(started)
         self.ready_seconds = time.perf_counter() - started

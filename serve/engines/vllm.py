@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from embedft.base import compute_dtype
 from embedft.errors import EngineFailed
-from embedft.lean import EAGER
+from embedft.lean import COMPILED, EAGER
 from embedft.model_folder import BaseInfo, describe, read_json
 from serve.engines.settings import KEY, EngineSettings, parse_cores
 
@@ -80,6 +80,8 @@ def _environment(settings: EngineSettings, key: str, *, on_cpu: bool) -> dict[st
         }
         env |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_ENGINE_READY_TIMEOUT_S": "600"}  # idle threads leave their core to others
         env |= EAGER  # else the first sampled token or log-probability waits for a C++ compiler
+    else:
+        env |= COMPILED
     return env
 
 

@@ -26,8 +26,9 @@ from serve.engines.settings import parse_cores
 
 def main() -> None:
     """Run vLLM's API server with the arguments of this process."""
-    without_unused()
-    cores = os.environ.get("EMBEDFT_ENGINE_CORES")
+    cores = os.environ.get("EMBEDFT_ENGINE_CORES")  # given on a CPU only: what CUDA's vLLM imports was not seen
+    if cores is not None:
+        without_unused()
     if cores:
         os.sched_setaffinity(0, parse_cores(cores))
     from vllm.platforms import current_platform

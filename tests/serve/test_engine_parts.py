@@ -11,6 +11,7 @@ import torch
 from embedft.base import BaseSpec, load_base
 from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineFailed
 from embedft.model_folder import describe
+from serve.engines import vllm
 from serve.engines.command import engine_command
 from serve.engines.peft.bank import AdapterBank
 from serve.engines.peft.sampling import Sampling, choose, token_logprobs
@@ -42,6 +43,12 @@ def test_the_vllm_command_carries_pooling_length_and_a_key_that_is_not_an_argume
     assert (option["--max-lora-rank"], option["--max-model-len"], env["EMBEDFT_ENGINE_CORES"]) == ("16", "20", "1")
     assert env["VLLM_API_KEY"] == env[KEY]
     assert env[KEY] not in " ".join(argv)
+
+
+def test_vllm_compiles_on_a_gpu_only_whatever_its_parents_do() -> None:
+    on_gpu, on_cpu = (vllm._environment(EngineSettings(), "key", on_cpu=kind) for kind in (False, True))
+    assert (on_gpu["TORCHDYNAMO_DISABLE"], on_cpu["TORCHDYNAMO_DISABLE"]) == ("0", "1")
+    assert "EMBEDFT_ENGINE_CORES" not in on_gpu  # by which the server knows
 
 
 def test_vllm_is_not_started_for_a_base_it_cannot_serve(tmp_path: Path) -> None:
