@@ -1,8 +1,10 @@
 """What all tests share: no network, a cache of their own, and skips that say why."""
 
+import atexit
 import gc
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ |= EAGER  # as the command line has it
-os.environ.setdefault("EMBEDFT_CACHE", tempfile.mkdtemp(prefix="embedft-test-cache-"))
+if "EMBEDFT_CACHE" not in os.environ:  # one for all workers: they inherit it
+    os.environ["EMBEDFT_CACHE"] = tempfile.mkdtemp(prefix="embedft-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["EMBEDFT_CACHE"], ignore_errors=True)
 os.environ["HF_HOME"] = os.environ["EMBEDFT_CACHE"] + "/hf"
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -28,8 +28,14 @@ from tests.serve.world import Server, launch
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 SECONDS = 60.0
 REST = 2.0  # seconds without new requests after each second of them: the other tests' cores
+WORKERS, TURNS = 5, 2  # how many send; how often each of them sends every kind of request, however slow the machine
 TEXT, WORDS = BaseSpec("minilm", "nf4"), BaseSpec("seed-lm", "nf4")
 EMBEDDING, LANGUAGE = ("a", "b"), ("s", "t")
+KINDS: list[tuple[str, str | None]] = [
+    ("mixed", None),
+    *(("embed", name) for name in (None, *EMBEDDING)),
+    *((kind, name) for kind in ("chat", "stream") for name in (None, *LANGUAGE)),
+]
 
 
 @dataclass
@@ -128,42 +134,46 @@ def test_mixed_traffic_with_hot_reloads_is_answered_by_the_right_adapter_and_in_
     until = time.monotonic() + SECONDS
     sent: Counter[str] = Counter()
     lock = threading.Lock()
+    over = threading.Event()
 
     def traffic(seed: int) -> None:
         choice = random.Random(seed)
-        while time.monotonic() < until:
-            rest_together(REST)
-            name, kind = choice.choice([None, *EMBEDDING]), choice.choice(["embed", "mixed", "chat", "stream"])
-            rows = choice.sample(range(len(QUERIES)), 3)
-            if kind == "embed":
-                _embed(line, name, rows)
-            elif kind == "mixed":
-                _mixed(line, [choice.choice([None, *EMBEDDING]) for _ in rows], rows)
-            else:
-                name = choice.choice([None, *LANGUAGE])
-                _chat(line, name, choice.randrange(len(PROMPTS)), stream=kind == "stream")
-            with lock:
-                sent[f"{kind} {name if kind != 'mixed' else ''}"] += 1
+        turns = 0
+        while turns < TURNS or time.monotonic() < until:
+            for kind, name in choice.sample(KINDS, len(KINDS)):
+                rest_together(REST)
+                rows = choice.sample(range(len(QUERIES)), 3)
+                if kind == "embed":
+                    _embed(line, name, rows)
+                elif kind == "mixed":
+                    _mixed(line, [choice.choice([None, *EMBEDDING]) for _ in rows], rows)
+                else:
+                    _chat(line, name, choice.randrange(len(PROMPTS)), stream=kind == "stream")
+                with lock:
+                    sent[f"{kind} {name}"] += 1
+            turns += 1
 
-    with ThreadPoolExecutor(6) as pool:
-        workers = [pool.submit(traffic, seed) for seed in range(5)]
-        reloads = pool.submit(_reload, line, until)
-        for worker in workers:
-            worker.result()
+    with ThreadPoolExecutor(WORKERS + 1) as pool:
+        workers = [pool.submit(traffic, seed) for seed in range(WORKERS)]
+        reloads = pool.submit(_reload, line, over)
+        try:
+            for worker in workers:
+                worker.result()
+        finally:
+            over.set()
         assert reloads.result() >= 10
-    assert len(sent) == 10
-    assert min(sent.values()) >= 5, sent
+    assert len(sent) == len(KINDS)
+    assert min(sent.values()) >= WORKERS * TURNS, sent
 
 
-def _reload(line: Line, until: float) -> int:
+def _reload(line: Line, over: threading.Event) -> int:
     """Point A of both bases at its one generation and its other, in turn; how often."""
     turns = 0
-    while time.monotonic() < until:
+    while not over.wait(REST):
         for name in ("a", "s"):
             answer = line.server.put(name, {"source": line.generations[name][turns % 2]})
             assert answer.status_code == 200, answer.text
         turns += 1
-        time.sleep(REST)
     return 2 * turns
 
 

@@ -53,7 +53,7 @@ def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSe
         argv += ["--kv-cache-memory-bytes", str(int(kv_gib * 2**30))]
     if on_cpu:
         argv += ["--enforce-eager", "--max-num-batched-tokens", str(max(length, 2048)), "--max-num-seqs", "32"]
-    env = _environment(settings, key, on_cpu=on_cpu)
+    env = _environment(settings, key, on_cpu=on_cpu) | {"VLLM_RPC_BASE_PATH": str(socket.parent)}
     if length > info.max_length:  # vLLM takes what sentence-transformers reads of a text for the most that the base can place
         env["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     return argv, env

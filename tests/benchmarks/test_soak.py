@@ -39,9 +39,9 @@ def test_ninety_seconds_of_everything_lose_nothing_and_mix_nothing_up(world: Wor
     assert (found["wrong"], found["lost"]) == (0, 0), found
     assert found["sent"] == found["answered"] + found["cancelled"] + sum(found["refused"].values())
     assert found["done"]["kill"] == 2
-    assert found["answered"] > 100
-    assert found["cancelled"] > 5
-    assert found["done"]["reload"] > 2
+    assert found["answered"] > 50
+    assert found["cancelled"] > 1
+    assert found["done"]["reload"] > 1
     refused = {kind for kind in found["done"] if kind.startswith("bad load refused")}
     assert len(refused) >= 3, found["done"]
     server.wait_ready()

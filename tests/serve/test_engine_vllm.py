@@ -98,6 +98,11 @@ def test_the_engine_holds_no_library_that_it_does_not_use(server: EngineProcess)
     assert not [name for name in ("/scipy/", "/pandas/", "/pyarrow/", "/sklearn/", "/cv2/") if name in mapped]
 
 
+def test_what_its_processes_speak_through_lies_beside_its_own_socket(server: EngineProcess) -> None:
+    """There it goes with the gateway's folder; vLLM would leave it in the machine's temporary folder."""
+    assert sum(path.is_socket() for path in server.socket.parent.iterdir()) > 1
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_what_a_lora_can_ask_for_is_done_as_peft_does_it_or_refused(
     server: EngineProcess, llama: Path, tmp_path: Path, feature: str
