@@ -50,7 +50,7 @@ def embedding(run: Measurement, work: Path, *, nf4: bool = False) -> None:
 def over_counts(
     run: Measurement, part: str, sides: list[Side], folders: list[Path], counts: tuple[int, ...], ids: list[list[int]], *, tokens: int
 ) -> None:
-    """Register up to each N, then measure; memory at each N; loading and switching with two adapters."""
+    """Register up to each N, then measure; memory at each N; loading."""
     run.memory(part, 0, sides)
     rounds = run.rounds if tokens == 1 else max(1, run.rounds - 1)
     registered = 0
@@ -64,10 +64,22 @@ def over_counts(
             requests = [Request(adapter, row) for adapter, row in zip(chosen, ids, strict=True)]
             run.rows += measure(part, sides, requests, count=count, popularity=popularity, flight=FLIGHT, tokens=tokens, rounds=rounds)
         run.memory(part, count, sides)
-        if count == min(8, max(counts)):
-            run.switches(part, sides, ids[0], tokens=tokens, times=15 if tokens == 1 else 5)
         if count == max(counts):
             run.cold_loads(part, sides, folders[-1], ids[0], tokens=tokens)
+
+
+def switching(run: Measurement, work: Path, *, nf4: bool = False) -> None:
+    """MiniLM and two adapters, both in memory: what it costs that a request is for the other one."""
+    from embedft.base import BaseSpec, base_folder
+
+    base = base_folder(BaseSpec("minilm", "nf4" if nf4 else "none"))
+    folders = adapters(work / f"switching-{nf4}", base, "embedding", 2)
+    ids = texts(base, 1, seed=1)[0]
+    with opened([side for side in (VLLM if nf4 else VLLM + PEFT) if side.mode != "base"], base, "embedding", nf4=nf4) as sides:
+        for side in sides:
+            side.register(folders)
+            side.run([Request(k % 2, ids) for k in range(4)], flight=1, tokens=1)
+        run.switches("switching-nf4" if nf4 else "switching", sides, ids, tokens=1, stretches=40, times=4)
 
 
 def open_loop(run: Measurement, part: str, sides: list[Side], count: int, ids: list[list[int]]) -> None:
@@ -127,7 +139,7 @@ def large(run: Measurement, work: Path) -> None:
             registered = count
             run.memory("large-nf4", count, fitting)
             if count == 2:
-                run.switches("large-nf4", fitting, ids, tokens=1, times=6)
+                run.switches("large-nf4", fitting, ids, tokens=1, stretches=4, times=6)
         run.cold_loads("large-nf4", fitting, folders[-1], ids, tokens=1)
 
 
@@ -139,8 +151,10 @@ def sizes(base: Path, adapter: Path) -> dict[str, int]:
 PARTS = {
     "embedding": embedding,
     "generation": generation,
+    "switching": switching,
     "sequences": sequences,
     "embedding-nf4": lambda run, work: embedding(run, work, nf4=True),
+    "switching-nf4": lambda run, work: switching(run, work, nf4=True),
     "sequences-nf4": lambda run, work: sequences(run, work, nf4=True),
     "large-nf4": large,
 }

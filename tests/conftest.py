@@ -36,7 +36,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 LONGEST = (
     *("test_readme.py", "test_line.py", "test_soak.py", "test_kinds_of_base.py", "test_engine_vllm.py", "test_clients.py", "test_vllm.py"),
-    *("test_resume.py", "test_engine_peft_methods.py", "test_plan.py", "test_plugin.py", "test_convert.py", "test_engine_peft.py"),
+    *("test_resume.py", "test_engine_peft_methods.py", "test_plan.py", "test_convert.py", "test_engine_peft.py"),
 )
 
 

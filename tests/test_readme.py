@@ -120,7 +120,8 @@ def serve(line: str, folder: Path) -> "tuple[subprocess.Popen[bytes], int]":
     env = {**os.environ, "PYTHONPATH": str(ROOT), "EMBEDFT_ADMIN_TOKEN": TOKEN}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(argv, cwd=folder, env=env, stdout=log, stderr=log)
-    wait_for(lambda: process.poll() is not None or httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200, 120)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:  # one: a client reads all of this machine's certificates
+        wait_for(lambda: process.poll() is not None or client.get("/ready").status_code == 200, 120)
     assert process.poll() is None, (folder / "log").read_text()
     return process, port
 

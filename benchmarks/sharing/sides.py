@@ -145,15 +145,18 @@ class Measurement:
         for side in sides:
             self.memories.append({"part": part, "way": side.label, "N": count, **side.ask(do="memory")})
 
-    def switches(self, part: str, sides: Sequence[Side], ids: list[int], *, tokens: int, times: int = 15) -> None:
-        """One request at a time: the same adapter again, against another one each time, both resident; in turn, forth and back."""
+    def switches(self, part: str, sides: Sequence[Side], ids: list[int], *, tokens: int, stretches: int, times: int) -> None:
+        """One request at a time: the same adapter again, against another one each time, both resident.
+
+        `stretches` of `times` requests of either kind, in turn, forth and back.
+        """
         for side in sides:
             if side.mode == "base":
                 continue
             seconds: dict[str, list[float]] = {"same": [], "other": []}
-            for number in range(4):
+            for number in range(stretches):
                 for kind in ("same", "other") if number % 2 else ("other", "same"):
-                    requests = [Request(k % 2 if kind == "other" else 0, ids) for k in range(max(2, times // side.fewer) + 1)]
+                    requests = [Request(k % 2 if kind == "other" else 0, ids) for k in range(times + 1)]
                     done = side.run(requests, flight=1, tokens=tokens)["times"]
                     seconds[kind] += [end - start for start, _, end in done[1:]]
             same, other = median(seconds["same"]), median(seconds["other"])

@@ -21,9 +21,9 @@ PLAN = (("pydocs-code", "code"), ("pydocs-readme", "readme"), ("pydocs-package",
 LM_ROWS = ("data.limit=1600",)  # of 2,400: the demo is to end within minutes on two cores
 QUICK = {
     "embedding": ("data.limit=64", "train.max_length=64", "eval.queries=30", "eval.documents=60", "eval.guard=null"),
-    "causal_lm": ("data.limit=240", "eval.rows=40"),
+    "causal_lm": ("data.limit=160", "eval.rows=40"),
 }
-QUICK_PACKAGES = ("numpy", "networkx", "pandas")
+QUICK_PACKAGES = ("numpy", "networkx")
 QUERY = "Return the number of items in the container."
 
 

@@ -1,7 +1,10 @@
-"""The plugin in plain vLLM, with more adapters than slots and ranks from 1 to 64: every answer is the adapter's own in PEFT."""
+"""The plugin in plain vLLM: how it is found, when it leaves vLLM alone, and that with more adapters than slots and ranks from
+1 to 64 every answer is the adapter's own in PEFT. One interpreter tells it all."""
 
+import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,10 +25,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_a_cpu() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("on a GPU the plugin does nothing")
+only_on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the plugin does nothing")
 
 
 def adapter(folder: Path, base: Path, task: str, *, seed: int, r: int, targets: list[str] | str) -> Path:
@@ -103,27 +103,66 @@ def encoding(base: Path) -> EncodeSettings:
 
 
 @pytest.fixture(scope="module")
-def answers(language: Case, vectors: Case) -> dict[str, list[list[float]]]:
-    """vLLM's, by both models in one interpreter."""
-    jobs = {"language": language.job(pooling=False), "vectors": vectors.job(pooling=True)}
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This tree, installed as a user installs it but into a folder of its own."""
+    pytest.importorskip("vllm")
+    uv, site = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"), tmp_path_factory.mktemp("site")
+    if uv is None:
+        pytest.skip("needs uv to build the wheel")
+    command = [uv, "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--python", sys.executable, "--target", str(site)]
+    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return site
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one interpreter says that goes through a GPU's case, an untested vLLM's and the entry point's, then serves both models."""
+
+    plugin: dict[str, Any]
+    answers: dict[str, list[list[float]]]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def told(installed: Path, language: Case, vectors: Case) -> Told:
+    jobs = {} if torch.cuda.is_available() else {"language": language.job(pooling=False), "vectors": vectors.job(pooling=True)}
+    added = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "OMP_WAIT_POLICY": "PASSIVE"}
+    env = {**os.environ, **added, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("plain_vllm.py"))],
-        input=json.dumps(jobs), env=env, capture_output=True, text=True, check=False, timeout=400,
+        input=json.dumps(jobs), env=env, cwd=installed, capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return Told(**json.loads(done.stdout.splitlines()[-1]), printed=done.stdout + done.stderr)
 
 
-def test_log_probabilities_also_of_prompts_and_with_adapted_embeddings_and_head(
-    language: Case, answers: dict[str, list[list[float]]]
-) -> None:
+def test_vllm_finds_the_plugin_by_its_entry_point_and_uses_its_operations(installed: Path, told: Told) -> None:
+    found = told.plugin
+    assert (installed / "serve" / "vllm_cpu_lora" / "kernel.c").is_file()
+    assert Path(found["file"]).is_relative_to(installed)
+    if found["on_cpu"]:
+        assert found["not listed"].endswith(".PunicaWrapperCPU")  # a list of plugins that does not name it
+        assert found["listed"] == "serve.vllm_cpu_lora.wrapper.SegmentedPunicaWrapper"
+
+
+def test_a_gpu_and_an_untested_vllm_are_left_alone_the_second_with_one_warning(told: Told) -> None:
+    assert told.plugin["on a GPU"] == told.plugin["untested"] == told.plugin["stock"]
+    assert told.printed.count("leaves vLLM 0.99.1 alone") == 1
+
+
+def test_the_plugin_imports_nothing_else_of_ours() -> None:
+    for file in (ROOT / "serve" / "vllm_cpu_lora").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert not name.startswith("embedft"), file
+                assert not name.startswith("serve") or name.startswith("serve.vllm_cpu_lora"), file
+
+
+@only_on_a_cpu
+def test_log_probabilities_also_of_prompts_and_with_adapted_embeddings_and_head(language: Case, told: Told) -> None:
     truth: dict[Job, list[float]] = {}
     for a in (0, 1, 2, 3, None):
         model = in_peft(language.base, "causal_lm", None if a is None else language.adapters[a])
@@ -131,15 +170,16 @@ def test_log_probabilities_also_of_prompts_and_with_adapted_embeddings_and_head(
             with torch.inference_mode():
                 scores = model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
             truth[a, p] = [*(float(scores[k, token]) for k, token in enumerate(prompt[1:])), float(scores[-1].max())]
-    for job, answer in zip(language.jobs, answers["language"], strict=True):
+    for job, answer in zip(language.jobs, told.answers["language"], strict=True):
         assert np.allclose(answer, truth[job], atol=1e-4), job
     assert min(np.abs(np.subtract(truth[a, 2], truth[b, 2])).max() for a, b in ((0, 1), (1, 2), (2, 3), (3, None), (0, None))) > 0.1
 
 
-def test_minilms_vectors_equal_peft_over_a_full_batch_with_evictions(vectors: Case, answers: dict[str, list[list[float]]]) -> None:
+@only_on_a_cpu
+def test_minilms_vectors_equal_peft_over_a_full_batch_with_evictions(vectors: Case, told: Told) -> None:
     base, adapters = vectors.base, {None: None, **dict(enumerate(vectors.adapters))}
     alone = {a: Encoder(in_peft(base, "embedding", folder), base, encoding(base)).encode(TEXTS) for a, folder in adapters.items()}
-    for (a, k), answer in zip(vectors.jobs, np.array(answers["vectors"]), strict=True):
+    for (a, k), answer in zip(vectors.jobs, np.array(told.answers["vectors"]), strict=True):
         own = float(answer @ alone[a][k])
         assert own >= 0.9999, (a, k, own)
         others = [float(answer @ alone[b][k]) for b in alone if b != a]
