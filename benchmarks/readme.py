@@ -66,15 +66,23 @@ def soak_text(reports: dict[str, dict[str, Any]]) -> str:
         f"{one['seconds'] / 60:.0f} minutes of zipf traffic over {one['adapters']} adapters on the `{one['engine']}` engine "
         f"({one['cores_used']} core{'s'[: one['cores_used'] > 1]}), with {one['done']['reload']} reloads, "
         f"{sum(count for kind, count in one['done'].items() if kind.startswith('bad load refused'))} bad loads, "
-        f"{one['cancelled']} cancelled streams and {one['done']['kill']} engine kills:\n{one['sent']} requests sent, "
+        f"{one['cancelled']} cancelled streams and {one['done'].get('kill', 0) or 'no'} engine kills:\n{one['sent']} requests sent, "
         f"{one['answered']} answered, {sum(one['refused'].values())} refused while an engine was away, "
-        f"**{one['wrong']} wrong, {one['lost']} lost**; memory grew by {one['memory_slope_mib_a_minute']:.1f} MiB a minute."
+        f"**{one['wrong']} wrong, {one['lost']} lost**; {_memory_of(one)}."
         for one in reports.values()
     )
     return (
         "\n".join(said)
         + "\nFrom `benchmarks/results/soak-*.json`, made by `benchmarks/soak.py`, which holds every answer against the adapter's own."
     )
+
+
+def _memory_of(soaked: dict[str, Any]) -> str:
+    """A slope, or, where no engine was killed and began to fill its slots anew, how the filling ends."""
+    if soaked["done"].get("kill"):
+        return f"memory grew by {soaked['memory_slope_mib_a_minute']:.1f} MiB a minute"
+    minutes = " ".join(map(str, soaked["memory_mib_by_minute"]))
+    return f"memory by the minute, in MiB, while slots and caches fill: {minutes}"
 
 
 PLUGIN = "serve/vllm_cpu_lora/README.md"

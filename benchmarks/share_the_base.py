@@ -50,7 +50,7 @@ def embedding(run: Measurement, work: Path, *, nf4: bool = False) -> None:
 def over_counts(
     run: Measurement, part: str, sides: list[Side], folders: list[Path], counts: tuple[int, ...], ids: list[list[int]], *, tokens: int
 ) -> None:
-    """Register up to each N, then measure; memory at each N; loading."""
+    """Register up to each N, then measure; memory at each N; loading from disk at the end."""
     run.memory(part, 0, sides)
     rounds = run.rounds if tokens == 1 else max(1, run.rounds - 1)
     registered = 0

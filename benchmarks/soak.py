@@ -1,6 +1,7 @@
 """A server under everything at once: zipf traffic, reloads, bad loads, cancelled streams, engines killed. Every answer is checked.
 
     python -m benchmarks.soak --engine peft --seconds 1800 --adapters 64
+    python -m benchmarks.soak --engine vllm --seconds 480 --kill-every 100000 --out benchmarks/results/soak-vllm-undisturbed.json
 
 An answer is right when it equals what the adapter that the response names gives alone, in transformers + PEFT (vectors at cosine 0.9999
 and nearer to no other adapter's; greedy tokens equal up to one whose lead is within 2 bf16 steps). The report goes to results/.

@@ -61,11 +61,10 @@ def together(before: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(run: dict[str, Any]) -> str:
     hardware = run["hardware"]
-    rounds = " to ".join(map(str, sorted({len(row["rates"]) for row in run["rows"]}))) or "no"
     lines = ["# Many adapters over one base, every way", ""]
     lines += [
         f"{hardware['cpu']} ({', '.join(hardware['flags'])}), {hardware['cores_each_side']} cores for each side in turn, "
-        f"{hardware['dtype']}, {rounds} rounds, rank 16 on all linear layers, at most 32 requests in flight. "
+        f"{hardware['dtype']}, rank 16 on all linear layers, at most 32 requests in flight. "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         + ". Ratios are medians over the rounds of one run, each of neighbours in time; a table is one run.",
         "",
@@ -78,7 +77,9 @@ def markdown(run: dict[str, Any]) -> str:
 
 def _throughput(run: dict[str, Any], part: str) -> list[str]:
     heads = ["N", "popularity", "arrivals", "way", "requests/s", "of vLLM's base", "of vLLM stock", "CPU time, of base", "p50 ms", "p95 ms"]
-    lines = [f"## {part}", "", f"| {' | '.join(heads)} | first token ms |", "|---" * (len(heads) + 1) + "|"]
+    rounds = max(len(row["rates"]) for row in run["rows"] if row["part"] == part)
+    lines = [f"## {part}: {rounds} round{'s'[: rounds > 1]}", ""]
+    lines += [f"| {' | '.join(heads)} | first token ms |", "|---" * (len(heads) + 1) + "|"]
     for row in (row for row in run["rows"] if row["part"] == part):
         cell = {key: row[key] for key in ("part", "N", "popularity", "arrivals")}
         shares = [ratio(run, row["way"], "vllm base", **cell), ratio(run, row["way"], "vllm stock", **cell)]

@@ -44,7 +44,7 @@ def test_ninety_seconds_of_everything_lose_nothing_and_mix_nothing_up(world: Wor
     assert found["done"]["reload"] > 1
     refused = {kind for kind in found["done"] if kind.startswith("bad load refused")}
     assert len(refused) >= 3, found["done"]
-    server.wait_ready()
+    server.wait_ready(200)
 
 
 def test_of_half_a_character_an_engine_may_say_nothing_and_of_no_other(world: World) -> None:
