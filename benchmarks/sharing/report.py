@@ -134,7 +134,7 @@ def summary(run: dict[str, Any]) -> str:
         base, stock = _row(run, "vllm base", **cell), _row(run, "vllm stock", **cell)
         shares = [ratio(run, "vllm plugin", way, **cell) for way in ("vllm base", "vllm stock")]
         told = [_told(base), f"{row['throughput']:.2f}", _told(stock), *map(_number, shares)]
-        lines.append(f"| {row['part']}, {row['N']} adapters, {row['popularity']} | " + " | ".join(told) + " |")
+        lines.append(f"| {row['part']}, {row['N']} adapter{'s'[: row['N'] > 1]}, {row['popularity']} | " + " | ".join(told) + " |")
     return "\n".join(lines)
 
 
