@@ -167,9 +167,9 @@ def test_mixed_traffic_with_hot_reloads_is_answered_by_the_right_adapter_and_in_
 
 
 def _reload(line: Line, over: threading.Event) -> int:
-    """Point A of both bases at its one generation and its other, in turn; how often."""
+    """Point A of both bases at its one generation and its other, in turn, at least five times; how often."""
     turns = 0
-    while not over.wait(REST):
+    while not over.wait(REST) or turns < 5:
         for name in ("a", "s"):
             answer = line.server.put(name, {"source": line.generations[name][turns % 2]})
             assert answer.status_code == 200, answer.text

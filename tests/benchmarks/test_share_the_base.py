@@ -1,5 +1,6 @@
 """The benchmark's own parts: who asks for which adapter and when, in which order sides are asked, and which ratios it will print."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,16 @@ def test_the_report_holds_every_way_that_was_measured(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {
         "share_the_base.json", "share_the_base.md", "share_the_base_throughput.png", "share_the_base_memory.png",
     }  # fmt: skip
+
+
+def test_a_part_measured_again_takes_the_place_of_what_it_measured_before_and_of_nothing_else(tmp_path: Path) -> None:
+    def switched(seconds: float) -> dict[str, Any]:
+        row = {"part": "switching", "way": "vllm plugin", "same_p50": 0.01, "other_p50": 0.01 + seconds, "switch": seconds}
+        return {**run(), "switching": [row]}
+
+    for measured in (run(row("vllm base", [20.0])), switched(0.005), switched(0.001), run(row("vllm base", [30.0]))):
+        report.write(measured, tmp_path)
+    kept = json.loads((tmp_path / "share_the_base.json").read_text())
+    assert [one["rates"] for one in kept["rows"]] == [[30.0]]
+    assert [one["switch"] for one in kept["switching"]] == [0.001]
+    assert "| switching | vllm plugin | 10.0 | 11.0 | 1.00 |" in (tmp_path / "share_the_base.md").read_text()
