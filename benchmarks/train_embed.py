@@ -29,6 +29,7 @@ from typing import Any
 
 from benchmarks.machine import machine
 from benchmarks.training_sides import ALPHA, LR, RANK, SCALE, ours, recipe, stock, timer
+from embedft.base import native_bf16
 
 ROOT = Path(__file__).parent.parent
 LINEAR = 6 * (4 * 384 * 384 + 2 * 384 * 1536)  # weights of MiniLM's linear layers
@@ -127,7 +128,7 @@ def _bf16(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     job = _job(arguments, data, "stock", min(arguments.lengths)) | {"pairs": 8, "batch": 4, "epochs": 1, "evaluate": False}
     slow, fast = (_child(job | {"bf16": bf16}, arguments.threads) for bf16 in (True, False))
     figures = {name: job["batch"] / statistics.median(run["steps"][1:] or run["steps"]) for name, run in (("bf16", slow), ("fp32", fast))}
-    native = bool(torch.cpu._is_avx512_bf16_supported())  # pyright: ignore[reportPrivateUsage]
+    native = native_bf16()
     note = "" if native else "this processor has no bf16 instructions: products in bf16 are emulated, so ours computes in fp32 as well"
     return {"pairs_per_second": figures, "length": job["length"], "batch": job["batch"], "native_bf16": native, "note": note}
 

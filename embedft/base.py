@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.compressed import BITS, plain
-from embedft.errors import BaseNotFound, QuantizationUnsupported
+from embedft.errors import BaseNotFound, QuantizationUnsupported, UsageError
 from embedft.int8 import keep_activations
 from embedft.model_folder import RECORD, BaseInfo, Task, describe, fingerprint, quantization_of
 from embedft.quantize import quantize
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILT_INS = ("minilm", "seed-lm")
+DTYPE = "EMBEDFT_DTYPE"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,27 @@ def base_folder(spec: BaseSpec) -> Path:
 
 
 def compute_dtype() -> "torch.dtype":
-    """bf16 where the machine multiplies in it (CUDA, AVX512-BF16 or AMX), else fp32: elsewhere bf16 is tens of times slower."""
+    """What trainer and engines compute in: bf16 where the machine multiplies in it (CUDA, AVX512-BF16 or AMX), else fp32.
+
+    Elsewhere bf16 is tens of times slower. $EMBEDFT_DTYPE (float32, bfloat16 or float16) decides otherwise. Raises UsageError on another name.
+    """
     import torch
 
+    given = os.environ.get(DTYPE)
+    if given:
+        if given not in DTYPES:
+            raise UsageError(f"{DTYPE}={given}: it is one of {', '.join(DTYPES)}, or not set")
+        return getattr(torch, given)
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # pyright: ignore[reportPrivateUsage]
+    return torch.bfloat16 if native_bf16() else torch.float32
+
+
+def native_bf16() -> bool:
+    """Whether this processor multiplies in bf16."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 def load_base(spec: BaseSpec, *, task: Task) -> Base:

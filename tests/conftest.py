@@ -18,6 +18,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ |= EAGER  # as the command line has it
+os.environ.setdefault(
+    "EMBEDFT_DTYPE", "float32"
+)  # sums that are compared are exact to its rounding on every machine; `bf16` tests set their own
 if "EMBEDFT_CACHE" not in os.environ:  # one for all workers: they inherit it
     os.environ["EMBEDFT_CACHE"] = tempfile.mkdtemp(prefix="embedft-test-cache-")
     atexit.register(shutil.rmtree, os.environ["EMBEDFT_CACHE"], ignore_errors=True)

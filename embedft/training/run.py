@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
+from embedft.base import compute_dtype
 from embedft.errors import ResumeRefused
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
 from embedft.training.progress import note
@@ -74,8 +75,8 @@ def resume_command(recipe: EmbeddingRecipe | CausalLMRecipe) -> str:
 def _machine() -> dict[str, Any]:
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {"torch": str(torch.__version__), **_versions(), "threads": torch.get_num_threads(), "device": device}
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", str(compute_dtype()).removeprefix("torch.")
+    return {"torch": str(torch.__version__), **_versions(), "threads": torch.get_num_threads(), "device": device, "dtype": dtype}
 
 
 def _versions() -> dict[str, str | None]:
