@@ -123,7 +123,6 @@ def _job(arguments: argparse.Namespace, data: Path, side: str, length: int) -> d
 
 def _bf16(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     """The stock trainer under bf16 autocast, on few pairs: where the processor has no bf16 instructions it is emulated."""
-    import torch
 
     job = _job(arguments, data, "stock", min(arguments.lengths)) | {"pairs": 8, "batch": 4, "epochs": 1, "evaluate": False}
     slow, fast = (_child(job | {"bf16": bf16}, arguments.threads) for bf16 in (True, False))

@@ -114,7 +114,7 @@ def base_folder(spec: BaseSpec) -> Path:
 def compute_dtype() -> "torch.dtype":
     """What trainer and engines compute in: bf16 where the machine multiplies in it (CUDA, AVX512-BF16 or AMX), else fp32.
 
-    Elsewhere bf16 is tens of times slower. $EMBEDFT_DTYPE (float32, bfloat16 or float16) decides otherwise. Raises UsageError on another name.
+    Elsewhere bf16 is tens of times slower. $EMBEDFT_DTYPE (float32, bfloat16 or float16) decides otherwise; another name is a UsageError.
     """
     import torch
 
