@@ -3,6 +3,7 @@
 A quantized base is always a folder (embedft.quantize writes it once); trainer and engine load that same folder.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,6 +164,8 @@ def load_model(folder: Path, *, task: Task) -> "PreTrainedModel":
     if quantization_of_model(model) == "bitsandbytes":
         _settle_4bit(model)
         keep_activations(model)
+    if compute_dtype() is not torch.float32:
+        _multiply_in(model, compute_dtype())
     return model
 
 
@@ -171,6 +174,24 @@ def _cast(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+
+
+def _multiply_in(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
+    """The forward pass runs under autocast wherever it is called from: adapters are float32, and some methods would make all after them so.
+
+    So a loss, an evaluation and an engine compute the same. The model becomes a class of the same name, which a copy of it keeps.
+    """
+    import torch
+
+    own = type(model)
+
+    @functools.wraps(own.forward)
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
+        with torch.autocast(self.device.type, dtype=dtype):
+            return own.forward(self, *given, **named)
+
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    model.__class__ = type(own.__name__, (own,), {**names, "forward": forward})
 
 
 def _settle_4bit(model: "PreTrainedModel") -> None:

@@ -53,6 +53,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
         if item.get_closest_marker("shared_data") and not SHARED_DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason="../shared/data is not here"))
+        if item.get_closest_marker("bf16"):
+            from embedft.base import native_bf16
+
+            if not native_bf16():
+                item.add_marker(pytest.mark.skip(reason="this processor has no bf16 instructions"))
         if item.get_closest_marker("gpu"):
             import torch
 

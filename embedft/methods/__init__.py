@@ -3,7 +3,7 @@
 table.py      METHODS, one row a method           targets.py    which linear layers
 attach.py     a new adapter on a frozen base      starts.py     PiSSA, OLoRA, LoftQ, EVA: where A and B begin
 companion.py  a frozen low-rank pair beside       prompts.py    virtual tokens, right in any batch
-files.py      saving and loading adapters
+files.py      saving and loading adapters         precision.py  float32 adapters on a bf16 base
 """
 
 from embedft.methods.attach import attach

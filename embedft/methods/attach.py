@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from embedft.base import Base
 from embedft.errors import MethodUnsupported
 from embedft.methods.companion import add_companion
+from embedft.methods.precision import settle
 from embedft.methods.prompts import place_prompts
 from embedft.methods.starts import start
 from embedft.methods.table import Form, Method, option, supported
@@ -46,6 +47,7 @@ def attach(
         model: Any = peft.get_peft_model(base.model, config)
     except ValueError as error:  # PEFT knows the architectures that it can wrap
         raise MethodUnsupported(method.name, where=f"on {base.info.architecture}", why=str(error).splitlines()[0]) from error
+    settle(model)
     if method.form == "prompt":
         place_prompts(model)
     if not begin and (method.start in {"pissa", "olora"} or method.update in FROZEN_RANKS):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from embedft.adapters.passport import CONFIG, WEIGHTS
 from embedft.errors import AdapterInvalid
 from embedft.methods.companion import has_companion, plain_pairs
+from embedft.methods.precision import settle
 from embedft.methods.prompts import place_prompts
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, adapter_name: str = 
     if getattr(config, "init_lora_weights", True) not in (True, False):
         config.init_lora_weights = True  # PiSSA and its like would rewrite the base; what they drew is in the file
     peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
+    settle(peft_model)
     if config.is_prompt_learning:
         place_prompts(peft_model)
     _check_tensors(peft_model, folder, adapter_name)

@@ -153,7 +153,7 @@ class SeedLM(nn.Module):
         next two layers' last heads at `sources`, the place to copy the next token from (-1: nowhere in particular).
         """
         x, heads = self.hidden(tokens)
-        logits = F.linear(x, self.model.embed_tokens.weight)
+        logits = F.linear(x, self.model.embed_tokens.weight).float()
         losses = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
         previous = torch.arange(-1, tokens.shape[1] - 1, device=tokens.device).expand_as(tokens)
         guide = attention_loss(heads[0], previous)
@@ -166,7 +166,7 @@ def attention_loss(logits: Tensor, sources: Tensor) -> Tensor:
     """Mean of -log(attention paid to `sources`) in nats, over the (batch, length) places whose source is not -1."""
     length = logits.shape[-1]
     causal = torch.ones(length, length, dtype=torch.bool, device=logits.device).tril()
-    paid = F.log_softmax(logits.masked_fill(~causal, -1e9), dim=-1).gather(-1, sources.clamp(min=0)[..., None])[..., 0]
+    paid = F.log_softmax(logits.float().masked_fill(~causal, -1e9), dim=-1).gather(-1, sources.clamp(min=0)[..., None])[..., 0]
     counted = (sources >= 0).float()
     return -(paid * counted).sum() / counted.sum().clamp(min=1)
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from embedft.base import compute_dtype
 from embedft.seed.card import card
 from embedft.seed.check import Scores, score
 from embedft.seed.data import Batches, Budget, copy_sources, prepare
@@ -134,6 +135,7 @@ class Pretraining:
         self.batches = Batches(run.out / "data", seed=run.seed)
         torch.manual_seed(run.seed)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = compute_dtype()  # of products; weights, sums and losses are float32
         self.model = SeedLM(run.shape).to(self.device)
         self.optimizer = MuonAdamW(self.model.named_parameters())
         self.checkpoint = run.out / "checkpoint.safetensors"
@@ -158,7 +160,9 @@ class Pretraining:
         ids, weights = self.batches.at(self.state.step, rows=rows, length=length, copies=COPIES if guided else COPIES / 4)
         tokens, sources = torch.from_numpy(ids).to(self.device), torch.from_numpy(copy_sources(ids)).to(self.device)
         forward = self.loss if length == run.length else self.model  # the few long steps are not worth a second compilation
-        loss, guide = forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(weights).to(self.device), sources)
+        with torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            weighed = torch.from_numpy(weights).to(self.device)
+            loss, guide = forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weighed, sources)
         (loss + (GUIDE if guided else GUIDE / 10) * guide).backward()
         self.guide = float(guide.detach())
         self.optimizer.step(rate(progress))

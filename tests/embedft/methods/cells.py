@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedft.base import Base, BaseSpec, load_base
+import torch
+
+from embedft.base import Base, BaseSpec, compute_dtype, load_base
 from embedft.methods import attach
 from embedft.recipe import parse_recipe
 from tests import fixtures_embedding, fixtures_lm
@@ -19,6 +21,13 @@ RATES |= {"llama_adapter": 0.1, "full": 2e-3, "adalora": 0.05, "lora_plus": 1e-3
 
 
 WHOLE = os.environ.get("EMBEDFT_MATRIX") == "whole"  # `make test-matrix`: every cell, some minutes; else one of each kind
+
+
+def same(one: Any, other: Any, bound: float) -> bool:
+    """Equal to `bound` everywhere; computed in bf16, within 3 % of the norm: a deep sum in another order."""
+    if compute_dtype() is torch.float32:
+        return float((one - other).abs().max()) < bound
+    return float((one - other).norm()) <= 3e-2 * float(other.norm())
 
 
 @dataclass
@@ -36,8 +45,6 @@ class Cell:
 
 def tensors_of(model: Any) -> "Counter[str]":
     """A hash of each tensor that the model holds, quantization states too."""
-    import torch
-
     found = [*model.parameters(), *model.buffers()]
     for parameter in list(found):
         state = getattr(parameter, "quant_state", None)
@@ -50,8 +57,6 @@ def tensors_of(model: Any) -> "Counter[str]":
 
 def cell(folder: Path, base: Path, task: str, method: str, quantization: str, **settings: Any) -> Cell:
     """The adapter attached and its trainer made; nothing trained yet. Raises what `attach` raises."""
-    import torch
-
     loaded = load_base(BaseSpec(str(base), quantization), task=task)  # type: ignore[arg-type]
     make = _lm if task == "causal_lm" else _embedding
     options = settings.pop("options", {})
@@ -62,8 +67,6 @@ def cell(folder: Path, base: Path, task: str, method: str, quantization: str, **
 
 
 def _lm(folder: Path, base: Base, adapter: dict[str, Any], train: dict[str, Any]) -> Cell:
-    import torch
-
     from embedft.causal_lm.batches import Collate
     from embedft.causal_lm.template import template_of
     from embedft.causal_lm.train import build_trainer, read_split, tokenized
@@ -92,8 +95,6 @@ def _lm(folder: Path, base: Base, adapter: dict[str, Any], train: dict[str, Any]
 
 
 def _embedding(folder: Path, base: Base, adapter: dict[str, Any], train: dict[str, Any]) -> Cell:
-    import torch
-
     from embedft.embedding.batches import BatchPlan
     from embedft.embedding.data import load_data
     from embedft.embedding.train import make_trainer, settings_for

@@ -1,0 +1,40 @@
+"""Adapters are float32 on a base of any dtype: small steps are not rounded away, and each adapted layer answers in the base's dtype.
+
+PEFT keeps LoRA so by itself; AdaLoRA and (IA)³ would make all layers after them float32, LLaMA-Adapter and full fine-tuning would train
+in the base's own dtype.
+"""
+
+from typing import Any
+
+from embedft.base import compute_dtype
+
+
+def settle(model: Any) -> None:
+    """Adapter tensors of a PeftModel become float32, and what its adapted layers give is cast back. A float32 base is left as it is."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    dtype = compute_dtype()
+    if dtype is torch.float32:
+        return
+
+    def answer(_: Any, __: Any, output: Any) -> Any:
+        return output.to(dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name in module.adapter_layer_names:
+                _float32(getattr(module, name))
+            module.register_forward_hook(answer)
+        elif hasattr(module, "adaption_prompt"):
+            _float32(module.adaption_prompt)
+            _float32(module.adaption_gate)
+
+
+def _float32(tensors: Any) -> None:
+    """A parameter, or a module of them, in place: an optimizer may hold it already."""
+    import torch
+
+    for parameter in [tensors] if isinstance(tensors, torch.nn.Parameter) else tensors.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
