@@ -146,7 +146,8 @@ class _Attention(torch.autograd.Function):
         dqkv = torch.empty_like(qkv)
         views = zip(*(_heads(t, groups, layer.heads, n) for t, n in ((qkv, 3), (mixed, 1), (dmixed, 1), (dqkv, 3))), strict=True)
         for ((q, k, v), (attended,), (grad,), targets), total in zip(views, sums, strict=True):
-            for target, part in zip(targets, _flash_backward(grad, q, k, v, attended, total, 0.0, False), strict=True):
+            wide = (tensor.float() for tensor in (grad, q, k, v, attended))  # torch's bf16 kernel takes seven times as long
+            for target, part in zip(targets, _flash_backward(*wide, total.float(), 0.0, False), strict=True):
                 target.copy_(part)
         inner = [_gradients(p, x, d) for p, d in zip((query, key, value), dqkv.chunk(3, dim=1), strict=True)]
         dx = dsum.addmm_(dqkv, qkv_weight) if ctx.needs_input_grad[0] else None
