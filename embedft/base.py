@@ -145,27 +145,28 @@ def load_base(spec: BaseSpec, *, task: Task) -> Base:
     return Base(spec=spec, folder=folder, info=describe(folder), model=load_model(folder, task=task), tokenizer=tokenizer)
 
 
-def load_model(folder: Path, *, task: Task) -> "PreTrainedModel":
-    """The model of a base folder, frozen, in eval mode, in the compute dtype; on the GPU where there is one."""
+def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
+    """The model of a base folder, frozen, in eval mode, in `dtype` (default: the compute dtype); on the GPU where there is one."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM if task == "causal_lm" else AutoModel
+    dtype = dtype or compute_dtype()
     device: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     if quantization_of(folder) in {*BITS, "compressed-tensors"}:  # what engines keep packed is turned back, exactly, to train on
         from transformers import CompressedTensorsConfig
 
         device["quantization_config"] = CompressedTensorsConfig(run_compressed=False)
-    model = loader.from_pretrained(folder, dtype=compute_dtype(), **device)
+    model = loader.from_pretrained(folder, dtype=dtype, **device)
     plain(model)
-    _cast(model, compute_dtype())
+    _cast(model, dtype)
     model.requires_grad_(False)
     model.eval()
     if quantization_of_model(model) == "bitsandbytes":
-        _settle_4bit(model)
+        _settle_4bit(model, dtype)
         keep_activations(model)
-    if compute_dtype() is not torch.float32:
-        _multiply_in(model, compute_dtype())
+    if dtype is not torch.float32:
+        _multiply_in(model, dtype)
     return model
 
 
@@ -194,14 +195,21 @@ def _multiply_in(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
     model.__class__ = type(own.__name__, (own,), {**names, "forward": forward})
 
 
-def _settle_4bit(model: "PreTrainedModel") -> None:
+def exact_dtype() -> "torch.dtype":
+    """What weights are added in and probes recorded in: float32; on a GPU, where a large base may only just fit, the compute dtype."""
+    import torch
+
+    return compute_dtype() if torch.cuda.is_available() else torch.float32
+
+
+def _settle_4bit(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
     """An evaluation must not pack 4-bit weights that the next training step needs unpacked, nor a foreign machine's dtype rule."""
     from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-            module.compute_dtype = compute_dtype()
+            module.compute_dtype = dtype
             module.compute_type_is_set = True
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, read_passport
-from embedft.base import load_model
+from embedft.base import exact_dtype, load_model
 from embedft.errors import AdapterInvalid, MethodUnsupported, ProbesFailed
 from embedft.methods import load_adapter, method_named
 from embedft.methods.companion import padded
@@ -61,7 +61,7 @@ def convert(folder: Path, out: Path, *, name: str, base: Path | None = None, ran
     if method.to_lora == "no":
         raise MethodUnsupported(method.name, where="as LoRA", why="it is no sum of low-rank updates: serve it by the peft engine")
     base_dir = trained_base(passport, base)
-    model = load_adapter(load_model(base_dir, task=passport.task), folder)
+    model = load_adapter(load_model(base_dir, task=passport.task, dtype=exact_dtype()), folder)
     changes = deltas(model)
     config: Any = next(iter(cast("Any", model).peft_config.values()))
     exact = max((numerical_rank(delta) for delta in changes.values()), default=1)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from embedft.adapters.passport import Passport, read_passport
 from embedft.adapters.probes import compare, read_probes, write_probes
-from embedft.base import BaseSpec, load_model, source_folder
+from embedft.base import BaseSpec, exact_dtype, load_model, source_folder
 from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, UsageError
 from embedft.files import publish_folder, staged_folder
 from embedft.methods import load_adapter, method_named, save_weights
@@ -43,7 +43,7 @@ def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | No
     if (given := fingerprint(source)) not in {passport.base.fingerprint, passport.base.parent}:
         raise BaseMismatch(passport.name, trained_on=passport.base.parent or passport.base.fingerprint, serving=given)
     settings = settings_of(passport) if passport.task == "embedding" else None
-    model: Any = load_model(source, task=passport.task)
+    model: Any = load_model(source, task=passport.task, dtype=exact_dtype())
     plain = outputs(model, recorded.probes, folder=source, settings=settings)
     model = load_adapter(model, folder).merge_and_unload()
     adapted = outputs(model, recorded.probes, folder=source, settings=settings)
@@ -87,7 +87,7 @@ def combine(
     _check(passports, weights, how)
     first = passports[0]
     base_dir = trained_base(first, base)
-    model: Any = load_adapter(load_model(base_dir, task=first.task), folders[0], adapter_name="a0")
+    model: Any = load_adapter(load_model(base_dir, task=first.task, dtype=exact_dtype()), folders[0], adapter_name="a0")
     for number, folder in enumerate(folders[1:], start=1):
         model.load_adapter(str(folder), adapter_name=f"a{number}", is_trainable=False)
     options: dict[str, Any] = {"svd_rank": rank or max(passport.r for passport in passports)} if how == "svd" else {}

@@ -17,7 +17,7 @@ from embedft.adapters.probes import (
     compare,
     read_probes,
 )
-from embedft.base import BaseSpec, base_folder, load_model
+from embedft.base import BaseSpec, base_folder, exact_dtype, load_model
 from embedft.encode import Encoder, EncodeSettings, TextPreparer
 from embedft.errors import AdapterInvalid, BaseMismatch
 from embedft.methods import load_adapter
@@ -84,7 +84,7 @@ def record(folder: Path, *, base: Path, tokenizer: Any, task: Task, settings: En
 
     Raises AdapterInvalid if it changes nothing. A module type whose loss the probes would not notice is in `unnoticed`.
     """
-    model: Any = load_model(base, task=task)
+    model: Any = load_model(base, task=task, dtype=exact_dtype())
     probes = candidates(base, tokenizer, settings=settings)
     before = outputs(model, probes, folder=base, settings=settings)
     model = load_adapter(model, folder)
@@ -95,7 +95,7 @@ def record(folder: Path, *, base: Path, tokenizer: Any, task: Task, settings: En
     for kind in module_types(model):
         with dropped(model, kind):
             without[kind] = _difference(outputs(model, probes, folder=base, settings=settings), before)
-    return choose(probes, effects, without)
+    return choose(probes, before, effects, without)
 
 
 def trained_base(passport: Passport, given: str | Path | None = None) -> Path:
@@ -118,7 +118,7 @@ def verify(folder: Path, *, base: str | Path | None = None) -> ProbeReport:
     passport, recorded = read_passport(folder), read_probes(folder)
     base_dir = trained_base(passport, base)
     settings = settings_of(passport) if passport.task == "embedding" else None
-    model = load_model(base_dir, task=passport.task)
+    model = load_model(base_dir, task=passport.task, dtype=exact_dtype())
     plain, again = (outputs(model, recorded.probes, folder=base_dir, settings=settings) for _ in range(2))
     adapted = outputs(load_adapter(model, folder), recorded.probes, folder=base_dir, settings=settings)
     return compare(recorded, base=plain, adapted=adapted, base_again=again)

@@ -19,6 +19,7 @@ TOLERANCE = 0.1  # the most that the relative error of the effect may be
 SIGNAL = 5.0  # the effect's norm must exceed this many times the engine's repeat noise
 KEPT = 8
 FLOOR = 0.02  # no tolerance below this: engines' rounding must pass
+ROUNDING = 2.0  # and none below this many times what the engine's base differs by from the trainer's, up to TOLERANCE: bf16 must pass
 
 PROBE_TEXTS = (
     "Return the number of items in a list, or zero when it is empty.",
@@ -66,9 +67,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class RecordedProbes:
-    """`effect[i]` is Δ of probe i: (dimensions,) for embeddings, (continuation tokens,) for a language model; float32."""
+    """`effect[i]` is Δ of probe i: (dimensions,) for embeddings, (continuation tokens,) for a language model; float32.
+
+    `base[i]`: what the base itself answers, of the same shape; empty where it was not recorded.
+    """
 
     probes: tuple[Probe, ...]
+    base: tuple[NDArray[np.float32], ...]
     effect: tuple[NDArray[np.float32], ...]
     sensitivity: Mapping[str, float]
     tolerance: float
@@ -88,6 +93,7 @@ class ProbeReport:
 
 def choose(
     probes: Sequence[Probe],
+    base: Sequence[NDArray[np.float32]],
     effects: Sequence[NDArray[np.float32]],
     without: Mapping[str, Sequence[NDArray[np.float32]]],
     *,
@@ -95,8 +101,9 @@ def choose(
 ) -> RecordedProbes:
     """The `keep` probes that show the loss of any one module type best.
 
-    `effects[i]` is Δ of probe i and `without[type][i]` the same with that module type dropped. A probe is ranked by its least
-    relative change over the types; the tolerance is half the least change that remains, between FLOOR and TOLERANCE.
+    `base[i]` is the base's answer to probe i, `effects[i]` its Δ, and `without[type][i]` Δ with that module type dropped. A probe is
+    ranked by its least relative change over the types; the tolerance is half the least change that remains, between FLOOR and
+    TOLERANCE.
     """
     losses = {kind: [effect - other for effect, other in zip(effects, dropped, strict=True)] for kind, dropped in without.items()}
     scores = [min((_norm([lost[i]]) for lost in losses.values()), default=1.0) / (_norm([effects[i]]) + 1e-9) for i in range(len(probes))]
@@ -104,7 +111,8 @@ def choose(
     total = _norm([effects[i] for i in best])
     sensitivity = {kind: _norm([lost[i] for i in best]) / (total + 1e-9) for kind, lost in losses.items()}
     tolerance = max(FLOOR, min(TOLERANCE, 0.5 * min(sensitivity.values(), default=1.0)))
-    return RecordedProbes(tuple(probes[i] for i in best), tuple(effects[i] for i in best), sensitivity, tolerance)
+    chosen, plain, effect = (tuple(side[i] for i in best) for side in (probes, base, effects))
+    return RecordedProbes(chosen, plain, effect, sensitivity, tolerance)
 
 
 def compare(
@@ -115,21 +123,31 @@ def compare(
     base_again: Sequence[NDArray[np.float32]],
     tolerance: float | None = None,
 ) -> ProbeReport:
-    """Hold an engine's outputs on the probes (one array a probe, base twice) against the trainer's effect."""
+    """Hold an engine's outputs on the probes (one array a probe, base twice) against the trainer's effect.
+
+    `tolerance` None: the recorded one, or twice what this engine's base differs by where that is more (it computes in bf16, and
+    the trainer's was exact), but never more than TOLERANCE.
+    """
     limit = recorded.tolerance if tolerance is None else tolerance
     shapes = [array.shape for array in recorded.effect]
     if any([array.shape for array in side] != shapes for side in (base, adapted, base_again)):
         return ProbeReport(float("inf"), 0.0, 0.0, limit, False, "the engine's outputs have another shape than the recorded ones")
+    strength = _norm(recorded.effect) + 1e-12
+    rounding = _norm([one - other for one, other in zip(base, recorded.base, strict=True)]) / strength if recorded.base else 0.0
+    if tolerance is None:
+        limit = max(limit, min(TOLERANCE, ROUNDING * rounding))
     effect = [one - other for one, other in zip(adapted, base, strict=True)]
     noise = _norm([one - other for one, other in zip(base_again, base, strict=True)])
     signal = _norm(effect)
-    error = _norm([one - other for one, other in zip(effect, recorded.effect, strict=True)]) / (_norm(recorded.effect) + 1e-12)
+    error = _norm([one - other for one, other in zip(effect, recorded.effect, strict=True)]) / strength
     if not np.isfinite(error) or not np.isfinite(signal):
         return ProbeReport(error, signal, noise, limit, False, "the engine's outputs are not finite")
     if signal <= SIGNAL * noise or signal == 0.0:
         return ProbeReport(error, signal, noise, limit, False, "it changes nothing: its effect drowns in the engine's repeat noise")
     if error > limit:
         reason = f"its effect differs from the trainer's by {error:.3f} of its norm, where {limit:.3f} is allowed"
+        if rounding > limit:
+            reason += ": it does little, and the base alone differs here by more; train it further, or compute in float32 (EMBEDFT_DTYPE)"
         return ProbeReport(error, signal, noise, limit, False, reason)
     return ProbeReport(error, signal, noise, limit, True, f"its effect differs from the trainer's by {error:.4f} of its norm")
 
@@ -144,6 +162,7 @@ def write_probes(folder: Path, recorded: RecordedProbes) -> None:
     save_file(
         {
             "effect": np.concatenate(recorded.effect).astype(np.float32),
+            "base": np.concatenate(recorded.base or [np.zeros(0)]).astype(np.float32),
             "effect_lengths": np.asarray([len(array) for array in recorded.effect], dtype=np.int64),
             "ids": flat([probe.ids for probe in recorded.probes]),
             "id_lengths": np.asarray([len(probe.ids) for probe in recorded.probes], dtype=np.int64),
@@ -170,6 +189,7 @@ def read_probes(folder: Path) -> RecordedProbes:
         ids = _split(arrays["ids"], arrays["id_lengths"])
         continuations = _split(arrays["continuations"], arrays["continuation_lengths"])
         effect = _split(arrays["effect"], arrays["effect_lengths"])
+        base = _split(arrays["base"], arrays["effect_lengths"]) if "base" in arrays and len(arrays["base"]) else []
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise AdapterInvalid(folder.name, f"its {PROBES} is malformed: {error}") from None
     probes = tuple(Probe(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(ids, continuations, strict=True))
@@ -180,7 +200,7 @@ def read_probes(folder: Path) -> RecordedProbes:
         or not 0 < tolerance <= TOLERANCE
     ):
         raise AdapterInvalid(folder.name, f"its {PROBES} is malformed: {len(probes)} probes, tolerance {tolerance}")
-    return RecordedProbes(probes, tuple(effect), {}, tolerance)
+    return RecordedProbes(probes, tuple(base), tuple(effect), {}, tolerance)
 
 
 def _split(flat: NDArray[Any], lengths: NDArray[Any]) -> list[NDArray[Any]]:

@@ -47,7 +47,7 @@ def attach(
         model: Any = peft.get_peft_model(base.model, config)
     except ValueError as error:  # PEFT knows the architectures that it can wrap
         raise MethodUnsupported(method.name, where=f"on {base.info.architecture}", why=str(error).splitlines()[0]) from error
-    settle(model)
+    settle(model, base.model.dtype)
     if method.form == "prompt":
         place_prompts(model)
     if not begin and (method.start in {"pissa", "olora"} or method.update in FROZEN_RANKS):

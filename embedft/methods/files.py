@@ -73,8 +73,9 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, adapter_name: str = 
     config.base_model_name_or_path = model.name_or_path  # else PEFT warns that the recorded name differs from the folder's
     if getattr(config, "init_lora_weights", True) not in (True, False):
         config.init_lora_weights = True  # PiSSA and its like would rewrite the base; what they drew is in the file
+    dtype = model.dtype
     peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
-    settle(peft_model)
+    settle(peft_model, dtype)
     if config.is_prompt_learning:
         place_prompts(peft_model)
     _check_tensors(peft_model, folder, adapter_name)

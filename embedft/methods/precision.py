@@ -4,17 +4,17 @@ PEFT keeps LoRA so by itself; AdaLoRA and (IA)³ would make all layers after the
 in the base's own dtype.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from embedft.base import compute_dtype
+if TYPE_CHECKING:
+    import torch
 
 
-def settle(model: Any) -> None:
-    """Adapter tensors of a PeftModel become float32, and what its adapted layers give is cast back. A float32 base is left as it is."""
+def settle(model: Any, dtype: "torch.dtype") -> None:
+    """Adapter tensors of a PeftModel become float32, and what its adapted layers give the base's `dtype`."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    dtype = compute_dtype()
     if dtype is torch.float32:
         return
 

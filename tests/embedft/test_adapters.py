@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, generation, lineage, read_passport
-from embedft.adapters.probes import PROBES, Probe, RecordedProbes, choose, compare, read_probes
+from embedft.adapters.probes import PROBES, Probe, RecordedProbes, choose, compare, read_probes, write_probes
 from embedft.adapters.store import AdapterStore
 from embedft.adapters.transfer import export_folder, import_folder, pull, push
 from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, BaseMismatch, GenerationConflict
@@ -237,17 +237,30 @@ def test_the_probes_kept_are_those_that_show_the_least_visible_module() -> None:
         "seen everywhere": [np.zeros(2, np.float32)] * 4,
         "seen in two": [np.full(2, 1 - share, np.float32) for share in (0.01, 0.3, 0.02, 0.4)],
     }
-    recorded = choose(probes, effects, without, keep=2)
+    recorded = choose(probes, [np.full(2, index, np.float32) for index in range(4)], effects, without, keep=2)
+    assert [array[0] for array in recorded.base] == [probe.ids[0] for probe in recorded.probes]
     assert {probe.ids[0] for probe in recorded.probes} == {1, 3}
     assert recorded.tolerance == pytest.approx(0.1)
 
 
 def test_a_signal_within_the_engines_noise_fails() -> None:
     effect = (np.full(4, 0.1, np.float32),)
-    recorded = RecordedProbes((Probe((1,)),), effect, {}, 0.1)
+    recorded = RecordedProbes((Probe((1,)),), (), effect, {}, 0.1)
     base, again = [np.zeros(4, np.float32)], [np.full(4, 0.05, np.float32)]
     assert not compare(recorded, base=base, adapted=list(effect), base_again=again).passed
     assert compare(recorded, base=base, adapted=list(effect), base_again=base).passed
+
+
+def test_an_engine_may_differ_by_its_rounding_which_its_base_shows_but_never_by_more_than_a_tenth(tmp_path: Path) -> None:
+    base, effect = np.ones(100, np.float32), np.full(100, 0.1, np.float32)
+    write_probes(tmp_path, RecordedProbes((Probe((1,)),), (base,), (effect,), {}, 0.02))
+    recorded = read_probes(tmp_path)
+    assert np.array_equal(recorded.base[0], base)
+    for moved, off, passed in ((0.0, 0.05, False), (0.003, 0.05, True), (0.003, 0.07, False), (0.5, 0.09, True), (0.5, 0.11, False)):
+        plain = [base + np.float32(moved)]
+        report = compare(recorded, base=plain, adapted=[plain[0] + effect * np.float32(1 + off)], base_again=plain)
+        assert report.passed == passed, (moved, off, report)
+    assert "EMBEDFT_DTYPE" in report.reason
 
 
 def test_lineage_changes_with_everything_that_changes_a_vector() -> None:

@@ -61,7 +61,7 @@ def fill_adapter(folder: Path, name: str, base: Path, *, seed: int, scale: float
         continuation = () if task == "embedding" else (5, 6, 7)
         probes.append(Probe(ids, continuation))
         effects.append(random.standard_normal(DIMENSION if task == "embedding" else 3).astype(np.float32))
-    write_probes(folder, RecordedProbes(tuple(probes), tuple(effects), {}, 0.1))
+    write_probes(folder, RecordedProbes(tuple(probes), (), tuple(effects), {}, 0.1))
     embedding = {"pooling": "mean", "normalize": True} if task == "embedding" else {}
     settings: dict[str, Any] = {"max_length": LENGTH, "r": 2, **embedding, **passport}
     Passport(

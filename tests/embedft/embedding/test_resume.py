@@ -17,25 +17,32 @@ from embedft.recipe import EmbeddingRecipe
 from embedft.recipe_file import load_recipe
 from tests.embedft.embedding.runs import PACKED, PADDED, PART, Make, trained, weights
 
-RESUMED = [
+RESUMED: list[tuple[str, dict[str, Any], int, dict[str, Any]]] = [
     *((q, adapter, stop, {}) for q in ("none", "nf4") for adapter, stop in ((PADDED, 5), (PACKED, 5), (PART, 17), ({"side": "query"}, 14))),
     ("int8", {}, 5, {}),
     ("nf4", {}, 9, {"evaluate_every": 4}),
 ]
+LOW = [("none", PADDED), ("none", PACKED), ("nf4", PACKED), ("int8", {})]
+DTYPES = [
+    *(pytest.param(*each, "float32") for each in RESUMED),
+    *(pytest.param(quantization, adapter, 5, {}, "bfloat16", marks=pytest.mark.bf16) for quantization, adapter in LOW),
+]
 
 
-@pytest.mark.parametrize(("quantization", "adapter", "stop", "section"), RESUMED)
+@pytest.mark.parametrize(("quantization", "adapter", "stop", "section", "dtype"), DTYPES)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     quantization: str,
     adapter: dict[str, Any],
     stop: int,
     section: dict[str, Any],
+    dtype: str,
     make: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from embedft.training.interrupt import InterruptGuard
 
+    monkeypatch.setenv("EMBEDFT_DTYPE", dtype)
     recipe = make("mean", quantization=quantization, adapter=adapter, train={"epochs": 2} | section)
     whole, broken = AdapterStore(tmp_path / "whole"), AdapterStore(tmp_path / "broken")
     trained(recipe, whole)
@@ -49,7 +56,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     monkeypatch.setattr(InterruptGuard, "on_step_end", stop_in_time)
     with pytest.raises(TrainingInterrupted) as caught:
         trained(recipe, broken)
-    monkeypatch.undo()
+    monkeypatch.setattr(InterruptGuard, "on_step_end", on_step_end)
     assert "--resume" in caught.value.command
     saved = sorted(path.name for path in Path(caught.value.checkpoint).iterdir())
     assert "trainable.safetensors" in saved

@@ -13,10 +13,15 @@ QUANTIZED = {"qlora": "nf4", "llm_int8": "int8", "loftq": "nf4"}
 REMEMBERING = ["qlora", "adalora", "relora", "delta_lora", "lora_plus", "lora_fa", "pissa", "prompt_tuning"]
 
 
-@pytest.mark.parametrize("method", METHODS if WHOLE else REMEMBERING)
-def test_resume_is_exact(method: str, bases: dict[str, Path], tmp_path: Path) -> None:
+IN_BF16 = METHODS if WHOLE else ("lora", "qlora", "llm_int8", "adalora")
+LOW = [pytest.param(method, "bfloat16", marks=pytest.mark.bf16) for method in IN_BF16]
+
+
+@pytest.mark.parametrize(("method", "dtype"), [*((method, "float32") for method in (METHODS if WHOLE else REMEMBERING)), *LOW])
+def test_resume_is_exact(method: str, dtype: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    monkeypatch.setenv("EMBEDFT_DTYPE", dtype)
     quantization = QUANTIZED.get(method, "none")
 
     def fresh() -> Cell:

@@ -1,0 +1,87 @@
+"""In bf16, where the processor multiplies in it: adapters train, pass their probes in both engines and answer there as they did alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedft.adapters.store import AdapterStore
+from embedft.base import BaseSpec
+from embedft.verify import verify
+from tests.line import PROMPTS, QUERIES, TOKENS, solo_answers, solo_vectors, train_causal_lm, train_embedding
+from tests.serve.world import Server, launch
+
+pytestmark = [pytest.mark.bf16, pytest.mark.timeout(600)]
+TEXT, WORDS = {"model": "minilm", "quantization": "none"}, {"model": "seed-lm", "quantization": "nf4"}
+COSINE = 0.9995  # of two engines' bf16; in float32 it is 0.9999
+
+
+@pytest.fixture(scope="module")
+def dtype() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMBEDFT_DTYPE", "bfloat16")
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(dtype: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[AdapterStore, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("bf16")
+    store = AdapterStore(folder / "adapters")
+    generations = {name: train_embedding(store, name, folder, seed=seed, **TEXT) for name, seed in (("a", 1), ("b", 2))}
+    return store, generations | {name: train_causal_lm(store, name, folder, seed=seed, **WORDS) for name, seed in (("s", 1), ("t", 2))}
+
+
+def test_an_adapters_files_do_what_the_trainer_recorded(trained: tuple[AdapterStore, dict[str, str]]) -> None:
+    store, generations = trained
+    for identity in generations.values():
+        assert verify(store.folder(identity)).error < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["peft", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_both_engines_answer_as_each_adapter_does_alone(engine: str, trained: tuple[AdapterStore, dict[str, str]], tmp_path: Path) -> None:
+    store, generations = trained
+    bases = [
+        {"name": "minilm", **TEXT, "task": "embedding", "engine": engine},
+        {"name": "seed-lm", **WORDS, "task": "causal_lm", "engine": engine},
+    ]
+    server = launch({"bases": bases}, folder=tmp_path, store=store.root)
+    try:
+        server.wait_ready(300)
+        for name in ("a", "b", "s", "t"):
+            answer = server.put(name)
+            assert answer.status_code == 200, answer.text
+        vectors = {name: solo_vectors(store, generations.get(name or ""), spec=BaseSpec(**TEXT)) for name in (None, "a", "b")}
+        for name in vectors:
+            found = _vectors(server, name)
+            cosines = {other: _cosines(found, vector) for other, vector in vectors.items()}
+            assert cosines[name].min() >= COSINE, cosines[name]
+            assert all(cosines[other].mean() < 0.99 for other in vectors if other != name), "they are too alike to tell apart"
+        for name in (None, "s", "t"):
+            alone = solo_answers(store, generations.get(name or ""), spec=BaseSpec(**WORDS))
+            answers = [_chat(server, name, prompt) for prompt in PROMPTS]
+            assert all(one.equals(answer) for one, answer in zip(alone, answers, strict=True)), (name, alone, answers)
+    finally:
+        assert server.stop() == 0
+
+
+def _vectors(server: Server, adapter: str | None) -> np.ndarray:
+    body: dict[str, Any] = {"model": "minilm", "input": QUERIES, "input_type": "query", "adapter": adapter}
+    return np.array([row["embedding"] for row in server.post("/v1/embeddings", body, timeout=120).json()["data"]])
+
+
+def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+
+
+def _chat(server: Server, adapter: str | None, prompt: str) -> str:
+    body = {
+        "model": "seed-lm",
+        "adapter": adapter,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": TOKENS,
+        "temperature": 0,
+    }
+    answer = server.post("/v1/chat/completions", body, timeout=120).json()
+    return answer["choices"][0]["message"]["content"]
