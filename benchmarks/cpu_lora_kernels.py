@@ -1,6 +1,6 @@
 """What the adapters add to one projection on one core: the compiled kernel, torch alone, and vLLM's own operations.
 
-    python -m benchmarks.cpu_lora_kernels
+    python -m benchmarks.cpu_lora_kernels [float32|bfloat16]
 
 The best of many repetitions of each, taken in turn; microseconds, and in brackets the share of the base's own product.
 """
@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -32,17 +33,18 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    lines = [f"rank 16, {os.cpu_count()} cores of which one is used, fp32", ""]
+    dtype = getattr(torch, sys.argv[1] if len(sys.argv) > 1 else "float32")
+    lines = [f"rank 16, {os.cpu_count()} cores of which one is used, {str(dtype).removeprefix('torch.')}", ""]
     lines += ["| batch | projection | base | kernel | torch | vLLM's own |", "|---|---|---|---|---|---|"]
     for batch, (tokens, length) in BATCHES.items():
         for name, (inputs, outs) in SHAPES.items():
-            best = measured(tokens, length, inputs, outs)
+            best = measured(tokens, length, inputs, outs, dtype)
             shares = [f"{1e6 * seconds:.0f} ({seconds / best[0]:.2f})" for seconds in best[1:]]
             lines.append(f"| {batch} | {name} | {1e6 * best[0]:.0f} | {' | '.join(shares)} |")
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def measured(tokens: int, length: int, inputs: int, outs: tuple[int, ...]) -> list[float]:
+def measured(tokens: int, length: int, inputs: int, outs: tuple[int, ...], dtype: Any) -> list[float]:
     """Seconds of the base's product, the kernel, torch, vLLM."""
     import torch
     from vllm.lora.ops.torch_ops import bgmv_expand_slice, bgmv_shrink
@@ -52,12 +54,13 @@ def measured(tokens: int, length: int, inputs: int, outs: tuple[int, ...]) -> li
     from serve.vllm_cpu_lora.slots import Slots
 
     of = np.arange(tokens) // length % 8
-    a = tuple(torch.randn(8, 1, 16, inputs) for _ in outs)
-    b = tuple(torch.randn(8, 1, out, 16) for out in outs)
+    a = tuple(torch.randn(8, 1, 16, inputs, dtype=dtype) for _ in outs)
+    b = tuple(torch.randn(8, 1, out, 16, dtype=dtype) for out in outs)
     slots, plan, index = Slots.stacked(a, b), make_plan(of), torch.from_numpy(of)
     for slot in range(8):
         slots.ranks[slot] = 16
-    x, y, weight = torch.randn(tokens, inputs), torch.zeros(tokens, sum(outs)), torch.randn(sum(outs), inputs)
+    x, weight = torch.randn(tokens, inputs, dtype=dtype), torch.randn(sum(outs), inputs, dtype=dtype)
+    y = torch.zeros(tokens, sum(outs), dtype=dtype)
 
     def stock() -> None:
         offset = 0
