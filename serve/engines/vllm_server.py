@@ -12,7 +12,8 @@ compute as in training (embedft.int8). On a CPU:
    rounding than transformers has, so adapters would not meet the base that they were trained on.
 4. What is not finite never enters the cache: attention reads a block to its end and multiplies what is beyond a sequence by 0,
    which of NaN makes NaN. One damaged adapter would spoil the answers of all who get its blocks after it.
-5. Its LoRA operations are replaced (serve.vllm_cpu_lora, registered here because VLLM_PLUGINS names bitsandbytes only).
+5. A W8A8 layer's weight is None once it is packed for oneDNN, and vLLM asks it where a LoRA belongs.
+6. Its LoRA operations are replaced (serve.vllm_cpu_lora, registered here because VLLM_PLUGINS names bitsandbytes only).
 """
 
 import os
@@ -39,6 +40,7 @@ def main() -> None:
         _one_process_for_engine_and_worker(type(current_platform))
         _models_inspected_in_this_process()
         _only_finite_keys_and_values()
+        _adapters_lie_where_the_model_does()
         vllm_cpu_lora.register()
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
@@ -103,6 +105,14 @@ def _only_finite_keys_and_values() -> None:
         stock(key.nan_to_num(), value.nan_to_num(), *args, **kwargs)
 
     operations.cpu_attn_reshape_and_cache = cpu_attn_reshape_and_cache
+
+
+def _adapters_lie_where_the_model_does() -> None:
+    import torch
+    from vllm.lora.layers import base_linear
+
+    module: Any = base_linear
+    module._get_lora_device = lambda _: torch.device("cpu")
 
 
 def _bitsandbytes_as_the_trainer_has_it(*, on_cpu: bool) -> None:
