@@ -16,8 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import readme_training as training  # noqa: E402
 from benchmarks.readme_rag import rag_table, rag_text  # noqa: E402
-from benchmarks.sharing.report import headline as share_text  # noqa: E402
-from benchmarks.sharing.report import summary  # noqa: E402
+from benchmarks.sharing.report import headlines, summaries  # noqa: E402
 
 
 def demo_table(demo: dict[str, Any]) -> str:
@@ -103,8 +102,8 @@ BLOCKS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "methods-text": ("README.md", "methods*.json", training.methods_text),
     "rag-table": ("README.md", "rag.json", rag_table),
     "rag-text": ("README.md", "rag.json", rag_text),
-    "share-text": ("README.md", "share_the_base.json", share_text),
-    "plugin-table": (PLUGIN, "share_the_base.json", summary),
+    "share-text": ("README.md", "share_the_base_*.json", headlines),
+    "plugin-table": (PLUGIN, "share_the_base_*.json", summaries),
 }
 
 

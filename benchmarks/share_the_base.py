@@ -5,7 +5,7 @@
 Parts may be measured one by one: those measured before on the same machine stay in the results, each a run of its own.
 
 Each way is a process of its own with the same cores; they are measured in turn, forth and back, once a round. A ratio is the
-median over rounds of two neighbours in one run: between runs none is computed. See benchmarks/results/share_the_base.md.
+median over rounds of two neighbours in one run: between runs none is computed. See benchmarks/results/share_the_base_*.md.
 """
 
 import argparse

@@ -38,14 +38,16 @@ def _row(run: dict[str, Any], way: str, **cell: Any) -> Any:
 
 
 def write(run: dict[str, Any], out: Path) -> None:
-    """share_the_base.json, .md and two .png in `out`. Parts that an earlier run measured there on the same machine stay."""
+    """share_the_base_<dtype>.json, .md and two .png in `out`. Parts that an earlier run measured there on the same machine stay."""
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "share_the_base.json").exists():
-        run = together(json.loads((out / "share_the_base.json").read_text()), run)
-    (out / "share_the_base.json").write_text(json.dumps(run, indent=1) + "\n")
-    (out / "share_the_base.md").write_text(markdown(run))
-    _chart(out / "share_the_base_throughput.png", "requests per second", _throughput_lines(run, "embedding"))
-    _chart(out / "share_the_base_memory.png", "MiB of the process (PSS)", _memory_lines(run, "embedding"))
+    name = f"share_the_base_{run['hardware']['dtype'].removeprefix('torch.')}"
+    kept = out / f"{name}.json"
+    if kept.exists():
+        run = together(json.loads(kept.read_text()), run)
+    kept.write_text(json.dumps(run, indent=1) + "\n")
+    (out / f"{name}.md").write_text(markdown(run))
+    _chart(out / f"{name}_throughput.png", "requests per second", _throughput_lines(run, "embedding"))
+    _chart(out / f"{name}_memory.png", "MiB of the process (PSS)", _memory_lines(run, "embedding"))
 
 
 def together(before: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -126,8 +128,17 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def summary(run: dict[str, Any]) -> str:
-    """What the plugin is worth in vLLM: one line a workload."""
+def summaries(runs: dict[str, dict[str, Any]]) -> str:
+    """What the plugin is worth in vLLM: one table a processor, one line a workload."""
+    return "\n\n".join(f"{_where(run)}:\n\n{_summary(run)}" for run in runs.values())
+
+
+def _where(run: dict[str, Any]) -> str:
+    hardware = run["hardware"]
+    return f"On {hardware['cores_each_side']} cores ({', '.join(hardware['flags'])}) in {hardware['dtype'].removeprefix('torch.')}"
+
+
+def _summary(run: dict[str, Any]) -> str:
     lines = ["| workload | base, requests/s | with adapters | stock vLLM | of the base | times stock |", "|---|---|---|---|---|---|"]
     for row in (row for row in run["rows"] if row["way"] == "vllm plugin" and row["arrivals"] == "closed"):
         cell = {key: row[key] for key in ("part", "N", "popularity")}
@@ -138,17 +149,20 @@ def summary(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def headlines(runs: dict[str, dict[str, Any]]) -> str:
+    """The README's paragraphs, one a processor."""
+    return "\n\n".join(map(headline, runs.values()))
+
+
 def headline(run: dict[str, Any]) -> str:
-    """The README's paragraph: speed, memory, switching, loading; what was not measured is left out."""
+    """Speed, memory, switching, loading; what was not measured is left out."""
     cells = (("embedding", "MiniLM's embeddings"), ("prefill", "a 135 M Llama reading"), ("decode", "it writing"))
     told: list[str] = []
     for part, name in cells:
         shares = [ratio(run, "vllm plugin", way, part=part, N=8, popularity="distinct") for way in ("vllm base", "vllm stock")]
         if None not in shares:
             told.append(f"{name} **{shares[0]:.2f}** of the base's speed ({shares[1]:.1f} times stock vLLM)")
-    hardware = run["hardware"]
-    text = f"On {hardware['cores_each_side']} cores ({', '.join(hardware['flags'])}; {hardware['dtype'].removeprefix('torch.')}), eight "
-    text += f"adapters mixed in one batch: {'; '.join(told)}. "
+    text = f"{_where(run)}, eight adapters mixed in one batch: {'; '.join(told)}. "
     at = {row["N"]: row["pss"] for row in run["memory"] if (row["part"], row["way"]) == ("embedding", "vllm plugin")}
     if len(at) > 1:
         most = max(at)

@@ -59,11 +59,10 @@ def test_a_ratio_of_two_runs_is_refused() -> None:
 
 def test_the_report_holds_every_way_that_was_measured(tmp_path: Path) -> None:
     report.write(run(row("vllm plugin", [10.0, 4.0]), row("vllm base", [20.0, 8.0])), tmp_path)
-    text = (tmp_path / "share_the_base.md").read_text()
+    text = (tmp_path / "share_the_base_float32.md").read_text()
     assert "| 8 | zipf | closed | vllm plugin | 10.00 | 0.50 |  | 2.00 | 100 | 200 |  |" in text
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "share_the_base.json", "share_the_base.md", "share_the_base_throughput.png", "share_the_base_memory.png",
-    }  # fmt: skip
+    ends = (".json", ".md", "_throughput.png", "_memory.png")
+    assert {file.name for file in tmp_path.iterdir()} == {f"share_the_base_float32{end}" for end in ends}
 
 
 def test_a_part_measured_again_takes_the_place_of_what_it_measured_before_and_of_nothing_else(tmp_path: Path) -> None:
@@ -73,7 +72,7 @@ def test_a_part_measured_again_takes_the_place_of_what_it_measured_before_and_of
 
     for measured in (run(row("vllm base", [20.0])), switched(0.005), switched(0.001), run(row("vllm base", [30.0]))):
         report.write(measured, tmp_path)
-    kept = json.loads((tmp_path / "share_the_base.json").read_text())
+    kept = json.loads((tmp_path / "share_the_base_float32.json").read_text())
     assert [one["rates"] for one in kept["rows"]] == [[30.0]]
     assert [one["switch"] for one in kept["switching"]] == [0.001]
-    assert "| switching | vllm plugin | 10.0 | 11.0 | 1.00 |" in (tmp_path / "share_the_base.md").read_text()
+    assert "| switching | vllm plugin | 10.0 | 11.0 | 1.00 |" in (tmp_path / "share_the_base_float32.md").read_text()
