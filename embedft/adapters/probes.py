@@ -111,8 +111,8 @@ def choose(
     total = _norm([effects[i] for i in best])
     sensitivity = {kind: _norm([lost[i] for i in best]) / (total + 1e-9) for kind, lost in losses.items()}
     tolerance = max(FLOOR, min(TOLERANCE, 0.5 * min(sensitivity.values(), default=1.0)))
-    chosen, plain, effect = (tuple(side[i] for i in best) for side in (probes, base, effects))
-    return RecordedProbes(chosen, plain, effect, sensitivity, tolerance)
+    plain, effect = (tuple(side[i] for i in best) for side in (base, effects))
+    return RecordedProbes(tuple(probes[i] for i in best), plain, effect, sensitivity, tolerance)
 
 
 def compare(

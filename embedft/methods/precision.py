@@ -21,6 +21,7 @@ def settle(model: Any, dtype: "torch.dtype") -> None:
     def answer(_: Any, __: Any, output: Any) -> Any:
         return output.to(dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
 
+    module: Any
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             for name in module.adapter_layer_names:
