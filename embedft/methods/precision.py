@@ -21,12 +21,12 @@ def settle(model: Any, dtype: "torch.dtype") -> None:
     def answer(_: Any, __: Any, output: Any) -> Any:
         return output.to(dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
 
-    module: Any
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            for name in module.adapter_layer_names:
-                _float32(getattr(module, name))
-            module.register_forward_hook(answer)
+            layer: Any = module
+            for name in layer.adapter_layer_names:
+                _float32(getattr(layer, name))
+            layer.register_forward_hook(answer)
         elif hasattr(module, "adaption_prompt"):
             _float32(module.adaption_prompt)
             _float32(module.adaption_gate)
