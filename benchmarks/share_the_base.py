@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.sharing import report
 from benchmarks.sharing.sides import Measurement, Side, measure, opened
 from benchmarks.sharing.workload import POPULARITIES, Request, adapters, arrivals, choose, llama, prompts, size_on_disk, texts
+from serve.engines.settings import WAITING
 
 COUNTS = (1, 2, 8, 32, 128)
 FLIGHT = 32
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--memory-limit", type=float, default=4.0, help="GiB that merged copies may take")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     chosen: Any = parser.parse_args()
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
+    os.environ.update(WAITING, HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
     run = Measurement(rounds=chosen.rounds, counts=tuple(map(int, chosen.counts.split(","))), limit=chosen.memory_limit)
     work = Path(tempfile.mkdtemp(prefix="share-the-base-"))
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from embedft.errors import EngineFailed
 from embedft.lean import EAGER
-from serve.engines.settings import KEY, EngineKind, EngineSettings, Work, parse_cores
+from serve.engines.settings import KEY, WAITING, EngineKind, EngineSettings, Work, parse_cores
 
 
 def engine_key() -> str:
@@ -40,6 +40,6 @@ def engine_command(
         if settings.cores:
             argv += ["--cores", settings.cores]
             env["OMP_NUM_THREADS"] = str(len(parse_cores(settings.cores)))
-        env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+        env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | WAITING
         env |= EAGER
     return argv, env

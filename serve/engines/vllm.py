@@ -14,7 +14,7 @@ from embedft.base import compute_dtype
 from embedft.errors import EngineFailed
 from embedft.lean import COMPILED, EAGER
 from embedft.model_folder import BaseInfo, describe, read_json
-from serve.engines.settings import KEY, EngineSettings, parse_cores
+from serve.engines.settings import KEY, WAITING, EngineSettings, parse_cores
 
 if TYPE_CHECKING:
     from embedft.model_folder import Task
@@ -78,7 +78,7 @@ def _environment(settings: EngineSettings, key: str, *, on_cpu: bool) -> dict[st
             "OMP_NUM_THREADS": str(count),
             "EMBEDFT_ENGINE_CORES": settings.cores or "",
         }
-        env |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_ENGINE_READY_TIMEOUT_S": "600"}  # idle threads leave their core to others
+        env |= WAITING | {"VLLM_ENGINE_READY_TIMEOUT_S": "600"}
         env |= EAGER  # else the first sampled token or log-probability waits for a C++ compiler
     else:
         env |= COMPILED

@@ -166,7 +166,10 @@ static inline __attribute__((always_inline)) void shrink_tile(int rows, const bf
 #define STEP(LEFT)                                                                                                           \
     {                                                                                                                        \
         __m512i w[4];                                                                                                        \
-        _Pragma("GCC unroll 4") for (int c = 0; c < 4; c++) w[c] = some(column[c] + k, LEFT);                                \
+        _Pragma("GCC unroll 4") for (int c = 0; c < 4; c++) {                                                                \
+            w[c] = some(column[c] + k, LEFT);                                                                                \
+            __builtin_prefetch(column[c] + 4 * step + k);                                                                    \
+        }                                                                                                                    \
         _Pragma("GCC unroll 6") for (int r = 0; r < rows; r++) {                                                             \
             __m512i v = some(x[r] + k, LEFT);                                                                                \
             _Pragma("GCC unroll 4") for (int c = 0; c < 4; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], pairs(v), pairs(w[c])); \
@@ -201,6 +204,8 @@ static inline __attribute__((always_inline)) void expand_tile(int rows, bf16 *co
         high[r] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, v));
     }
     for (int64_t j = 0; j < width; j++) {
+        __builtin_prefetch(b + 2 * j * out + o + 128);
+        __builtin_prefetch(b + (2 * j + 1) * out + o + 128);
         __m512i one = some(b + 2 * j * out + o, left), two = 2 * j + 1 < rank ? some(b + (2 * j + 1) * out + o, left) : zero;
         __m512bh first = pairs(_mm512_unpacklo_epi16(one, two)), second = pairs(_mm512_unpackhi_epi16(one, two));
         _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
