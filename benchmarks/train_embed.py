@@ -3,12 +3,12 @@
 Each run is a process of its own; the sides alternate, so that other work on the machine falls on all of them. Data: pydocs, made here
 from the installed packages. Each side gets the same pairs, batch, epochs, learning rate, rank, threads and evaluation.
 
-    python benchmarks/train_embed.py            # writes benchmarks/results/train_embed.json
+    python benchmarks/train_embed.py            # writes benchmarks/results/train_embed_<what ours computes in>.json
     python benchmarks/train_embed.py --lengths 64       # adds one length to what was measured under the same settings
 
-Sides: `stock` is SentenceTransformerTrainer at its defaults with PEFT's own targets for BERT (query, value); `stock_last2` the
-same with the adapter on the last two layers only. `ours` adapts every linear of every layer, `ours_last2` every linear of the last
-two layers (`ours_last1`: of the last), `ours_query` is a query-only adapter.
+Sides: `stock` is SentenceTransformerTrainer at its defaults (fp32) with PEFT's own targets for BERT (query, value); `stock_bf16` the
+same under its bf16 autocast, `stock_last2` with the adapter on the last two layers only. `ours` adapts every linear of every layer,
+`ours_last2` every linear of the last two layers (`ours_last1`: of the last), `ours_query` is a query-only adapter.
 Pairs a second are pairs · epochs / (setup + steps · median step): the first
 step's page faults count for nobody, what is computed once a run (making
 the trainer included: ours tokenizes there) counts. `times_stock_cpu` is the same ratio in the process' own
@@ -29,11 +29,11 @@ from typing import Any
 
 from benchmarks.machine import machine
 from benchmarks.training_sides import ALPHA, LR, RANK, SCALE, ours, recipe, stock, timer
-from embedft.base import native_bf16
+from embedft.base import compute_dtype, native_bf16
 
 ROOT = Path(__file__).parent.parent
 LINEAR = 6 * (4 * 384 * 384 + 2 * 384 * 1536)  # weights of MiniLM's linear layers
-SIDES = ("stock", "stock_last2", "ours", "ours_last2", "ours_last1", "ours_query")
+SIDES = ("stock", "stock_bf16", "stock_last2", "ours", "ours_last2", "ours_last1", "ours_query")
 WINS = ("ours", "ours_last2", "ours_last1", "ours_query")
 
 
@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=150)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--data", type=Path, help="a pydocs folder made before")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "train_embed.json")
+    dtype = str(compute_dtype()).removeprefix("torch.")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / f"train_embed_{dtype}.json")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
@@ -78,13 +79,13 @@ def _compare(arguments: argparse.Namespace, data: Path) -> None:
         before = json.loads(arguments.out.read_text())
         if before["settings"] == report["settings"]:  # lengths measured before, one after the other
             report |= {"lengths": before["lengths"], "bf16_autocast": before.get("bf16_autocast")}
-    if "stock" in arguments.sides and not report.get("bf16_autocast"):
+    if "stock" in arguments.sides and not native_bf16() and not report.get("bf16_autocast"):
         report["bf16_autocast"] = _bf16(arguments, data)
     for length in arguments.lengths:
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in arguments.sides}
         load = os.getloadavg()[0]
         for repeat in range(arguments.repeats):
-            for side in (side for side in arguments.sides if repeat == 0 or side != "stock_last2"):
+            for side in (side for side in arguments.sides if repeat == 0 or side not in ("stock_bf16", "stock_last2")):
                 job = _job(arguments, data, side, length) | {"evaluate": repeat == 0}
                 runs[side].append(_child(job, arguments.threads))
                 print(length, side, {k: v for k, v in runs[side][-1].items() if not isinstance(v, list)}, flush=True)
@@ -95,12 +96,12 @@ def _compare(arguments: argparse.Namespace, data: Path) -> None:
 
 
 def _matmul(threads: int) -> float:
-    """What one large fp32 product reaches here: the limit of any way of training."""
+    """What one large product reaches here in what ours computes in: the limit of any way of training."""
     import torch
 
     torch.set_num_threads(threads)
-    one = torch.rand(2048, 1536)
-    other = torch.rand(1536, 1536)
+    one = torch.rand(2048, 1536, dtype=compute_dtype())
+    other = torch.rand(1536, 1536, dtype=compute_dtype())
     seconds: list[float] = []
     for _ in range(12):
         began = time.perf_counter()
@@ -118,18 +119,21 @@ def _command() -> str:
 
 def _job(arguments: argparse.Namespace, data: Path, side: str, length: int) -> dict[str, Any]:
     keys = ("pairs", "batch", "epochs", "queries", "documents", "threads")
-    return {key: getattr(arguments, key) for key in keys} | {"data": str(data / "code"), "side": side, "length": length, "bf16": False}
+    return {key: getattr(arguments, key) for key in keys} | {
+        "data": str(data / "code"),
+        "side": side,
+        "length": length,
+        "bf16": side == "stock_bf16",
+    }
 
 
 def _bf16(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """The stock trainer under bf16 autocast, on few pairs: where the processor has no bf16 instructions it is emulated."""
-
+    """The stock trainer under bf16 autocast, on few pairs, where the processor has no bf16 instructions: it emulates them."""
     job = _job(arguments, data, "stock", min(arguments.lengths)) | {"pairs": 8, "batch": 4, "epochs": 1, "evaluate": False}
     slow, fast = (_child(job | {"bf16": bf16}, arguments.threads) for bf16 in (True, False))
     figures = {name: job["batch"] / statistics.median(run["steps"][1:] or run["steps"]) for name, run in (("bf16", slow), ("fp32", fast))}
-    native = native_bf16()
-    note = "" if native else "this processor has no bf16 instructions: products in bf16 are emulated, so ours computes in fp32 as well"
-    return {"pairs_per_second": figures, "length": job["length"], "batch": job["batch"], "native_bf16": native, "note": note}
+    note = "this processor has no bf16 instructions: products in bf16 are emulated, so ours computes in fp32 as well"
+    return {"pairs_per_second": figures, "length": job["length"], "batch": job["batch"], "native_bf16": False, "note": note}
 
 
 def _child(job: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -179,6 +183,8 @@ def _summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespac
             "quality_kept": interval[1] >= 0,
             "memory_of_stock": sides[side]["peak_bytes"] / sides["stock"]["peak_bytes"],
         }
+        if "stock_bf16" in sides:
+            sides[side]["times_stock_bf16"] = sides[side]["each"][0] / sides["stock_bf16"]["each"][0]
     return result
 
 

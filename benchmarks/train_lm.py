@@ -1,6 +1,6 @@
 """Training speed and memory beside TRL's SFTTrainer: the same base, PEFT method, rows, batch and steps; each run in a process of its own.
 
-python benchmarks/train_lm.py DATA [--steps 30] [--rounds 3] → benchmarks/results/train_lm.json
+python benchmarks/train_lm.py DATA [--steps 30] [--rounds 3] → benchmarks/results/train_lm_<what is computed in>.json
 DATA: a folder with train.jsonl of prompt and completion. Sides alternate, and the median of the rounds counts.
 """
 
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "train_lm.json"
+RESULTS = Path(__file__).parent / "results"
 ROWS, BATCH, LENGTH, RANK, WARM = 2000, 16, 256, 16, 3
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 def write(runs: dict[tuple[str, str], list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
     from benchmarks.machine import machine
-    from benchmarks.readme_training import lm_speed_text
+    from embedft.base import compute_dtype
 
     rows: list[dict[str, Any]] = []
     for (side, scheme), made in runs.items():
@@ -49,9 +49,9 @@ def write(runs: dict[tuple[str, str], list[dict[str, Any]]], arguments: argparse
             row[name] = statistics.median(run[name] for run in made)
         rows.append(row)
     about = {"data": arguments.data.name, "batch": BATCH, "max_length": LENGTH, "r": RANK, "steps": arguments.steps, "machine": machine()}
-    whole = {**about, "rows": rows}
-    RESULTS.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    RESULTS.with_suffix(".md").write_text(f"{lm_speed_text(whole)}\n", encoding="utf-8")
+    dtype = str(compute_dtype()).removeprefix("torch.")
+    whole = {**about, "dtype": dtype, "rows": rows}
+    (RESULTS / f"train_lm_{dtype}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def one(data: Path, side: str, scheme: str, *, steps: int) -> dict[str, Any]:
