@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from embedft.base import BaseSpec, base_folder, compute_dtype, load_base, source_folder
-from embedft.errors import BaseNotFound, MethodUnsupported, QuantizationUnsupported
+from embedft.errors import BaseNotFound, MethodUnsupported, QuantizationUnsupported, UsageError
 from embedft.files import hash_tensors
 from embedft.methods import attach, supported, targeted_modules
 from embedft.model_folder import describe, fingerprint
@@ -98,12 +98,24 @@ def test_an_option_of_another_kind_is_named() -> None:
     supported(AdapterSection(method="lora_plus", options={"ratio": 4}), task="causal_lm", info=info)
 
 
-def test_the_compute_dtype_is_one_that_this_machine_is_fast_in() -> None:
+def test_a_user_may_choose_the_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for name in ("float32", "bfloat16", "float16"):
+        monkeypatch.setenv("EMBEDFT_DTYPE", name)
+        assert compute_dtype() is getattr(torch, name)
+    monkeypatch.setenv("EMBEDFT_DTYPE", "bf16")
+    with pytest.raises(UsageError, match="EMBEDFT_DTYPE=bf16: it is one of float32, bfloat16, float16"):
+        compute_dtype()
+
+
+def test_the_compute_dtype_is_one_that_this_machine_is_fast_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured: a product in it takes no longer than a few in float32; emulated bf16 takes tens of times as long."""
     import time
 
     import torch
 
+    monkeypatch.delenv("EMBEDFT_DTYPE")
     device, taken = "cuda" if torch.cuda.is_available() else "cpu", {compute_dtype(): list[float](), torch.float32: list[float]()}
     for _ in range(20):  # by turns: whatever else the machine does, it does to both
         for dtype, seconds in taken.items():
