@@ -162,6 +162,8 @@ def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) 
     _cast(model, dtype)
     model.requires_grad_(False)
     model.eval()
+    if task == "causal_lm":
+        _one_product_for_the_head(model)
     if quantization_of_model(model) == "bitsandbytes":
         _settle_4bit(model, dtype)
         keep_activations(model)
@@ -193,6 +195,13 @@ def _multiply_in(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     model.__class__ = type(own.__name__, (own,), {**names, "forward": forward})
+
+
+def _one_product_for_the_head(model: "PreTrainedModel") -> None:
+    """A few last positions of each row are no matrix to torch: it would copy the head's weights once a row and multiply row by row."""
+    head: Any = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
 
 
 def exact_dtype() -> "torch.dtype":

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from embedft.methods import attach, supported, targeted_modules
 from embedft.model_folder import describe, fingerprint
 from embedft.quantize import quantize
 from embedft.recipe import AdapterSection
+from tests.fixtures_lm import tiny_llama
 
 
 def test_a_fingerprint_is_of_tensors_not_of_files(tmp_path: Path) -> None:
@@ -148,3 +150,23 @@ def test_int8_weights_compute_as_their_floating_point_selves_whatever_the_batch(
 def test_a_decoder_in_nf4_computes_in_the_machines_dtype_as_an_encoder_too() -> None:
     base = load_base(BaseSpec("seed-lm", "nf4"), task="embedding")
     assert {parameter.dtype for parameter in base.model.parameters() if parameter.is_floating_point()} == {compute_dtype()}
+
+
+def test_the_head_is_multiplied_once_not_once_a_row(tmp_path: Path) -> None:
+    """Of the last positions of rows torch makes a product a row, each with the head's weights copied, unless they lie together."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(each.numel() for each in (out if isinstance(out, tuple | list) else [out]) if isinstance(each, torch.Tensor))
+            return out
+
+    base = load_base(BaseSpec(str(tiny_llama(tmp_path / "llama", layers=1))), task="causal_lm")
+    head = base.model.get_output_embeddings().weight
+    with Sizes():
+        base.model(input_ids=torch.randint(5, 50, (8, 6)), logits_to_keep=2)
+    assert max(sizes) <= 2 * head.numel()
