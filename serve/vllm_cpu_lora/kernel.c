@@ -318,7 +318,7 @@ int lora_add(const Projection *p, const void *x, int64_t ldx, void *y, int64_t l
     for (int64_t i = 0; i < p->slices; i++)
         if (p->outs[i] > out) out = p->outs[i];
     int64_t in = p->a ? p->in : rank, size = most * rank;
-    if (p->is_bf16) size += most * in + (in > out ? in : out) * rank + most * out;
+    if (p->is_bf16) size += most * (rank + 1) + most * in + (in > out ? in : out) * rank + most * out;
     int failed = 0;
 #pragma omp parallel if (n_chunks > 1)
     {

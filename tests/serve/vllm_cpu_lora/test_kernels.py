@@ -99,6 +99,18 @@ def test_each_token_gets_its_own_adapter_at_its_own_rank(
     assert torch.equal(y[without], before[without])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_may_be_larger_than_the_layer(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    of = np.repeat([0, 1], 60)
+    slots = loaded(1, [1], [64, 63], dtype)
+    for _ in range(50):  # what is written beyond its memory ends the process sooner or later
+        x, y = torch.randn(120, 1, dtype=dtype), torch.randn(120, 1, dtype=dtype)
+        truth, before = expected(y, x, slots, of), y.clone()
+        kernels.add(y, x, slots, make_plan(of, threads=2))
+        assert error(y, truth, before) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("popularity", POPULARITIES)
 def test_eight_thousand_tokens_over_64_adapters(popularity: str) -> None:
     torch.manual_seed(0)
