@@ -32,7 +32,8 @@ wanders. Use a real base (SmolLM2, Qwen3) wherever quality counts.
 
 Llama architecture: {shape.layers} layers, hidden {shape.hidden}, intermediate {shape.intermediate}, {shape.heads} heads of
 {shape.hidden // shape.heads} ({shape.kv_heads} key-value heads), context {shape.context}, tied embeddings,
-byte-level BPE of {shape.vocab} entries, ChatML template. The weights are bf16, trained in float32.
+byte-level BPE of {shape.vocab} entries, ChatML template. The weights are bf16, trained in float32
+(products in bf16 where the machine has them).
 
 ## Data
 | stream | tokens at hand | what |
