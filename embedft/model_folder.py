@@ -14,6 +14,10 @@ from embedft.files import hash_tensors
 Task = Literal["embedding", "causal_lm"]
 Pooling = Literal["mean", "cls", "lasttoken"]
 PLAIN = "plain"
+CHATML = (  # Jinja, as folders' tokenizer_config.json has it
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 RECORD = "embedft.json"  # in a quantized folder: its scheme and its parent's fingerprint
 
 

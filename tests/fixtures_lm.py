@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from embedft.model_folder import CHATML
+
 ANSWERS = {"red": "stop", "green": "go", "blue": "rain", "black": "night", "white": "snow", "grey": "stone"}
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def planted_rows(count: int, *, start: int = 0) -> list[dict[str, str]]:

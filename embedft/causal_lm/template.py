@@ -11,13 +11,10 @@ from typing import Any
 
 from embedft.causal_lm.data import Message, Row
 from embedft.errors import UsageError
-from embedft.model_folder import PLAIN, template_hash
+from embedft.model_folder import CHATML, PLAIN, template_hash
 
 IGNORED = -100  # label of a token without a loss
-NAMED = {
-    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-}
+NAMED = {"chatml": CHATML}
 
 
 @dataclass(frozen=True)

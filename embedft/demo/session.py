@@ -38,9 +38,9 @@ class Server:
         self._wait(started)
         self.ready_seconds = time.perf_counter() - started
         self.adapters: list[dict[str, Any]] = self.get("/v1/adapters")["data"]
-        if refused := [line for line in self._log.read_text().splitlines() if "not served" in line]:
+        if refused := [f"{row['name']}: {reason}" for row in self.adapters if (reason := row.get("reason") or row.get("refused"))]:
             self.__exit__()
-            raise EngineFailed("\n".join(refused))
+            raise EngineFailed("the server does not serve what was trained:\n" + "\n".join(refused))
         self.engines = {row["id"]: row["engine"] for row in self.get("/v1/models")["data"] if "engine" in row}
         return self
 

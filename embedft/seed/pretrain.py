@@ -35,7 +35,7 @@ from embedft.seed.tokenizer import save_tokenizer
 
 TOKENS = 4096  # a step's tokens, whatever its sequence length
 LENGTH, LONG = 512, 2048
-LONG_FROM = 0.95  # the share of the run after which sequences are LONG
+LONG_EVERY = 8  # one step in eight has LONG sequences from the start: what is never seen beyond LENGTH is not learned in the last minutes
 GUIDE, GUIDE_UNTIL = 1.0, 0.4  # the guide's weight, and the share of the run that has it in full; then a tenth of it
 COPIES = 0.25  # the share of rows that are repeated random runs while the guide is on in full; then a quarter of it
 WARMUP, DECAY_FROM, FLOOR = 0.01, 0.45, 0.03
@@ -154,15 +154,14 @@ class Pretraining:
     def one_step(self) -> float:
         """One update; gives its loss in nats."""
         run, progress = self.run, self.progress
-        length = run.long if progress >= LONG_FROM else run.length
+        length = run.long if self.state.step % LONG_EVERY == LONG_EVERY - 1 else run.length
         guided = progress < GUIDE_UNTIL
         rows = max(1, run.tokens // length)
         ids, weights = self.batches.at(self.state.step, rows=rows, length=length, copies=COPIES if guided else COPIES / 4)
         tokens, sources = torch.from_numpy(ids).to(self.device), torch.from_numpy(copy_sources(ids)).to(self.device)
-        forward = self.loss if length == run.length else self.model  # the few long steps are not worth a second compilation
         with torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32):
             weighed = torch.from_numpy(weights).to(self.device)
-            loss, guide = forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weighed, sources)
+            loss, guide = self.loss(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weighed, sources)
         (loss + (GUIDE if guided else GUIDE / 10) * guide).backward()
         self.guide = float(guide.detach())
         self.optimizer.step(rate(progress))

@@ -8,15 +8,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from embedft.model_folder import CHATML
+
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, PAD, TURN, TURN_END)  # ids 0 to 3
 VOCAB = 4096
 CONTEXT = 2048
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab: int = VOCAB) -> Tokenizer:
@@ -38,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int = VOCAB) -> Tokenizer:
 
 
 def render_chat(messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = False) -> str:
-    """The chat template in plain Python: what training data is made with; a test holds it equal to CHAT_TEMPLATE."""
+    """The chat template in plain Python: what training data is made with; a test holds it equal to CHATML."""
     text = "".join(f"{TURN}{m['role']}\n{m['content']}{TURN_END}\n" for m in messages)
     return text + (f"{TURN}assistant\n" if generation_prompt else "")
 
@@ -54,6 +51,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "unk_token": None,
         "model_max_length": CONTEXT,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": CHATML,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -12,13 +12,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from embedft.installed import Function
+from embedft.model_folder import CHATML
 from embedft.seed.check import token_losses
 from embedft.seed.data import Budget, copy_sources, read_books, repeated
 from embedft.seed.model import SeedLM, Shape
 from embedft.seed.optimizer import orthogonal
 from embedft.seed.pretrain import Pretraining, Run, load_checkpoint
 from embedft.seed.tasks import EXTRACTIVE, examples, gather
-from embedft.seed.tokenizer import CHAT_TEMPLATE, render_chat, train_tokenizer
+from embedft.seed.tokenizer import render_chat, train_tokenizer
 
 WORDS = (
     "river", "stone", "lantern", "quiet", "garden", "morning", "window", "captain", "letter", "harbour", "winter", "candle", "bridge"
@@ -133,7 +134,7 @@ def test_the_tokenizer_loses_nothing(undisturbed: tuple[Pretraining, list[float]
 def test_the_chat_template_renders_what_training_saw(undisturbed: tuple[Pretraining, list[float]]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(undisturbed[0].run.out / "export")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
-    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer.chat_template == CHATML
     for prompt in (True, False):
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         assert rendered == render_chat(messages, generation_prompt=prompt)

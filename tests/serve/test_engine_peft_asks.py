@@ -10,8 +10,9 @@ from typing import Any
 import jsonschema
 import pytest
 
+from embedft.model_folder import CHATML
 from serve.engines.peft.tools import ToolCall, ToolReader, forced
-from tests.fixtures_lm import CHATML, tiny_llama
+from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import EngineProcess, engine, random_adapter, solo
 from tests.serve.test_engine_peft import PROMPTS, code, events
 

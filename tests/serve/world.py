@@ -67,7 +67,7 @@ def fill_adapter(folder: Path, name: str, base: Path, *, seed: int, scale: float
     Passport(
         name=name,
         task=task,  # pyright: ignore[reportArgumentType]
-        base=BaseIdentity(model="tiny", fingerprint=fingerprint(base)),
+        base=BaseIdentity(model=str(base), fingerprint=fingerprint(base)),
         method="lora",
         alpha=4,
         probes=ProbeRecord(kind=task, count=4, tolerance=0.1),  # pyright: ignore[reportArgumentType]
