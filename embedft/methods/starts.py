@@ -1,4 +1,5 @@
-"""Where A and B begin when not at (random, 0): PiSSA, OLoRA, LoftQ and EVA. The base is read and never written."""
+"""Where an adapter begins when not where PEFT puts it: PiSSA's, OLoRA's, LoftQ's and EVA's A and B, and virtual tokens.
+The base is read and never written."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ def start(model: Any, base: Base, method: Method, adapter: AdapterSection, *, ba
         _eva(model, batches)
     elif method.start == "loftq":
         _loftq(model, base, adapter)
+    elif method.start == "words":
+        _words(model, adapter)
     else:
         name = str(method.start)
         iterations = int(option(adapter, "iterations")) if name == "pissa" else 0
@@ -50,6 +53,34 @@ def _principal(model: Any, how: str) -> None:
             layer.lora_B["default"].weight.copy_(second)
             pairs[name] = first.detach().clone(), -layer.scaling["default"] * second.detach()
     set_companion(model, pairs)
+
+
+def _words(model: Any, adapter: AdapterSection) -> None:
+    """Virtual tokens begin as entries of the vocabulary, drawn at random (arXiv 2104.08691, section 3.2), or as the recipe's `text`.
+
+    A prefix begins as the keys and values that the base makes of them; a task's own factors (arXiv 2303.02861) begin near one. PEFT
+    begins at noise of norm √hidden, many times a word's, which a base has never met: next to nothing is learnt from there.
+    """
+    import torch
+    from peft import initialize_kv_prefix_from_past_key_values
+
+    encoder, words = model.prompt_encoder["default"], model.get_base_model().get_input_embeddings()
+    with torch.no_grad():
+        ids = torch.randint(words.num_embeddings, (adapter.r,)).to(words.weight.device)
+        if adapter.method == "prefix_tuning":
+            if not encoder.prefix_projection:
+                cache = model.get_base_model()(input_ids=ids[None], use_cache=True).past_key_values
+                initialize_kv_prefix_from_past_key_values(model, past_key_values=cache, num_virtual_tokens=adapter.r)
+            return
+        if adapter.method == "p_tuning":  # its network's last layer is fitted: as many rows as virtual tokens, fewer than it has columns
+            last = encoder.mlp_head[-1]
+            inner = encoder.mlp_head[:-1](encoder.embedding.weight)
+            last.weight.copy_((torch.linalg.pinv(inner) @ (words(ids).to(inner) - last.bias)).T)
+        elif not adapter.options.get("text"):
+            encoder.embedding.weight.copy_(words(ids))
+        if adapter.method == "multitask_prompt_tuning":
+            encoder.prefix_task_cols.add_(1 / encoder.num_ranks)
+            encoder.prefix_task_rows.add_(1)
 
 
 def _loftq(model: Any, base: Base, adapter: AdapterSection) -> None:

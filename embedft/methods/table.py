@@ -45,7 +45,7 @@ class Method:
     targets: bool = True
     checkpointing: bool = True
     packing: bool = True
-    start: Literal["pissa", "olora", "loftq", "eva"] | None = None
+    start: Literal["pissa", "olora", "loftq", "eva", "words"] | None = None
     update: Literal["adalora", "relora", "delta_lora"] | None = None
     optimizer: Literal["lora_plus", "lora_fa", "paged"] | None = None
 
@@ -62,7 +62,7 @@ def _lora(name: str, paper: str, **values: Any) -> Method:
 def _prompt(name: str, config: str, paper: str, **values: Any) -> Method:
     """Virtual tokens in front. In a language model they are a key/value prefix, so rows with and without one share a pass."""
     row = Method(name, config, paper, "prompt", mixed_batch=True, merges=False, neutral_start=False, dropout=False, targets=False)
-    return replace(row, packing=False, **values)
+    return replace(row, packing=False, start="words", **values)
 
 
 _EDITS = "its start is computed from full-precision weights: set base.quantization=none"
