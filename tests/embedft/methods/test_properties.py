@@ -281,3 +281,33 @@ def torch_ids() -> Any:
     import torch
 
     return torch.arange(40, 56)[None]
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "embedding"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "multitask_prompt_tuning", "p_tuning"])
+def test_virtual_tokens_begin_as_words(bases: dict[str, Path], tmp_path: Path, method: str, task: str) -> None:
+    import torch
+
+    made = cell(tmp_path, bases[task], task, method, "none")
+    words = made.base.model.get_input_embeddings().weight
+    tasks = torch.zeros(1, dtype=torch.long) if method == "multitask_prompt_tuning" else None
+    prompts = made.model.get_prompt(batch_size=1, task_ids=tasks)[0].detach()
+    nearest = torch.cdist(prompts, words).argmin(1)
+    assert len(set(nearest.tolist())) > 1
+    lost = (prompts - words[nearest]).norm(dim=1) / words[nearest].norm(dim=1)
+    assert float(lost.max()) < (0.15 if tasks is not None else 1e-3)  # a task's own factors begin near one, not at it
+
+
+def test_a_prefix_begins_as_the_keys_and_values_of_words(llama: Path, tmp_path: Path) -> None:
+    import torch
+
+    from embedft.methods.prompts import key_values
+
+    made = cell(tmp_path, llama, "causal_lm", "prefix_tuning", "none")
+    base = made.base.model
+    with torch.no_grad():
+        cache = base(input_ids=torch.arange(base.config.vocab_size)[:, None], use_cache=True).past_key_values.layers
+    for layer, (keys, values) in enumerate(key_values(made.model)):
+        first = torch.cat([keys[:, 0], values[:, 0]]).flatten()  # the first virtual token saw nothing before it
+        of_words = torch.cat([cache[layer].keys[:, :, 0], cache[layer].values[:, :, 0]], dim=1).flatten(1)
+        assert float((of_words - first).norm(dim=1).min() / first.norm()) < 1e-3
