@@ -178,6 +178,8 @@ class EmbeddingEval(Section):
 
 
 class CausalLMEval(Section):
+    """`rows` caps how many are answered (None: all); they are drawn from the whole of `data.eval`, not from its beginning."""
+
     metric: Literal["exact_match", "token_f1", "bleu", "chrf", "bits_per_character"] = "exact_match"
     batch: PositiveInt = 32
     rows: PositiveInt | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.base import Base, BaseSpec, load_base
-from embedft.causal_lm.data import Row, data_hash, read_rows
+from embedft.causal_lm.data import Row, data_hash, read_rows, sample
 from embedft.causal_lm.evaluate import Generation, compare, evaluate_generation, pad_token
 from embedft.causal_lm.template import Example, Template, template_of
 from embedft.errors import DataError, MethodUnsupported, RecipeError
@@ -92,7 +92,7 @@ def read_split(recipe: CausalLMRecipe) -> Split:
         raise RecipeError(recipe.name, ["data.validation and train.evaluate_every go together, and train.patience with them: set both"])
     problems: list[str] = []
     parts: list[list[Row]] = [[], [], []]
-    given = [(recipe.data.train, recipe.data.limit), (recipe.data.eval, recipe.eval.rows), (recipe.data.validation, None)]
+    given = [(recipe.data.train, recipe.data.limit), (recipe.data.eval, None), (recipe.data.validation, None)]
     for number, (source, limit) in enumerate(given):
         if source is None:
             continue
@@ -102,7 +102,8 @@ def read_split(recipe: CausalLMRecipe) -> Split:
             problems += error.problems
     if problems:
         raise DataError(problems)
-    return Split(*parts)
+    train, held_out, validation = parts
+    return Split(train, sample(held_out, recipe.eval.rows), validation)
 
 
 def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -> list[Example]:

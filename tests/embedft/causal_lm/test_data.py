@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from embedft.causal_lm.data import Message, data_hash, read_rows
+from embedft.causal_lm.train import read_split
 from embedft.errors import DataError
+from embedft.recipe import parse_recipe
+from tests.fixtures_lm import write_jsonl
 
 PAIR = {"prompt": "two and two?", "completion": "four"}
 EXPECTED = (Message("user", "two and two?"), Message("assistant", "four"))
@@ -104,3 +107,23 @@ def test_further_references_are_read_and_change_the_data_hash(tmp_path: Path) ->
     path.write_text('{"prompt": "a", "completion": "b", "references": [1]}\n')
     with pytest.raises(DataError, match="'references' is not a text or a list of texts"):
         read_rows(str(path))
+
+
+def test_eval_rows_are_drawn_from_the_whole_file(tmp_path: Path) -> None:
+    """A file sorted by its answers: the first forty rows would all be of one kind."""
+    rows = [{"prompt": f"{number}", "completion": answer} for answer in ("yes", "no") for number in range(200)]
+    path = write_jsonl(tmp_path / "sorted.jsonl", rows)
+    content = {
+        "task": "causal_lm",
+        "name": "s",
+        "base": {"model": "seed-lm"},
+        "data": {"train": str(path), "eval": str(path)},
+        "eval": {"rows": 40},
+    }
+    split = read_split(parse_recipe(content))  # pyright: ignore[reportArgumentType]
+    drawn = [row.answer for row in split.test]
+    assert len(drawn) == 40
+    assert 10 <= drawn.count("yes") <= 30
+    assert [row.id for row in split.test] == sorted((row.id for row in split.test), key=int)
+    assert split.test == read_split(parse_recipe(content)).test  # pyright: ignore[reportArgumentType]
+    assert len(split.train) == 400
