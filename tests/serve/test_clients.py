@@ -116,7 +116,7 @@ def test_openais_client_gets_an_answer_of_its_schema(client: openai.OpenAI) -> N
 def test_what_the_peft_engine_cannot_do_is_a_400_with_a_stable_code(client: openai.OpenAI) -> None:
     tools: Any = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
     more: Any
-    for more, code in (({"logit_bias": {"5": 1}}, "unsupported_parameter"), ({"tools": tools}, "tools_unsupported")):
+    for more, code in (({"logit_bias": {"9999999": 1}}, "token_unknown"), ({"tools": tools}, "tools_unsupported")):
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model="a", messages=TURN, **more)
         assert caught.value.code == code

@@ -14,7 +14,7 @@ from embedft.model_folder import describe
 from serve.engines import vllm
 from serve.engines.command import engine_command
 from serve.engines.peft.bank import AdapterBank
-from serve.engines.peft.sampling import Sampling, choose, token_logprobs
+from serve.engines.peft.sampling import Sampling, adjusted, choose, token_logprobs
 from serve.engines.peft.text import Detokenizer
 from serve.engines.settings import KEY, EngineSettings, parse_cores
 from serve.engines.vllm import check_base, lora_rank
@@ -156,6 +156,22 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
     assert choose(logits, Sampling(1, temperature=0), None) == 0
     assert (entry := token_logprobs(logits, 1, 2)).rank == 2
     assert [token for token, _ in entry.top] == [0, 1]
+
+
+def test_min_p_keeps_what_is_likely_beside_the_likeliest_and_top_p_counts_what_is_left() -> None:
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    generator = torch.Generator().manual_seed(0)
+    assert {choose(logits, Sampling(1, min_p=0.45), generator) for _ in range(300)} == {0, 1, 2}
+    assert {choose(logits, Sampling(1, min_p=0.6), generator) for _ in range(300)} == {0, 1}
+    assert {choose(logits, Sampling(1, min_p=0.6, top_p=0.5), generator) for _ in range(300)} == {0}  # 0.4 of 0.7 is more than half
+    assert {choose(logits, Sampling(1, min_p=1.0, temperature=5.0), generator) for _ in range(300)} == {0}
+
+
+def test_a_bias_is_added_before_the_penalties() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    sampling = Sampling(1, logit_bias=((3, 4.0), (0, -100.0)), repetition_penalty=2.0)
+    assert adjusted(logits, sampling, prompt=[3], tokens=[]).tolist() == [-98.0, 1.0, 0.0, 1.5]
+    assert logits.tolist() == [2.0, 1.0, 0.0, -1.0]  # what is reported as log-probabilities stays the model's
 
 
 def test_text_never_ends_inside_a_character_or_a_stop_string() -> None:

@@ -179,8 +179,10 @@ def test_log_probabilities_are_reported_beside_the_tokens(server: EngineProcess)
     [
         ({"echo": True}, "unsupported_parameter"),
         ({"guided_json": {}}, "unsupported_parameter"),
-        ({"min_p": 0.5}, "unsupported_parameter"),
-        ({"logit_bias": {"5": 1}}, "unsupported_parameter"),
+        ({"min_tokens": 5}, "unsupported_parameter"),
+        ({"min_p": 1.5}, "invalid_request"),
+        ({"logit_bias": {"1000000": 1}}, "token_unknown"),
+        ({"logit_bias": {"word": 1}}, "invalid_request"),
         ({"response_format": {"type": "structural_tag"}}, "unsupported_parameter"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wrong"}}}}, "schema_invalid"),
         ({"frequency_penalty": 3}, "invalid_request"),

@@ -98,6 +98,17 @@ def test_a_penalty_is_transformers_own_and_belongs_to_one_row(server: EngineProc
     assert len({str(tokens) for tokens in alone.values()}) > len(alone) * 0.8  # the penalties do change the answers
 
 
+def test_a_bias_is_transformers_own_and_the_likeliest_alone_is_greedy(server: EngineProcess, llama: Path, adapter: Path) -> None:
+    models = {"base": solo(llama, "causal_lm", None), "a": solo(llama, "causal_lm", adapter)}
+    for name, model in models.items():
+        plain = generated(model, PROMPTS[0])
+        bias = {plain[0]: -100.0, plain[1]: 1.5, 7: 2.0}
+        biased = server.complete(name, PROMPTS[0], max_tokens=16, logit_bias={str(token): value for token, value in bias.items()})
+        expected = generated(model, PROMPTS[0], sequence_bias={(token,): value for token, value in bias.items()})
+        assert biased["token_ids"] == expected != plain
+        assert server.complete(name, PROMPTS[0], max_tokens=16, temperature=3, min_p=1)["token_ids"] == plain
+
+
 def test_an_answer_keeps_to_its_schema_and_its_neighbours_do_not(server: EngineProcess) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": SCHEMA}}
     structured = {"temperature": 1.5, "max_tokens": 60, "response_format": wanted, "n": 3, "seed": 5, "ignore_eos": False}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.errors import EngineFailed
 from serve.engines.peft.bank import AdapterBank, Group
-from serve.engines.peft.sampling import Sampling, TokenLogprobs, choose, penalised, token_logprobs
+from serve.engines.peft.sampling import Sampling, TokenLogprobs, adjusted, choose, token_logprobs
 from serve.engines.peft.structure import Structure
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class Batch:
         """(token, whether the row's structure is complete with it). EngineFailed: weights not finite, a grammar too large."""
         if logits.isnan().any():
             raise EngineFailed(NOT_FINITE)
-        scores = penalised(logits, row.sampling, prompt=row.prompt, tokens=row.tokens)
+        scores = adjusted(logits, row.sampling, prompt=row.prompt, tokens=row.tokens)
         if row.structure is None:
             return choose(scores, row.sampling, row.generator), False
         token = choose(row.structure.masked(scores), row.sampling, row.generator)

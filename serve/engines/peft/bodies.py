@@ -62,7 +62,8 @@ class Generation(Body):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0)
-    min_p: Literal[0] | None = None
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    logit_bias: dict[int, float] | None = None
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
 
     @property
@@ -88,6 +89,7 @@ class Generation(Body):
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_p=self.top_p or 1.0,
                 top_k=max(self.top_k or 0, 0),
+                min_p=self.min_p or 0.0,
                 seed=(seed + index) % 2**63,
                 stop=tuple(text for text in stop if text),
                 stop_token_ids=frozenset(self.stop_token_ids or ()),
@@ -97,6 +99,7 @@ class Generation(Body):
                 presence_penalty=self.presence_penalty or 0.0,
                 frequency_penalty=self.frequency_penalty or 0.0,
                 repetition_penalty=self.repetition_penalty or 1.0,
+                logit_bias=tuple((token, min(100.0, max(-100.0, bias))) for token, bias in (self.logit_bias or {}).items()),
             )
             for index in range(count)
         ]

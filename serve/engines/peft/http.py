@@ -130,7 +130,10 @@ class Routes:
         adapter = self._adapter(body.model)
         if body.stream and body.prompt_logprobs is not None:
             raise InputInvalid("unsupported_parameter", "prompt_logprobs cannot be streamed", "prompt_logprobs")
-        room = room_for(ids, max_tokens, context=self.context, vocabulary=self.worker.bank.base.model.config.vocab_size)
+        vocabulary = self.worker.bank.base.model.config.vocab_size
+        room = room_for(ids, max_tokens, context=self.context, vocabulary=vocabulary)
+        if any(not 0 <= token < vocabulary for token in body.logit_bias or {}):
+            raise InputInvalid("token_unknown", f"token ids go from 0 to {vocabulary - 1}", "logit_bias")
         shapes = answers.Answers(kind, body.model, self.tokenizer, ids, n=body.n or 1, ids=bool(body.return_token_ids))
         schema = body.structure()
         structure = await asyncio.to_thread(self.grammars.compile, schema) if schema is not None else None

@@ -1,5 +1,6 @@
 """Logits → the next token, and the log-probabilities an answer reports. Pure functions over one row."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = field(default_factory=frozenset[int])
@@ -26,6 +28,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def penalised(self) -> bool:
@@ -42,10 +45,17 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-def penalised(logits: "Tensor", sampling: Sampling, *, prompt: Sequence[int], tokens: Sequence[int]) -> "Tensor":
-    """(vocabulary,) logits as vLLM penalises them: repetition by what stands in prompt or answer, the others by the answer alone."""
+def adjusted(logits: "Tensor", sampling: Sampling, *, prompt: Sequence[int], tokens: Sequence[int]) -> "Tensor":
+    """(vocabulary,) logits as vLLM adjusts them: biased, then penalised.
+
+    Repetition is penalised by what stands in prompt or answer, presence and frequency by the answer alone.
+    """
     import torch
 
+    if sampling.logit_bias:
+        ids, biases = zip(*sampling.logit_bias, strict=True)
+        added = torch.tensor(biases, device=logits.device, dtype=logits.dtype)
+        logits = logits.index_add(0, torch.tensor(ids, device=logits.device), added)
     if not sampling.penalised:
         return logits
     counts = torch.bincount(torch.tensor(tokens, dtype=torch.long, device=logits.device), minlength=len(logits))
@@ -63,6 +73,8 @@ def choose(logits: "Tensor", sampling: Sampling, generator: "torch.Generator | N
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = logits / sampling.temperature
+    if sampling.min_p > 0:  # before the others, as vLLM does: they count what is left
+        scaled = scaled.masked_fill(scaled < scaled.max() + math.log(sampling.min_p), -math.inf)
     order = torch.argsort(scaled, descending=True)
     probabilities = torch.softmax(scaled[order], dim=-1)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
