@@ -5,6 +5,7 @@ Exit status: 0 done, 1 it failed and says what to do, 2 wrong usage. `--json` pr
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     for name, value in (quiet | EAGER).items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it asks for a package that would download kernels
     try:
         return arguments.run(arguments) or 0
     except EmbedftError as error:
