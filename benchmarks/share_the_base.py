@@ -1,6 +1,6 @@
 """Every way of serving many adapters over one base, in one run: throughput, latency, memory, switching, loading.
 
-    python -m benchmarks.share_the_base [--parts embedding,generation,…] [--rounds 3] [--out benchmarks/results]
+    python -m benchmarks.share_the_base [--parts embedding,generation,…] [--rounds 3] [--gpu] [--out benchmarks/results]
 
 Parts may be measured one by one: those measured before on the same machine stay in the results, each a run of its own.
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sharing import report
-from benchmarks.sharing.sides import Measurement, Side, measure, opened
+from benchmarks.sharing.sides import Measurement, Side, device, measure, opened
 from benchmarks.sharing.workload import POPULARITIES, Request, adapters, arrivals, choose, llama, prompts, size_on_disk, texts
 from serve.engines.settings import WAITING
 
@@ -42,10 +42,10 @@ def embedding(run: Measurement, work: Path, *, nf4: bool = False) -> None:
     ids = texts(base, 64, seed=1)
     part = "embedding-nf4" if nf4 else "embedding"
     run.sizes[part] = sizes(base, folders[0])
-    with opened(VLLM if nf4 else VLLM + PEFT, base, "embedding", nf4=nf4) as sides:
+    with opened(run.ways(VLLM if nf4 else VLLM + PEFT), base, "embedding", nf4=nf4) as sides:
         over_counts(run, part, sides, folders, counts, ids, tokens=1)
         if not nf4:
-            open_loop(run, part, [s for s in sides if s.label in ("vllm base", "vllm plugin", "peft engine")], max(counts), ids)
+            open_loop(run, part, [s for s in sides if s.label in ("vllm base", best(sides), "peft engine")], max(counts), ids)
 
 
 def over_counts(
@@ -76,16 +76,23 @@ def switching(run: Measurement, work: Path, *, nf4: bool = False) -> None:
     base = base_folder(BaseSpec("minilm", "nf4" if nf4 else "none"))
     folders = adapters(work / f"switching-{nf4}", base, "embedding", 2)
     ids = texts(base, 1, seed=1)[0]
-    with opened([side for side in (VLLM if nf4 else VLLM + PEFT) if side.mode != "base"], base, "embedding", nf4=nf4) as sides:
+    ways = [side for side in run.ways(VLLM if nf4 else VLLM + PEFT) if side.mode != "base"]
+    with opened(ways, base, "embedding", nf4=nf4) as sides:
         for side in sides:
             side.register(folders)
             side.run([Request(k % 2, ids) for k in range(4)], flight=1, tokens=1)
         run.switches("switching-nf4" if nf4 else "switching", sides, ids, tokens=1, stretches=40, times=4)
 
 
+def best(sides: list[Side]) -> str:
+    """The way with adapters that is to be the quickest: vLLM with the plugin, on a GPU vLLM as it is, without vLLM our own engine."""
+    labels = [side.label for side in sides]
+    return next(label for label in ("vllm plugin", "vllm stock", "peft engine", "PEFT mixed batch") if label in labels)
+
+
 def open_loop(run: Measurement, part: str, sides: list[Side], count: int, ids: list[list[int]]) -> None:
-    """Arrivals at about half of what vLLM with the plugin took at this N."""
-    taken = [row["throughput"] for row in run.rows if (row["part"], row["way"], row["N"]) == (part, "vllm plugin", count)]
+    """Arrivals at about half of what the best way took at this N."""
+    taken = [row["throughput"] for row in run.rows if (row["part"], row["way"], row["N"]) == (part, best(sides), count)]
     due = arrivals(len(ids), 0.5 * taken[-1], seed=3)
     chosen = choose("zipf", len(ids), count, seed=3)
     requests = [Request(adapter, row, at) for adapter, row, at in zip(chosen, ids, due, strict=True)]
@@ -99,7 +106,7 @@ def generation(run: Measurement, work: Path) -> None:
     folders = adapters(work / "llama-adapters", base, "causal_lm", max(run.counts))
     run.sizes["generation"] = sizes(base, folders[0])
     ways = [*VLLM, *(side for side in PEFT if side.mode in ("engine", "mixed", "switch", "copies"))]
-    with opened(ways, base, "causal_lm") as sides:
+    with opened(run.ways(ways), base, "causal_lm") as sides:
         over_counts(run, "generation", sides, folders, run.counts, prompts(32, 16, seed=1), tokens=8)
 
 
@@ -110,7 +117,7 @@ def sequences(run: Measurement, work: Path, *, nf4: bool = False) -> None:
     source = llama(work / "llama")
     folders = adapters(work / f"sequences-{nf4}", source, "causal_lm", 8)
     base = base_folder(BaseSpec(str(source), "nf4")) if nf4 else source
-    with opened(VLLM, base, "causal_lm", nf4=nf4) as sides:
+    with opened(run.ways(VLLM), base, "causal_lm", nf4=nf4) as sides:
         for side in sides:
             side.register(folders)
         for part, length, tokens in (("prefill", 48, 1), ("decode", 2, 12)):
@@ -128,7 +135,7 @@ def large(run: Measurement, work: Path) -> None:
     base = base_folder(BaseSpec(str(source), "nf4"))
     run.sizes["large-nf4"] = sizes(base, folders[0])
     ids = prompts(1, 16, seed=1)[0]
-    ways = [*(side for side in VLLM if side.mode != "stock"), *(side for side in PEFT if side.mode == "copies")]
+    ways = [side for side in run.ways([*VLLM, *PEFT]) if side.label in ("vllm base", best(run.ways(VLLM)), "merged copies")]
     with opened(ways, base, "causal_lm", nf4=True) as sides:
         run.memory("large-nf4", 0, sides)
         registered = 0
@@ -167,10 +174,16 @@ def main() -> None:
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="numbers of adapters")
     parser.add_argument("--rounds", type=int, default=3, help="of embedding; generation takes one less")
     parser.add_argument("--memory-limit", type=float, default=4.0, help="GiB that merged copies may take")
+    parser.add_argument("--gpu", action="store_true", help="on CUDA: vLLM compiled and with its own LoRA kernels, as they are there")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     chosen: Any = parser.parse_args()
     os.environ.update(WAITING, HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
-    run = Measurement(rounds=chosen.rounds, counts=tuple(map(int, chosen.counts.split(","))), limit=chosen.memory_limit)
+    if not chosen.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # each way takes a GPU where it sees one
+    gpu = device()
+    if chosen.gpu and gpu is None:
+        parser.error("--gpu: torch sees no CUDA device here; leave it out to measure the CPU")
+    run = Measurement(rounds=chosen.rounds, counts=tuple(map(int, chosen.counts.split(","))), limit=chosen.memory_limit, gpu=gpu)
     work = Path(tempfile.mkdtemp(prefix="share-the-base-"))
     try:
         for part in chosen.parts.split(","):

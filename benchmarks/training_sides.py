@@ -29,7 +29,8 @@ def recipe(job: dict[str, Any]) -> Any:
 
 
 def ours(_: dict[str, Any], recipe: Any, examples: Any, folder: Path) -> tuple[Any, Any, Any]:
-    from transformers import set_seed
+    import sentence_transformers  # noqa: F401 (imported before the clock runs, as the other side does)
+    from transformers import Trainer, set_seed  # noqa: F401
 
     from embedft.base import BaseSpec, load_base
     from embedft.embedding.losses import loss_named

@@ -1,6 +1,7 @@
 """From a run's figures: JSON, tables in Markdown, two charts. Computes a ratio only between two sides of one run."""
 
 import json
+import re
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,22 +39,25 @@ def _row(run: dict[str, Any], way: str, **cell: Any) -> Any:
 
 
 def write(run: dict[str, Any], out: Path) -> None:
-    """share_the_base_<dtype>.json, .md and two .png in `out`. Parts that an earlier run measured there on the same machine stay."""
+    """share_the_base_<gpu_><dtype>.json, .md and two .png in `out`. Parts that an earlier run measured there on the same machine stay."""
     out.mkdir(parents=True, exist_ok=True)
-    name = f"share_the_base_{run['hardware']['dtype'].removeprefix('torch.')}"
+    hardware = run["hardware"]
+    where = re.sub(r"[^a-z0-9]+", "-", hardware["gpu"].lower()) + "_" if hardware.get("gpu") else ""
+    name = f"share_the_base_{where}{hardware['dtype'].removeprefix('torch.')}"
     kept = out / f"{name}.json"
     if kept.exists():
         run = together(json.loads(kept.read_text()), run)
     kept.write_text(json.dumps(run, indent=1) + "\n")
     (out / f"{name}.md").write_text(markdown(run))
     _chart(out / f"{name}_throughput.png", "requests per second", _throughput_lines(run, "embedding"))
-    _chart(out / f"{name}_memory.png", "MiB of the process (PSS)", _memory_lines(run, "embedding"))
+    of = "gpu" if where else "pss"
+    _chart(out / f"{name}_memory.png", f"MiB of the {'GPU' if where else 'process (PSS)'}", _memory_lines(run, "embedding", of))
 
 
 def together(before: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """`run`, and the parts of `before` that it did not measure: each row names its own run. Another machine's are left out."""
-    same = [before["hardware"][key] for key in ("cpu", "flags", "cores_each_side", "dtype")]
-    if same != [run["hardware"][key] for key in ("cpu", "flags", "cores_each_side", "dtype")] or before["versions"] != run["versions"]:
+    same, now = ([one["hardware"].get(key) for key in ("cpu", "flags", "cores_each_side", "dtype", "gpu")] for one in (before, run))
+    if same != now or before["versions"] != run["versions"]:
         return run
     parts = {row["part"] for row in [*run["rows"], *run["memory"], *run["switching"]]} | run["sizes"].keys()
     kept = {key: [row for row in before[key] if row["part"] not in parts] for key in ("rows", "memory", "switching", "loading")}
@@ -63,9 +67,10 @@ def together(before: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(run: dict[str, Any]) -> str:
     hardware = run["hardware"]
+    gpu = f"{hardware['gpu']}; " if hardware.get("gpu") else ""
     lines = ["# Many adapters over one base, every way", ""]
     lines += [
-        f"{hardware['cpu']} ({', '.join(hardware['flags'])}), {hardware['cores_each_side']} cores for each side in turn, "
+        f"{gpu}{hardware['cpu']} ({', '.join(hardware['flags'])}), {hardware['cores_each_side']} cores for each side in turn, "
         f"{hardware['dtype']}, rank 16 on all linear layers, at most 32 requests in flight. "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         + ". Ratios are medians over the rounds of one run, each of neighbours in time; a table is one run.",
@@ -73,7 +78,10 @@ def markdown(run: dict[str, Any]) -> str:
     ]
     for part in dict.fromkeys(row["part"] for row in run["rows"]):
         lines += _throughput(run, part)
-    lines += _memory(run) + _switching(run)
+    lines += _memory(run, "pss", "PSS in MiB: of the process with the base alone (runtime and base), and what N adapters added. On disk:")
+    if hardware.get("gpu"):
+        lines += _memory(run, "gpu", "The same on the GPU, as torch reserved it:")
+    lines += _switching(run)
     return "\n".join(lines) + "\n"
 
 
@@ -92,8 +100,8 @@ def _throughput(run: dict[str, Any], part: str) -> list[str]:
     return [*lines, ""]
 
 
-def _memory(run: dict[str, Any]) -> list[str]:
-    lines = ["## Memory", "", "PSS in MiB: of the process with the base alone (runtime and base), and what N adapters added. On disk:"]
+def _memory(run: dict[str, Any], of: str, what: str) -> list[str]:
+    lines = ["## Memory", "", what]
     lines += [
         f"{part}: base {size['base'] / 2**20:.0f} MiB, an adapter {size['adapter'] / 2**20:.1f} MiB." for part, size in run["sizes"].items()
     ]
@@ -105,7 +113,8 @@ def _memory(run: dict[str, Any]) -> list[str]:
     ]
     for part in run["sizes"]:
         for way in ORDER:
-            at = {row["N"]: row["pss"] / 2**20 for row in run["memory"] if (row["part"], row["way"]) == (part, way)}
+            rows = (row for row in run["memory"] if (row["part"], row["way"]) == (part, way) and row[of] is not None)
+            at = {row["N"]: row[of] / 2**20 for row in rows}
             if at:
                 cells = [f"{at[count] - at[0]:.0f}" if count in at else "" for count in counts]
                 lines.append(f"| {part} | {way} | {at[0]:.0f} | " + " | ".join(cells) + " |")
@@ -130,11 +139,13 @@ def _number(value: float | None) -> str:
 
 def summaries(runs: dict[str, dict[str, Any]]) -> str:
     """What the plugin is worth in vLLM: one table a processor, one line a workload."""
-    return "\n\n".join(f"{_where(run)}:\n\n{_summary(run)}" for run in runs.values())
+    return "\n\n".join(f"{_where(run)}:\n\n{_summary(run)}" for run in runs.values() if not run["hardware"].get("gpu"))
 
 
 def _where(run: dict[str, Any]) -> str:
     hardware = run["hardware"]
+    if hardware.get("gpu"):
+        return f"On {hardware['gpu']} in {hardware['dtype'].removeprefix('torch.')}"
     return f"On {hardware['cores_each_side']} cores ({', '.join(hardware['flags'])}) in {hardware['dtype'].removeprefix('torch.')}"
 
 
@@ -158,21 +169,23 @@ def headline(run: dict[str, Any]) -> str:
     """Speed, memory, switching, loading; what was not measured is left out."""
     cells = (("embedding", "MiniLM's embeddings"), ("prefill", "a 135 M Llama reading"), ("decode", "it writing"))
     told: list[str] = []
+    used, of = ("vllm stock", "gpu") if run["hardware"].get("gpu") else ("vllm plugin", "pss")  # the plugin is for CPUs
     for part, name in cells:
-        shares = [ratio(run, "vllm plugin", way, part=part, N=8, popularity="distinct") for way in ("vllm base", "vllm stock")]
-        if None not in shares:
-            told.append(f"{name} **{shares[0]:.2f}** of the base's speed ({shares[1]:.1f} times stock vLLM)")
+        shares = [ratio(run, used, way, part=part, N=8, popularity="distinct") for way in ("vllm base", "vllm stock")]
+        if shares[0] is not None and shares[1] is not None:
+            stock = "" if used == "vllm stock" else f" ({shares[1]:.1f} times stock vLLM)"
+            told.append(f"{name} **{shares[0]:.2f}** of the base's speed{stock}")
     text = f"{_where(run)}, eight adapters mixed in one batch: {'; '.join(told)}. "
-    at = {row["N"]: row["pss"] for row in run["memory"] if (row["part"], row["way"]) == ("embedding", "vllm plugin")}
+    at = {row["N"]: row[of] for row in run["memory"] if (row["part"], row["way"]) == ("embedding", used)}
     if len(at) > 1:
         most = max(at)
         size = most * run["sizes"]["embedding"]["adapter"] / 2**20
         text += f"{most} adapters ({size:.0f} MiB of files) added {(at[most] - at[0]) / 2**20:.0f} MiB. "
     for row in run["switching"]:
-        if (row["part"], row["way"]) == ("switching", "vllm plugin"):
+        if (row["part"], row["way"]) == ("switching", used):
             text += f"Changing the adapter between two requests cost {max(1000 * row['switch'], 0):.1f} ms at the median; "
     for row in run["loading"]:
-        if (row["part"], row["way"]) == ("embedding", "vllm plugin"):
+        if (row["part"], row["way"]) == ("embedding", used):
             text += f"loading one from disk, its first answer included, took {1000 * row['first_answer_p50']:.0f} ms."
     return text
 
@@ -186,9 +199,9 @@ def _throughput_lines(run: dict[str, Any], part: str) -> dict[str, list[tuple[in
     return {way: [(r["N"], r["throughput"]) for r in rows if r["way"] == way] for way in ORDER}
 
 
-def _memory_lines(run: dict[str, Any], part: str) -> dict[str, list[tuple[int, float]]]:
-    rows = [r for r in run["memory"] if r["part"] == part and r["N"]]
-    return {way: [(r["N"], r["pss"] / 2**20) for r in rows if r["way"] == way] for way in ORDER}
+def _memory_lines(run: dict[str, Any], part: str, of: str) -> dict[str, list[tuple[int, float]]]:
+    rows = [r for r in run["memory"] if r["part"] == part and r["N"] and r[of] is not None]
+    return {way: [(r["N"], r[of] / 2**20) for r in rows if r["way"] == way] for way in ORDER}
 
 
 def _chart(path: Path, unit: str, lines: dict[str, list[tuple[int, float]]]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -134,12 +135,20 @@ class Measurement:
     rounds: int
     counts: tuple[int, ...]
     limit: float
+    gpu: str | None = None
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     rows: list[dict[str, Any]] = field(default_factory=list)
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     memories: list[dict[str, Any]] = field(default_factory=list)
     switching: list[dict[str, Any]] = field(default_factory=list)
     loading: list[dict[str, Any]] = field(default_factory=list)
+
+    def ways(self, sides: Sequence[Side]) -> list[Side]:
+        """Those of the sides that run here. On a GPU the plugin does nothing, and vLLM's own kernels are quick enough for whole rounds."""
+        found = [side for side in sides if side.kind != "vllm" or find_spec("vllm")]
+        if len(found) < len(sides):
+            say("vLLM is not installed: its ways are left out")
+        return [replace(side, fewer=1) if side.kind == "vllm" else side for side in found if side.mode != "plugin"] if self.gpu else found
 
     def memory(self, part: str, count: int, sides: Sequence[Side]) -> None:
         for side in sides:
@@ -181,10 +190,17 @@ class Measurement:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "run": self.run, "rounds": self.rounds, "hardware": hardware(), "versions": versions(), "sizes": self.sizes,
+            "run": self.run, "rounds": self.rounds, "hardware": hardware() | {"gpu": self.gpu}, "versions": versions(), "sizes": self.sizes,
             "rows": [{"run": self.run, **row} for row in self.rows],
             "memory": self.memories, "switching": self.switching, "loading": self.loading, "memory_limit_gib": self.limit,
         }  # fmt: skip
+
+
+def device() -> str | None:
+    """The GPU that every way will take, if there is one."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
 def hardware() -> dict[str, Any]:

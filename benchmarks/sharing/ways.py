@@ -56,7 +56,7 @@ class Vllm:
             EngineArgs(
                 str(base),
                 dtype=dtype,
-                enforce_eager=True,  # with LoRA vLLM does not compile on a CPU; so no side does
+                enforce_eager=current_platform.is_cpu(),  # with LoRA vLLM does not compile on a CPU; so no side does
                 max_num_seqs=SLOTS,
                 max_num_batched_tokens=2048,
                 enable_prefix_caching=False,
@@ -178,7 +178,7 @@ class Peft:
 
             auto: Any = AutoModel if self.task == "embedding" else AutoModelForCausalLM
             saved = self.folders[adapter].with_name(f"{self.folders[adapter].name}-merged")
-            self.model = auto.from_pretrained(saved, dtype=self.model.dtype).eval()
+            self.model = auto.from_pretrained(saved, dtype=self.model.dtype).to(self.model.device).eval()
         elif self.mode == "switch" and adapter != self.current:
             self.model.set_adapter(f"a{adapter}")
         self.current = adapter
@@ -189,12 +189,13 @@ class Peft:
         import torch
 
         longest = max(map(len, ids))
-        padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+        padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=model.device)
         with torch.inference_mode():
             if self.task == "embedding":
                 hidden = model(input_ids=padded, attention_mask=mask, **more).last_hidden_state
-                torch.nn.functional.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+                vectors = torch.nn.functional.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+                vectors.cpu()  # as whoever asked needs them; on a GPU nothing is computed before
             else:
                 model.generate(
                     input_ids=padded,

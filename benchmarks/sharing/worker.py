@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,14 +15,27 @@ from benchmarks.sharing.ways import Peft, Vllm, Way
 from benchmarks.sharing.workload import Request
 
 
-def memory(way: Way) -> dict[str, int]:
+def memory(way: Way) -> dict[str, int | None]:
     """Of the process that holds the model: resident, and proportional (a page shared by k processes counts 1/k)."""
-    wanted, found = {"Rss": "rss", "Pss": "pss", "Pss_Anon": "pss_anon"}, dict[str, int]()
+    wanted, found = {"Rss": "rss", "Pss": "pss", "Pss_Anon": "pss_anon"}, dict[str, int | None]()
     for line in Path(f"/proc/{holder(way)}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, value = line.partition(":")
         if name in wanted:
             found[wanted[name]] = int(value.split()[0]) * 1024
-    return found
+    return found | {"gpu": on_gpu(way)}
+
+
+def on_gpu(way: Way) -> int | None:
+    """Bytes that the holder has of the GPU: reserved by torch, or by the driver's list of processes; None where neither tells."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    if not isinstance(way, PeftEngine):
+        return torch.cuda.memory_reserved()
+    asked = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    rows = [line.split(",") for line in subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()]
+    return next((int(mebibytes) << 20 for pid, mebibytes in rows if int(pid) == holder(way)), None)
 
 
 def holder(way: Way) -> int:

@@ -1,15 +1,18 @@
 """The benchmark's own parts: who asks for which adapter and when, in which order sides are asked, and which ratios it will print."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.sharing import report
-from benchmarks.sharing.sides import Side, turns
+from benchmarks.sharing.sides import Measurement, Side, turns
 from benchmarks.sharing.workload import arrivals, choose
 
 
@@ -63,6 +66,36 @@ def test_the_report_holds_every_way_that_was_measured(tmp_path: Path) -> None:
     assert "| 8 | zipf | closed | vllm plugin | 10.00 | 0.50 |  | 2.00 | 100 | 200 |  |" in text
     ends = (".json", ".md", "_throughput.png", "_memory.png")
     assert {file.name for file in tmp_path.iterdir()} == {f"share_the_base_float32{end}" for end in ends}
+
+
+def test_a_gpus_results_are_kept_apart_and_tell_of_its_memory(tmp_path: Path) -> None:
+    on_cpu = run(row("vllm stock", [1.0]))
+    memory = [{"part": "embedding", "way": "vllm stock", "N": n, "pss": 3 << 30, "gpu": (1 << 30) + n * (2 << 20)} for n in (0, 8)]
+    memory += [{"part": "embedding", "way": "peft engine", "N": n, "pss": 1 << 30, "gpu": None} for n in (0, 8)]
+    on_gpu: dict[str, Any] = {**run(row("vllm stock", [10.0])), "memory": memory, "sizes": {"embedding": {"base": 1, "adapter": 1}}}
+    on_gpu["hardware"] = on_gpu["hardware"] | {"gpu": "NVIDIA H100 80GB HBM3", "dtype": "torch.bfloat16"}
+    for measured in (on_cpu, on_gpu):
+        report.write(measured, tmp_path)
+    assert {file.stem for file in tmp_path.glob("*.json")} == {"share_the_base_float32", "share_the_base_nvidia-h100-80gb-hbm3_bfloat16"}
+    text = (tmp_path / "share_the_base_nvidia-h100-80gb-hbm3_bfloat16.md").read_text()
+    assert "| embedding | vllm stock | 1024 | 16 |" in text
+    assert text.count("| embedding | peft engine |") == 1  # the driver did not tell of its GPU memory
+
+
+def test_on_a_gpu_the_plugin_is_left_out_and_stock_gets_whole_rounds() -> None:
+    sides = [Side("vllm base", "vllm", "base"), Side("vllm plugin", "vllm", "plugin"), Side("vllm stock", "vllm", "stock", fewer=2)]
+    sides.append(Side("PEFT set_adapter", "peft", "switch", fewer=4))
+    ways = Measurement(rounds=1, counts=(1,), limit=1, gpu="NVIDIA H100").ways(sides)
+    assert [(side.mode, side.fewer) for side in ways] == [("base", 1), ("stock", 1), ("switch", 4)]
+    assert Measurement(rounds=1, counts=(1,), limit=1).ways(sides) == sides
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpu_is_refused_where_there_is_none() -> None:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.share_the_base", "--gpu"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "torch sees no CUDA device" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_part_measured_again_takes_the_place_of_what_it_measured_before_and_of_nothing_else(tmp_path: Path) -> None:
