@@ -73,7 +73,7 @@ class AlsoTrain(Section):
 
 
 class EmbeddingData(Section):
-    """`train`, `eval` and `dev`: a file, a BEIR folder or hf://name[:config][@revision]. `limit`: first rows only.
+    """`train`, `eval` and `dev`: a file, a BEIR folder or hf://name[:config][@revision][#split]. `limit`: first rows only.
 
     `dev` chooses the best checkpoint (None: a part of the training queries, held out). `weight` and `also`: several sets in one run.
     """

@@ -10,12 +10,12 @@ that evaluation takes for right. Other columns are ignored.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from embedft.causal_lm.sources import records
 from embedft.errors import DataError
+from embedft.records import read_records
 
 Format = Literal["prompt_completion", "messages", "alpaca"]
 ROLES = ("system", "user", "assistant")
@@ -49,10 +49,8 @@ def read_rows(source: str, *, format: Format | None = None, limit: int | None = 
     """All rows of a file or hub data set, in order. Raises DataError listing every bad row: place, fault, what was expected."""
     problems: list[str] = []
     rows: list[Row] = []
-    for place, record in records(source):
-        if isinstance(record, str):
-            problems.append(f"{place}: {record}")
-            continue
+    for found in read_records(source, problems):
+        place, record = found.where, found.values
         format = format or detect(record, place)
         messages = _reference_fault(record) or PARSERS[format](record)
         if isinstance(messages, str):
@@ -76,7 +74,7 @@ def sample(rows: Sequence[Row], count: int | None) -> list[Row]:
     return [rows[number] for number in sorted(ranked[:count])]
 
 
-def detect(record: dict[str, Any], place: str) -> Format:
+def detect(record: Mapping[str, Any], place: str) -> Format:
     """The format whose columns `record` has; DataError where none fits."""
     columns = record.keys()
     if "messages" in columns:
@@ -103,12 +101,12 @@ def _renumbered(rows: Iterable[Row]) -> list[Row]:
     return [replace(row, id=str(number)) for number, row in enumerate(rows)]
 
 
-def _references(record: dict[str, Any]) -> tuple[str, ...]:
+def _references(record: Mapping[str, Any]) -> tuple[str, ...]:
     given: Any = record.get("references") or ()
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def _reference_fault(record: dict[str, Any]) -> str | None:
+def _reference_fault(record: Mapping[str, Any]) -> str | None:
     given: Any = record.get("references") or []
     texts: Any = [given] if isinstance(given, str) else given
     if isinstance(texts, list | tuple) and all(isinstance(text, str) and text.strip() for text in cast("list[Any]", texts)):
@@ -116,7 +114,7 @@ def _reference_fault(record: dict[str, Any]) -> str | None:
     return "'references' is not a text or a list of texts"
 
 
-def _text(record: dict[str, Any], key: str) -> str | None:
+def _text(record: Mapping[str, Any], key: str) -> str | None:
     """What is wrong with a text column, or None."""
     value = record.get(key)
     if key not in record:
@@ -126,12 +124,12 @@ def _text(record: dict[str, Any], key: str) -> str | None:
     return None if value.strip() else f"{key!r} is empty, expected a text"
 
 
-def _prompt_completion(record: dict[str, Any]) -> tuple[Message, ...] | str:
+def _prompt_completion(record: Mapping[str, Any]) -> tuple[Message, ...] | str:
     fault = _text(record, "prompt") or _text(record, "completion")
     return fault or (Message("user", record["prompt"]), Message("assistant", record["completion"]))
 
 
-def _alpaca(record: dict[str, Any]) -> tuple[Message, ...] | str:
+def _alpaca(record: Mapping[str, Any]) -> tuple[Message, ...] | str:
     fault = _text(record, "instruction") or _text(record, "output")
     given = record.get("input")
     if fault or not isinstance(given, str | None):
@@ -140,7 +138,7 @@ def _alpaca(record: dict[str, Any]) -> tuple[Message, ...] | str:
     return (Message("user", prompt), Message("assistant", record["output"]))
 
 
-def _messages(record: dict[str, Any]) -> tuple[Message, ...] | str:
+def _messages(record: Mapping[str, Any]) -> tuple[Message, ...] | str:
     given = record.get("messages")
     if not isinstance(given, list) or not given:
         return "'messages' is not a list with messages in it, expected [{role, content}, …]"
@@ -159,7 +157,7 @@ def _messages(record: dict[str, Any]) -> tuple[Message, ...] | str:
     return tuple(messages)
 
 
-PARSERS: dict[str, Callable[[dict[str, Any]], tuple[Message, ...] | str]] = {
+PARSERS: dict[str, Callable[[Mapping[str, Any]], tuple[Message, ...] | str]] = {
     "prompt_completion": _prompt_completion,
     "messages": _messages,
     "alpaca": _alpaca,

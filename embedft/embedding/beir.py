@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedft.embedding.rows import open_text, read_jsonl
 from embedft.errors import DataError
+from embedft.records import open_text, read_jsonl
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 from embedft.embedding.beir import is_beir, read_beir, splits
 from embedft.embedding.near import NearIndex, words
 from embedft.embedding.pairs import as_list, columns_of
-from embedft.embedding.rows import Row, read_rows
 from embedft.errors import DataError
 from embedft.files import staged_folder, write_text
+from embedft.records import Record, read_records
 
 EXAMPLES = 3
 PHRASE = 4  # words; shorter phrases are language, not a template
@@ -111,7 +111,7 @@ def _read(source: str, state: _State) -> list[Pair]:
             for document in grades
         ]
     else:
-        pairs = [pair for row in read_rows(source, problems) if (pair := _pair(row, problems))]
+        pairs = [pair for row in read_records(source, problems) if (pair := _pair(row, problems))]
     if problems:
         finding = Finding(
             "unreadable", len(problems), len(pairs) + len(problems), "cannot be read as rows", "left out", tuple(problems[:EXAMPLES])
@@ -120,7 +120,7 @@ def _read(source: str, state: _State) -> list[Pair]:
     return pairs
 
 
-def _pair(row: Row, problems: list[str]) -> Pair | None:
+def _pair(row: Record, problems: list[str]) -> Pair | None:
     """By the trainer's own rules, so that what passes here is read there."""
     columns = columns_of(row, problems)
     if columns is None:
@@ -279,7 +279,7 @@ def _evaluation_queries(source: str) -> list[str]:
             return []
         beir = read_beir(Path(source), split, problems)
         return [beir.queries[query] for query in beir.relevant]
-    return list(dict.fromkeys(pair.query for row in read_rows(source, problems, split="test") if (pair := _pair(row, problems))))
+    return list(dict.fromkeys(pair.query for row in read_records(source, problems, split="test") if (pair := _pair(row, problems))))
 
 
 def _leaks(state: _State, queries: Sequence[str]) -> None:

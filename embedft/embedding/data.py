@@ -8,9 +8,9 @@ from pathlib import Path
 
 from embedft.embedding.beir import is_beir, read_beir, splits
 from embedft.embedding.pairs import Example, parse
-from embedft.embedding.rows import first, read_rows
 from embedft.errors import DataError
 from embedft.recipe import EmbeddingData, EmbeddingEval
+from embedft.records import first, read_records
 
 HELD_OUT = 0.1  # share of the queries kept for evaluation where the recipe names no eval data
 HELD_OUT_MOST = 500
@@ -81,7 +81,7 @@ def load_retrieval(source: str, problems: list[str] | None = None, *, format: st
         queries = {identifier: beir.queries[identifier] for identifier in beir.relevant}
         retrieval = _retrieval(queries, beir.documents, beir.relevant)
     else:
-        rows = list(parse(read_rows(source, faults, split="test"), faults, scored=False))
+        rows = list(parse(read_records(source, faults, split="test"), faults, scored=False))
         retrieval = of_pairs(rows, extra_documents=[text for row in rows for text in row.negatives])
     if problems is None and faults:
         raise DataError(faults)
@@ -164,7 +164,7 @@ def _examples(
     source: str, limit: int | None, problems: list[str], *, scored: bool, taught: bool = False, format: str | None
 ) -> list[Example]:
     if not _as_beir(source, format):
-        return list(parse(first(read_rows(source, problems), limit), problems, scored=scored, taught=taught))
+        return list(parse(first(read_records(source, problems), limit), problems, scored=scored, taught=taught))
     if scored or taught:
         raise DataError(
             [f"{Path(source).name}: a BEIR folder holds relevant pairs, and this loss takes scored ones; expected rows with a score"]

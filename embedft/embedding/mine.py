@@ -24,12 +24,12 @@ from embedft.embedding.evaluate import bm25_top, unit
 from embedft.embedding.near import jaccard
 from embedft.embedding.near import shingles as shingles_of
 from embedft.embedding.pairs import Example, parse
-from embedft.embedding.rows import read_rows
 from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder, EncodeSettings
 from embedft.errors import DataError
 from embedft.files import write_text
 from embedft.ranks import reciprocal
+from embedft.records import read_records
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
@@ -130,7 +130,7 @@ def _read(source: str) -> tuple[tuple[Example, ...], list[str]]:
         rows = [Example(beir.queries[q], beir.documents[d]) for q, grades in beir.relevant.items() for d in grades if beir.documents[d]]
         documents = list(dict.fromkeys(text for text in beir.documents.values() if text))
     else:
-        rows = list(parse(read_rows(source, problems), problems, scored=False))
+        rows = list(parse(read_records(source, problems), problems, scored=False))
         documents = list(dict.fromkeys(text for row in rows for text in (row.document, *row.negatives)))
     if problems:
         raise DataError(problems)

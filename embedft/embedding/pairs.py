@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from embedft.embedding.rows import Row
+from embedft.records import Record
 
 QUERY = ("query", "anchor", "question", "sentence1", "sentence_1")
 DOCUMENT = ("document", "positive", "passage", "answer", "doc", "pos", "sentence2", "sentence_2")
@@ -40,7 +40,7 @@ class Columns:
     scores: str | None = None
 
 
-def parse(rows: Iterable[Row], problems: list[str], *, scored: bool, taught: bool = False) -> Iterator[Example]:
+def parse(rows: Iterable[Record], problems: list[str], *, scored: bool, taught: bool = False) -> Iterator[Example]:
     """Usable rows as examples; what is wrong with the others goes to `problems`.
 
     `scored`: the loss needs a score column. `taught`: it needs a teacher's scores of the document and of each negative.
@@ -58,7 +58,7 @@ def parse(rows: Iterable[Row], problems: list[str], *, scored: bool, taught: boo
                 yield _example(row.values, columns)
 
 
-def columns_of(row: Row, problems: list[str]) -> Columns | None:
+def columns_of(row: Record, problems: list[str]) -> Columns | None:
     """Which column is what, whatever a loss makes of it; None where query and document are not one column each."""
     names = list(row.values)
     queries, documents = _matching(names, QUERY), _matching(names, DOCUMENT)
@@ -75,7 +75,7 @@ def columns_of(row: Row, problems: list[str]) -> Columns | None:
     return Columns(queries[0], documents[0], negatives, label, scores)
 
 
-def _columns(row: Row, problems: list[str], *, scored: bool, taught: bool) -> Columns | None:
+def _columns(row: Record, problems: list[str], *, scored: bool, taught: bool) -> Columns | None:
     """Noted once for each set of columns, at the first row that has it."""
     names, before = list(row.values), len(problems)
     found, labels = columns_of(row, problems), _matching(list(row.values), LABEL)
@@ -103,7 +103,7 @@ def _base_name(name: str) -> str:
     return name.strip().lower().rstrip("0123456789").rstrip("_")
 
 
-def _faults(row: Row, columns: Columns) -> Iterator[str]:
+def _faults(row: Record, columns: Columns) -> Iterator[str]:
     for name in (columns.query, columns.document):
         value = row.values[name]
         if not isinstance(value, str):

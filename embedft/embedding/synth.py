@@ -16,9 +16,9 @@ from typing import Any
 
 from embedft.embedding.beir import is_beir
 from embedft.embedding.near import words
-from embedft.embedding.rows import read_rows
 from embedft.errors import DataError
 from embedft.files import hash_json, write_text
+from embedft.records import read_records
 
 PROMPT = (
     "Write {count} different questions, one a line and nothing else, that a person might ask to find the following passage. "
@@ -109,7 +109,7 @@ def read_passages(corpus: str) -> list[Passage]:
         return _of_files(path)
     source = next((str(path / name) for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).is_file()), corpus)
     passages: list[Passage] = []
-    for row in read_rows(source, problems):
+    for row in read_records(source, problems):
         text, title = row.values.get("text"), row.values.get("title")
         if not isinstance(text, str):
             problems.append(f"{row.where}: no text; expected columns text and, where there is one, title")

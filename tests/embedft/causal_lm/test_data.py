@@ -54,7 +54,7 @@ def test_all_bad_rows_are_reported_at_once_with_their_lines(tmp_path: Path) -> N
         read_rows(str(tmp_path / "bad.jsonl"))
     problems = caught.value.problems
     assert [problem.split(": ")[0] for problem in problems] == [f"bad.jsonl:{line}" for line in (2, 3, 4, 5, 6)]
-    assert "expected one object a line" in problems[0]
+    assert "expected one JSON object a line" in problems[0]
     assert "expected an object" in problems[1]
     assert "no 'completion'" in problems[2]
     assert "'completion' is empty" in problems[3]

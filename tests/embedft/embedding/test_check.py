@@ -159,7 +159,7 @@ def test_columns_are_read_as_the_trainer_reads_them(tmp_path: Path) -> None:
 
 def test_a_cleaned_copy_keeps_a_teachers_scores_beside_its_negatives(tmp_path: Path) -> None:
     from embedft.embedding.pairs import parse
-    from embedft.embedding.rows import read_rows
+    from embedft.records import read_records
 
     rows = clean_rows()
     others = [rows[(i + 1) % 36]["document"] for i in range(36)]
@@ -169,5 +169,5 @@ def test_a_cleaned_copy_keeps_a_teachers_scores_beside_its_negatives(tmp_path: P
     assert found(report, "bad_negatives").count == 1
     assert all((row["negatives"], row["scores"]) == ([other], [3.0, 1.0]) for row, other in zip(kept, others, strict=True))
     problems: list[str] = []
-    assert len(list(parse(read_rows(str(tmp_path / "fixed.jsonl"), problems), problems, scored=False, taught=True))) == 36
+    assert len(list(parse(read_records(str(tmp_path / "fixed.jsonl"), problems), problems, scored=False, taught=True))) == 36
     assert problems == []

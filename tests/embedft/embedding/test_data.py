@@ -186,9 +186,9 @@ def test_the_data_hash_changes_with_any_text_or_order_of_rows(tmp_path: Path) ->
 
 
 def test_what_is_absent_or_unknown_says_what_is_read(tmp_path: Path) -> None:
-    assert "expected .jsonl" in problems(str(tmp_path / "none.jsonl"))[0]
+    assert "there is no such file" in problems(str(tmp_path / "none.jsonl"))[0]
     (tmp_path / "a.txt").write_text("x")
-    assert ".txt format is not known" in problems(str(tmp_path / "a.txt"))[0]
+    assert ".txt is not a kind of file that is read here; expected one of .jsonl" in problems(str(tmp_path / "a.txt"))[0]
     (tmp_path / "folder").mkdir()
     assert "no corpus.jsonl" in problems(str(tmp_path / "folder"))[0]
 
