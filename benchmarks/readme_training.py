@@ -162,7 +162,8 @@ def methods_text(reports: dict[str, Any]) -> str:
     plain, copies = (sum(f"{name}{ending}" in serving for name in names) for ending in ("", "-lora"))
     rows = f"{made['batch']} rows, {made['test_rows']} test rows"
     return (
-        f"seed-lm on {made['task']}: {made['steps']} steps of {rows}, one thread, each method by its shipped recipe, tuned for none;\n"
+        f"seed-lm on {made['task']}: {made['steps']} steps of {rows}, one thread, each method by its shipped recipe\n"
+        "(rates of those that are not LoRA's kin, and how many virtual tokens: the best of two or three on 100 rows of the dev split);\n"
         f"the base scores {made['rows'][0]['base_exact_match']:.3f}. {verified} of {len(made['rows'])} pass `adapters verify`. "
         "An engine's figure is the error of the adapter's effect there, of its norm;\n"
         f"vLLM takes {plain} as they are and {copies} as converted LoRA. "
