@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+from embedft.base import BaseSpec, base_folder, compute_dtype
+from embedft.model_folder import describe
 
 
 def rows_one_by_one(
@@ -21,8 +23,10 @@ def rows_one_by_one(
 ) -> None:
     """For each cell that the results do not have yet: `script … --one CELL`, whose last line of output is the row.
 
-    `of(row)`: its cell. `page(results)`: the Markdown beside them. Rows that were made with other settings than `about` are not kept.
+    `of(row)`: its cell. `page(results)`: the Markdown beside them. Rows that were made with other settings than `about`, other weights of
+    seed-lm or in another dtype are not kept.
     """
+    about = {**about, "seed_lm": describe(base_folder(BaseSpec("seed-lm"))).fingerprint[:12], "dtype": str(compute_dtype()).split(".")[1]}
     made = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     kept = made["rows"] if all(made.get(key) == value for key, value in about.items()) else []
     rows = {of(row): row for row in kept}

@@ -119,7 +119,8 @@ def tasks_text(report: dict[str, Any]) -> str:
     gains = f"no gain that its interval shows: {', '.join(low)}" if low else "every gain's 95 % interval lies above zero"
     verified = sum(row["verified"] for row in report["rows"])
     return (
-        f"seed-lm, {report['steps']} steps of {report['batch']} rows, {report['test_rows']} test rows, one thread; "
+        f"seed-lm in {report.get('dtype', 'float32')}, {report['steps']} steps of {report['batch']} rows, {report['test_rows']} test rows, "
+        "one thread; "
         f"{share['lora']:.1f} % of the weights trained, or all; the base's figure "
         f"is the unquantized one's. {gains[0].upper()}{gains[1:]};\n"
         f"{verified} of {len(report['rows'])} pass `adapters verify`. "
@@ -162,7 +163,8 @@ def methods_text(reports: dict[str, Any]) -> str:
     plain, copies = (sum(f"{name}{ending}" in serving for name in names) for ending in ("", "-lora"))
     rows = f"{made['batch']} rows, {made['test_rows']} test rows"
     return (
-        f"seed-lm on {made['task']}: {made['steps']} steps of {rows}, one thread, each method by its shipped recipe\n"
+        f"seed-lm in {made.get('dtype', 'float32')} on {made['task']}: {made['steps']} steps of {rows}, one thread, "
+        "each method by its shipped recipe\n"
         "(rates of those that are not LoRA's kin, and how many virtual tokens: the best of two or three on 100 rows of the dev split);\n"
         f"the base scores {made['rows'][0]['base_exact_match']:.3f}. {verified} of {len(made['rows'])} pass `adapters verify`. "
         "An engine's figure is the error of the adapter's effect there, of its norm;\n"
