@@ -1,5 +1,6 @@
 """The README's figures of training: what adapters win on public sets, and how fast they are trained."""
 
+from statistics import median
 from typing import Any
 
 from benchmarks.tables import table
@@ -22,16 +23,20 @@ def retrieval_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def retrieval_text(results: dict[str, dict[str, Any]]) -> str:
-    """The comparison with the published figures, whichever way it goes."""
+    """The comparison with the published figures, whichever way it goes, by the median over the seeds."""
     finance = results["finance_10k"]
-    both, published = finance["adapters"]["both"], finance["published"]
-    below = [name for name in METRICS if both["adapter"][name] <= published[name][1]]
+    published, seeds = finance["published"], finance["seeds"]
+    found = {name: sorted(one[name] for one in seeds) for name in METRICS}
+    middle = {name: median(values) for name, values in found.items()}
+    below = [name for name in METRICS if middle[name] <= published[name][1]]
     said = f"**not** reached in {', '.join(below)}" if below else "passed by the adapter in all three"
+    spans = ", ".join(f"{name} {values[0]:.3f} to {values[-1]:.3f}" for name, values in found.items())
     return (
         f"finance_10k is trained on one company's report and asked about another's. Published for BGE-small, fine-tuned whole: "
         f"{_figures({name: published[name][1] for name in METRICS})};\n"
-        f"{said}. MiniLM here: {_figures(finance['base'])}; with the adapter {_figures(both['adapter'])};\n"
-        f"fused with BM25 {_figures(both['fused'])}; BM25 alone {_figures(finance['bm25'])}."
+        f"{said}. MiniLM here: {_figures(finance['base'])}; with the adapter, the median of {len(seeds)} seeds, "
+        f"{_figures(middle)} ({spans});\n"
+        f"with the first seed fused with BM25 {_figures(finance['adapters']['both']['fused'])}; BM25 alone {_figures(finance['bm25'])}."
     )
 
 

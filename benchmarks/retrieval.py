@@ -50,14 +50,17 @@ def main() -> None:
     parser.add_argument("name", choices=TASKS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "retrieval")
     parser.add_argument("--set", metavar="key=value", nargs="+", default=[], help="settings over the recipe's, for a trial")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="trainings of the recipe, each with another seed; all are reported, the first in full"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     task = TASKS[arguments.name]
     with tempfile.TemporaryDirectory() as folder:
-        report = _measure(task, arguments.data, Path(folder), arguments.set)
+        report = _measure(task, arguments.data, Path(folder), arguments.set, seeds=arguments.seeds)
     report = {
         "name": arguments.name,
-        "command": f"python benchmarks/retrieval.py {arguments.name}",
+        "command": f"python benchmarks/retrieval.py {arguments.name}" + (f" --seeds {arguments.seeds}" if arguments.seeds > 1 else ""),
         "machine": machine(),
         "cpu_seconds": round(time.process_time(), 1),
         **report,
@@ -68,8 +71,9 @@ def main() -> None:
     print(f"written: {out}")
 
 
-def _measure(task: Task, data: Path, folder: Path, settings: list[str]) -> dict[str, Any]:
+def _measure(task: Task, data: Path, folder: Path, settings: list[str], *, seeds: int) -> dict[str, Any]:
     from embedft.adapters.store import AdapterStore
+    from embedft.recipe_file import load_recipe
 
     store = AdapterStore(folder / "adapters")
     report: dict[str, Any] = {"recipe": f"recipes/embedding/{task.recipe}.yaml"}
@@ -82,6 +86,9 @@ def _measure(task: Task, data: Path, folder: Path, settings: list[str]) -> dict[
     both = _train(task.recipe, files, store)
     report |= {name: both[name] for name in ("metric", "queries", "documents", "base", "bm25")}
     report["adapters"] = {"both": both}
+    first: Any = load_recipe(task.recipe, files)
+    more = [_train(task.recipe, [*files, f"train.seed={first.train.seed + k}", f"name={task.recipe}-{k}"], store) for k in range(1, seeds)]
+    report["seeds"] = [found["adapter"] for found in (both, *more)]
     if task.train is not None:
         query = _train(task.recipe, [*files, "adapter.side=query", f"name={task.recipe}-query"], store, longer=3)
         report["adapters"]["query"] = query

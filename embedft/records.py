@@ -33,10 +33,9 @@ def read_records(source: str, problems: list[str], *, split: str = "train") -> I
     path = Path(source)
     if path.is_dir():
         raise DataError([f"{path}: a folder; expected a file, or for retrieval a BEIR folder: corpus.jsonl, queries.jsonl and qrels/"])
-    reader = _reader(path)
     if not path.exists():
         raise DataError([f"{path}: there is no such file"])
-    yield from reader(path, problems)
+    yield from _reader(path)(path, problems)
 
 
 def _reader(path: Path) -> Callable[[Path, list[str]], Iterator[Record]]:

@@ -68,8 +68,11 @@ def test_what_cannot_be_read_is_a_problem_with_its_place(tmp_path: Path, name: s
 
 
 def test_what_is_no_such_file_says_what_is_read(tmp_path: Path) -> None:
+    for name in ("a.xlsx", "a"):
+        (tmp_path / name).touch()
     for path, said in (
         (tmp_path / "none.csv", "there is no such file"),
+        (tmp_path / "none", "there is no such file"),
         (tmp_path / "a.xlsx", r"\.xlsx is not a kind of file .*expected one of \.jsonl, .*or hf://name"),
         (tmp_path / "a", "without an ending"),
         (tmp_path, "a folder; expected a file"),

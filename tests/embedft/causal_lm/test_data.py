@@ -82,6 +82,7 @@ def test_unknown_columns_and_files_are_refused_with_what_was_expected(tmp_path: 
         read_rows(str(tmp_path / "a.jsonl"))
     with pytest.raises(DataError, match="there is no such file"):
         read_rows(str(tmp_path / "none.jsonl"))
+    (tmp_path / "a.txt").touch()
     with pytest.raises(DataError, match=r"expected one of \.jsonl"):
         read_rows(str(tmp_path / "a.txt"))
 
