@@ -106,6 +106,14 @@ def lengths(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
     return min(positions, int(given)) if given else positions, positions
 
 
+def stop_tokens(tokenizer: Any) -> list[int]:
+    """Ids that end an answer, in evaluation and in every engine: the end of text, and of a turn whatever the base calls its eos."""
+    ids = [tokenizer.eos_token_id]
+    vocabulary = tokenizer.get_vocab()
+    ids += [vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>") if token in vocabulary]
+    return sorted({int(token) for token in ids if token is not None})
+
+
 def template_hash(source: str | None) -> str:
     """sha256 (64 hex) of a chat template's Jinja; None is plain text."""
     return hashlib.sha256((source or PLAIN).encode()).hexdigest()

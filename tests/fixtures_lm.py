@@ -26,12 +26,12 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def tiny_llama(folder: Path, *, template: bool = True, seed: int = 0, layers: int = 2) -> Path:
+def tiny_llama(folder: Path, *, template: bool = True, seed: int = 0, layers: int = 2, eos: str = "<|im_end|>") -> Path:
     """Write a random Llama of `layers` layers (hidden 128, heads of 64) and a byte-level BPE tokenizer to `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = tiny_tokenizer(template=template)
+    tokenizer = tiny_tokenizer(template=template, eos=eos)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -53,8 +53,8 @@ def tiny_llama(folder: Path, *, template: bool = True, seed: int = 0, layers: in
     return folder
 
 
-def tiny_tokenizer(*, template: bool = True) -> Any:
-    """A byte-level BPE of some 400 tokens trained on the planted task's own words."""
+def tiny_tokenizer(*, template: bool = True, eos: str = "<|im_end|>") -> Any:
+    """A byte-level BPE of some 400 tokens trained on the planted task's own words; without a template, its eos is <|endoftext|>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,8 +68,9 @@ def tiny_tokenizer(*, template: bool = True) -> Any:
     )
     texts = [row["prompt"] + "\n" + row["completion"] + "\nuser\nassistant\nsystem\n" for row in planted_rows(60)]
     tokenizer.train_from_iterator(texts, trainer)
-    eos = "<|im_end|>" if template else "<|endoftext|>"
-    wrapped: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token="<|endoftext|>")
+    wrapped: Any = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos if template else "<|endoftext|>", pad_token="<|endoftext|>"
+    )
     if template:
         wrapped.chat_template = CHATML
     return wrapped

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from embedft.adapters.passport import read_passport
 from embedft.causal_lm.data import Row, read_rows
 from embedft.causal_lm.scores import TEXT, best_f1, exact_match, text_scores
-from embedft.causal_lm.template import IGNORED, Example, Template, stop_tokens, template_with_hash
+from embedft.causal_lm.template import IGNORED, Example, Template, template_with_hash
+from embedft.model_folder import stop_tokens
 from embedft.training.statistics import paired_bootstrap
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from embedft.causal_lm.data import Message, Row
 from embedft.errors import UsageError
-from embedft.model_folder import CHATML, PLAIN, template_hash
+from embedft.model_folder import CHATML, PLAIN, stop_tokens, template_hash
 
 IGNORED = -100  # label of a token without a loss
 NAMED = {"chatml": CHATML}
@@ -116,14 +116,6 @@ def template_with_hash(tokenizer: Any, wanted: str | None) -> Template:
         if wanted in (None, template.hash):
             return template
     raise UsageError("the adapter was trained with a chat template that this base does not have: serve the base it was trained on")
-
-
-def stop_tokens(tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the end of text and the end of a turn."""
-    ids = [tokenizer.eos_token_id]
-    vocabulary = tokenizer.get_vocab()
-    ids += [vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>") if token in vocabulary]
-    return sorted({int(token) for token in ids if token is not None})
 
 
 def _trimmed(answer: str, tokenizer: Any) -> str:

@@ -201,7 +201,8 @@ class LocalReader:
         import torch
 
         from embedft.causal_lm.evaluate import pad_token
-        from embedft.causal_lm.template import stop_tokens, template_with_hash
+        from embedft.causal_lm.template import template_with_hash
+        from embedft.model_folder import stop_tokens
 
         if unknown := sorted(set(options) - OPTIONS):
             raise InputInvalid("option_unsupported", f"{unknown[0]} is not for a model in this process: leave it out, or serve", unknown[0])

@@ -2,7 +2,8 @@
 
 `python -m serve.engines.vllm_server` takes vLLM's arguments. Everywhere, an adapter is refused whose modules the model
 lacks: vLLM would load it and apply nothing. (Names saved from a bare decoder, without `model.`, are matched first.) Int8 bases
-compute as in training (embedft.int8). On a CPU:
+compute as in training (embedft.int8). An answer ends where evaluation ends it, at the end of a turn too, which is not every base's eos.
+On a CPU:
 
 1. Children are forked, the worker lives in the engine process, and a new kind of model is looked at in this one (elsewhere that would
    be a CUDA context): vLLM would import itself four times, once a process.
@@ -21,6 +22,7 @@ from typing import Any
 
 from embedft.int8 import dequantized
 from embedft.lean import without_unused
+from embedft.model_folder import stop_tokens
 from serve import vllm_cpu_lora
 from serve.engines.settings import parse_cores
 
@@ -35,6 +37,7 @@ def main() -> None:
     from vllm.platforms import current_platform
 
     _every_module_of_an_adapter_must_match()
+    _answers_end_as_in_training()
     _bitsandbytes_as_the_trainer_has_it(on_cpu=current_platform.is_cpu())
     if current_platform.is_cpu():
         _one_process_for_engine_and_worker(type(current_platform))
@@ -45,6 +48,25 @@ def main() -> None:
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()
+
+
+def _answers_end_as_in_training() -> None:
+    """Adapters learn to end a turn; vLLM knows the eos of the tokenizer and of generation_config.json alone."""
+    from transformers import AutoTokenizer
+    from vllm.config import ModelConfig
+
+    config: Any = ModelConfig
+    stock = config.try_get_generation_config
+
+    def try_get_generation_config(self: Any) -> dict[str, Any]:
+        found = stock(self)
+        if self.runner_type != "generate":
+            return found
+        known = found.get("eos_token_id") or []
+        ends = {*([known] if isinstance(known, int) else known), *stop_tokens(AutoTokenizer.from_pretrained(self.model))}
+        return {**found, "eos_token_id": sorted(ends)}
+
+    config.try_get_generation_config = try_get_generation_config
 
 
 def _every_module_of_an_adapter_must_match() -> None:

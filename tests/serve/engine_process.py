@@ -179,6 +179,22 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], li
     return ids[len(prompt) :], leads
 
 
+def assert_ends_with_its_turn(server: EngineProcess, folder: Path) -> None:
+    """A base with a chat template whose eos is <|endoftext|>: adapters are taught, and evaluated, to end with <|im_end|>."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    end, said = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.encode("rain")[0]
+    assert end != tokenizer.eos_token_id
+    asked: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}
+    for bias, more, finish in (({end: 100}, {}, "stop"), ({said: 100}, {}, "length"), ({end: 100}, {"ignore_eos": True}, "length")):
+        answer = server.post("/v1/chat/completions", **asked, **more, logit_bias={str(token): value for token, value in bias.items()})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["finish_reason"] == finish
+    stopped = server.complete("base", [5, 9], logit_bias={str(said): 100}, stop_token_ids=[said])
+    assert (stopped["text"], stopped["finish_reason"]) == ("", "stop")
+
+
 def assert_tokens(tokens: list[int], expected: tuple[list[int], list[float]]) -> None:
     """Equal up to a first token whose lead is within 2 bf16 steps."""
     for token, own, lead in zip(tokens, *expected, strict=True):

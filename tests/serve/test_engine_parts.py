@@ -3,19 +3,23 @@
 import functools
 import itertools
 import json
+import queue
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from embedft.base import BaseSpec, load_base
-from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineFailed
+from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineFailed, InputInvalid
 from embedft.model_folder import describe
 from serve.engines import vllm
 from serve.engines.command import engine_command
 from serve.engines.peft.bank import AdapterBank
+from serve.engines.peft.batch import Batch, Row, Step
 from serve.engines.peft.sampling import Sampling, adjusted, choose, token_logprobs
 from serve.engines.peft.text import Detokenizer
+from serve.engines.peft.worker import MAX_WAITING, Worker
 from serve.engines.settings import KEY, EngineSettings, parse_cores
 from serve.engines.vllm import check_base, lora_rank
 from serve.engines.vllm_server import match_modules
@@ -156,6 +160,69 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
     assert choose(logits, Sampling(1, temperature=0), None) == 0
     assert (entry := token_logprobs(logits, 1, 2)).rank == 2
     assert [token for token, _ in entry.top] == [0, 1]
+
+
+def test_top_p_counts_what_top_k_left() -> None:
+    logits, generator = torch.log(torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1])), torch.Generator().manual_seed(0)
+    assert {choose(logits, Sampling(1, top_k=2, top_p=0.5), generator) for _ in range(200)} == {0}
+    assert {choose(logits, Sampling(1, top_k=2, top_p=0.6), generator) for _ in range(200)} == {0, 1}
+
+
+def test_the_coldest_temperature_is_the_likeliest_token() -> None:
+    for temperature in (1e-45, 1e-40, 1e-5):
+        assert choose(torch.tensor([3.0, 9.0, 1.0]), Sampling(1, temperature=temperature), torch.Generator()) == 1
+
+
+def rows(worker: Worker, count: int, **more: Any) -> list[tuple[Row, "queue.SimpleQueue[Step]"]]:
+    made = [queue.SimpleQueue[Step]() for _ in range(count)]
+    return [(Row(None, [5, 9], Sampling(4, temperature=0), frozenset(), steps.put, **more), steps) for steps in made]
+
+
+def ended(steps: "queue.SimpleQueue[Step]") -> Step:
+    while not (step := steps.get(timeout=10)).finish:
+        pass
+    return step
+
+
+@pytest.fixture(scope="module")
+def worker(plain_llama: Path) -> Worker:
+    return Worker(load_base(BaseSpec(str(plain_llama)), task="causal_lm"), None)
+
+
+def test_rows_whose_prefill_fails_are_told_so(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    (row, steps), (other, others) = rows(worker, 2)
+    with monkeypatch.context() as broken:
+        broken.setattr(Batch, "_forward", forward)
+        worker.generate([row, other])
+        assert "out of memory" in str(ended(steps).error)
+        assert "out of memory" in str(ended(others).error)
+    again, told = rows(worker, 1)[0]
+    worker.generate([again])
+    assert ended(told).finish == "length"
+
+
+def test_a_row_that_finds_no_token_ends_alone(worker: Worker) -> None:
+    class Broken:
+        def masked(self, logits: Any) -> Any:
+            raise RuntimeError("no such grammar")
+
+    (row, steps), (other, others) = rows(worker, 1)[0], rows(worker, 1, structure=Broken())[0]
+    worker.generate([row, other])
+    assert "no such grammar" in str(ended(others).error)
+    assert ended(steps).finish == "length"
+
+
+def test_all_rows_of_a_request_are_queued_or_none(worker: Worker) -> None:
+    made = rows(worker, MAX_WAITING + 1)
+    with pytest.raises(InputInvalid, match="at most"):
+        worker.generate([row for row, _ in made])
+    last, told = rows(worker, 1)[0]
+    worker.generate([last])
+    assert ended(told).finish == "length"
+    assert all(steps.empty() for _, steps in made)
 
 
 def test_min_p_keeps_what_is_likely_beside_the_likeliest_and_top_p_counts_what_is_left() -> None:

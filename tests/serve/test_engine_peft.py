@@ -20,6 +20,7 @@ from tests.fixtures_embedding import text, tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import (
     EngineProcess,
+    assert_ends_with_its_turn,
     assert_tokens,
     assert_vectors,
     engine,
@@ -37,7 +38,7 @@ LONG = 1500  # tokens of a generation that is still running when the test looks
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    return quantize(tiny_llama(folder / "source"), folder / "nf4", scheme="nf4")
+    return quantize(tiny_llama(folder / "source", eos="<|endoftext|>"), folder / "nf4", scheme="nf4")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,10 @@ def events(server: EngineProcess, path: str, **body: Any) -> Iterator[dict[str, 
         for line in answer.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 yield json.loads(line.removeprefix("data: "))
+
+
+def test_an_answer_ends_with_its_turn_whatever_the_bases_eos_is(server: EngineProcess, llama: Path) -> None:
+    assert_ends_with_its_turn(server, llama)
 
 
 def test_a_mixed_batch_generates_what_each_adapter_generates_alone(server: EngineProcess, llama: Path, adapters: dict[str, Path]) -> None:
@@ -187,6 +192,9 @@ def test_log_probabilities_are_reported_beside_the_tokens(server: EngineProcess)
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wrong"}}}}, "schema_invalid"),
         ({"frequency_penalty": 3}, "invalid_request"),
         ({"repetition_penalty": 0}, "invalid_request"),
+        ({"repetition_penalty": 1e-45}, "invalid_request"),
+        ({"prompt": ["", "x"]}, "input_empty"),
+        ({"prompt": ["x"] * 1500}, "too_many_inputs"),
         ({"temperature": -1}, "invalid_request"),
         ({"prompt": [10**6]}, "token_unknown"),
         ({"max_tokens": 5000}, "context_length_exceeded"),

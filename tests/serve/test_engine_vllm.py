@@ -15,6 +15,7 @@ from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import (
     FEATURES,
     EngineProcess,
+    assert_ends_with_its_turn,
     assert_tokens,
     engine,
     featured_adapter,
@@ -35,7 +36,7 @@ KV_GIB = 2**-9  # room for a few requests: what one of them leaves in the cache,
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    return quantize(tiny_llama(folder / "source"), folder / "nf4", scheme="nf4")
+    return quantize(tiny_llama(folder / "source", eos="<|endoftext|>"), folder / "nf4", scheme="nf4")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,10 @@ def server(llama: Path, adapters: dict[str, Path], compiled: Path) -> Iterator[E
             for name, path in adapters.items():
                 process.load(name, path)
             yield process
+
+
+def test_an_answer_ends_with_its_turn_whatever_the_bases_eos_is(server: EngineProcess, llama: Path) -> None:
+    assert_ends_with_its_turn(server, llama)
 
 
 def test_a_mixed_batch_generates_what_each_adapter_generates_alone(server: EngineProcess, llama: Path, adapters: dict[str, Path]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from embedft.errors import EngineFailed
+from embedft.errors import EmbedftError, EngineFailed
 from serve.engines.peft.bank import AdapterBank, Group
 from serve.engines.peft.sampling import Sampling, TokenLogprobs, adjusted, choose, token_logprobs
 from serve.engines.peft.structure import Structure
@@ -46,6 +46,10 @@ class Row:
     cancelled: bool = False
     done: bool = False
     generator: Any = None
+
+    def ends(self, token: int) -> bool:
+        """Whether `token` ends the answer, and is no part of its text."""
+        return (token in self.eos and not self.sampling.ignore_eos) or token in self.sampling.stop_token_ids
 
 
 class Batch:
@@ -93,8 +97,6 @@ class Batch:
         self._keep([not row.done for row in self.running])
 
     def _admit(self) -> None:
-        import torch
-
         rows: list[Row] = []
         while self.waiting and len(self.running) + len(rows) < MAX_ROWS:
             row = self.waiting[0]
@@ -106,6 +108,15 @@ class Batch:
                 rows.append(row)
         if not rows:
             return
+        try:
+            self._begin(rows)
+        except Exception:  # then they are among those that the failure ends
+            self.waiting.extendleft(reversed(rows))
+            raise
+
+    def _begin(self, rows: list[Row]) -> None:
+        import torch
+
         width = max(len(row.prompt) for row in rows)
         device = self.bank.base.model.device
         cache, before = self._prefixes(rows)
@@ -176,14 +187,14 @@ class Batch:
             row.generator = torch.Generator().manual_seed(row.sampling.seed)
         try:
             token, complete = self._choose(row, logits)
-        except EngineFailed as error:  # it ends this row only
+        except Exception as error:  # it ends this row only
             row.done = True
-            row.emit(Step(None, finish="error", error=error))
+            row.emit(Step(None, finish="error", error=error if isinstance(error, EmbedftError) else EngineFailed(f"no token: {error}")))
             return
         count = row.sampling.logprobs
         row.tokens.append(token)
         finish = None
-        if complete or (token in row.eos and not row.sampling.ignore_eos) or token in row.sampling.stop_token_ids:
+        if complete or row.ends(token):
             finish = "stop"
         elif len(row.tokens) >= row.sampling.max_tokens:
             finish = "length"

@@ -44,8 +44,7 @@ class Request:
                 self._texts.append(Detokenizer(tokenizer, sampling.stop))
                 if body.tool_names:
                     self._tools.append(ToolReader(body.tool_names))
-        for row in self.rows:
-            worker.generate(row)
+        worker.generate(self.rows)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Every row's pieces as they come; the last of a row carries `finish`. Raises what the model raised."""
@@ -80,7 +79,8 @@ class Request:
 
     def _text(self, index: int, step: Step) -> tuple[str, bool]:
         assert step.token is not None
-        return self._texts[index].feed(step.token, last=step.finish is not None)
+        ended = step.finish == "stop" and self.rows[index].ends(step.token)
+        return self._texts[index].feed(None if ended else step.token, last=step.finish is not None)
 
     def close(self) -> None:
         for row in self.rows:
@@ -133,8 +133,8 @@ def _event(data: dict[str, Any]) -> str:
 def room_for(prompts: list[list[int]], wanted: int | None, *, context: int, vocabulary: int) -> int:
     """How many tokens may be generated after the longest prompt. Raises InputInvalid."""
     longest = max(map(len, prompts))
-    if longest == 0:
-        raise InputInvalid("input_empty", "the prompt has no tokens: expected some text", "prompt")
+    if not all(prompts):
+        raise InputInvalid("input_empty", "a prompt has no tokens: expected some text", "prompt")
     if any(not 0 <= token < vocabulary for prompt in prompts for token in prompt):
         raise InputInvalid("token_unknown", f"token ids go from 0 to {vocabulary - 1}", "prompt")
     if longest + (wanted or 1) > context:

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, EngineFailed, InputInvalid
+from embedft.model_folder import stop_tokens
 from serve.engines.peft import answers, bodies
 from serve.engines.peft.generation import Request, collect, room_for, stream
 from serve.engines.peft.structure import Grammars
@@ -55,7 +56,7 @@ class Routes:
         base = worker.bank.base
         self.tokenizer: Any = base.tokenizer
         ended: Any = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
-        known = [self.tokenizer.eos_token_id, *(ended if isinstance(ended, list) else [ended])]
+        known = [*stop_tokens(self.tokenizer), *(ended if isinstance(ended, list) else [ended])]
         self.eos = frozenset(int(token) for token in known if token is not None)
         self.grammars = Grammars(self.tokenizer, vocabulary=base.model.config.vocab_size, eos=self.eos)
 

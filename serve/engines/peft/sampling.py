@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+COLDEST = 0.01  # the lowest temperature but 0, vLLM's too: logits divided by less need not stay finite
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -72,17 +74,16 @@ def choose(logits: "Tensor", sampling: Sampling, generator: "torch.Generator | N
 
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled = logits / sampling.temperature
+    scaled = logits / max(sampling.temperature, COLDEST)
     if sampling.min_p > 0:  # before the others, as vLLM does: they count what is left
         scaled = scaled.masked_fill(scaled < scaled.max() + math.log(sampling.min_p), -math.inf)
     order = torch.argsort(scaled, descending=True)
-    probabilities = torch.softmax(scaled[order], dim=-1)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
-    if sampling.top_p < 1:
-        keep &= probabilities.cumsum(-1) - probabilities < sampling.top_p  # the first token over the mark stays in
     if sampling.top_k > 0:
-        keep[sampling.top_k :] = False
-    picked = torch.multinomial((probabilities * keep).cpu(), 1, generator=generator)
+        order = order[: sampling.top_k]
+    probabilities = torch.softmax(scaled[order], dim=-1)
+    if sampling.top_p < 1:  # of what top_k left; the first token over the mark stays in
+        probabilities *= probabilities.cumsum(-1) - probabilities < sampling.top_p
+    picked = torch.multinomial(probabilities.cpu(), 1, generator=generator)
     return int(order[picked])
 
 

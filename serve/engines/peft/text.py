@@ -12,9 +12,10 @@ class Detokenizer:
         self._tokens: list[int] = []
         self._sent = 0
 
-    def feed(self, token: int, *, last: bool) -> tuple[str, bool]:
-        """(new text, a stop string was met). The stop string itself, and what follows it, is not in the text."""
-        self._tokens.append(token)
+    def feed(self, token: int | None, *, last: bool) -> tuple[str, bool]:
+        """(new text, a stop string was met). The stop string itself, and what follows it, is not in the text. None: no text."""
+        if token is not None:
+            self._tokens.append(token)
         text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         found = [at for stop in self._stop if (at := text.find(stop, max(0, self._sent - len(stop)))) >= 0]
         if found:

@@ -8,12 +8,12 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.errors import AdapterError, EngineBusy, EngineFailed
+from embedft.errors import AdapterError, EngineBusy, EngineFailed, InputInvalid
 from serve.engines.peft.bank import AdapterBank, Group, read
 from serve.engines.peft.batch import NOT_FINITE, Batch, Row, Step
 
@@ -74,11 +74,15 @@ class Worker:
         """(n,) rows of token ids → (n, dimensions) float32."""
         return await self._ask(lambda done: self._inbox.put(_Embed(adapter, ids, done)))
 
-    def generate(self, row: Row) -> None:
-        """Queue `row`; its `emit` tells the rest. Raises EngineBusy."""
-        if self._inbox.qsize() > MAX_WAITING:
-            raise EngineBusy(f"{MAX_WAITING} requests are waiting: retry later")
-        self._inbox.put(row)
+    def generate(self, rows: Sequence[Row]) -> None:
+        """Queue all of `rows`, or none: their `emit` tells the rest. Raises InputInvalid, EngineBusy."""
+        if len(rows) > MAX_WAITING:
+            raise InputInvalid("too_many_inputs", f"{len(rows)} answers: at most {MAX_WAITING} in one request", "prompt")
+        waiting = self._inbox.qsize() + sum(len(batch.waiting) for batch in list(self.batches.values()))
+        if waiting + len(rows) > MAX_WAITING:
+            raise EngineBusy(f"{waiting} sequences are waiting, and {MAX_WAITING} may: retry later")
+        for row in rows:
+            self._inbox.put(row)
 
     async def _call(self, function: Callable[[], Any]) -> Any:
         return await self._ask(lambda done: self._inbox.put(_Call(function, done)))

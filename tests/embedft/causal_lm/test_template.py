@@ -4,8 +4,9 @@ import pytest
 
 from embedft.causal_lm.batches import Collate, LengthGrouped
 from embedft.causal_lm.data import Message, Row
-from embedft.causal_lm.template import IGNORED, Example, stop_tokens, template_of, template_with_hash
+from embedft.causal_lm.template import IGNORED, Example, template_of, template_with_hash
 from embedft.errors import UsageError
+from embedft.model_folder import stop_tokens
 from tests.fixtures_lm import tiny_tokenizer
 
 ROW = Row("0", (Message("user", "what does red mean?"), Message("assistant", "stop")))
