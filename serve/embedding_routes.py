@@ -56,13 +56,14 @@ async def _embeddings(gateway: Gateway, request: Request, body: EmbeddingRequest
         names = [name] * len(inputs)
     async with AsyncExitStack() as stack:
         budget = await stack.enter_async_context(seen.limited(cost))
-        ways: dict[str | None, Way] = {}
-        for name in dict.fromkeys(names):
-            choice = choose(seen, task="embedding", model=body.model, adapter=name, is_set=is_set)
-            resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
-            ways[name] = way_of(choice.engine, resident, input_type=body.input_type, dimensions=body.dimensions)
-        if len({way.engine.name for way in ways.values()}) > 1:
+        choices = {name: choose(seen, task="embedding", model=body.model, adapter=name, is_set=is_set) for name in dict.fromkeys(names)}
+        if len({choice.engine.name for choice in choices.values()}) > 1:
             raise InputInvalid("adapter_conflict", "the adapters are of different bases: ask each base by itself", "adapter")
+        taken = await stack.enter_async_context(seen.leases([choice.adapter for choice in choices.values() if choice.adapter]))
+        ways = {
+            name: way_of(choice.engine, taken.get(choice.adapter or ""), input_type=body.input_type, dimensions=body.dimensions)
+            for name, choice in choices.items()
+        }
         groups = {name: [index for index, other in enumerate(names) if other == name] for name in ways}
         made = await _all(seen, budget, ways, groups, inputs, preparers, body)
     return _answer(body, names, ways, groups, made, listed=listed)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 class Waiting:
     flow: "Flow"
     start: float
+    share: float  # by which it moved the flow's finish tag
     number: int
     admitted: "asyncio.Future[None]"
 
@@ -55,7 +56,8 @@ class FairQueue:
             return flow
         if len(flow.waiting) >= self.flow_room or self.waiting >= self.room:
             raise Full(own=len(flow.waiting) >= self.flow_room)
-        entry = Waiting(flow, self._tag(flow, cost), next(self._numbers), asyncio.get_running_loop().create_future())
+        start = self._tag(flow, cost)
+        entry = Waiting(flow, start, flow.finish - start, next(self._numbers), asyncio.get_running_loop().create_future())
         flow.waiting.append(entry)
         self.waiting += 1
         self._admit()
@@ -65,9 +67,7 @@ class FairQueue:
             if entry.admitted.done() and not entry.admitted.cancelled():
                 self.leave(flow)
             elif entry in flow.waiting:
-                flow.waiting.remove(entry)
-                self.waiting -= 1
-                self._forget(flow)
+                self._give_up(entry)
             raise
         return flow
 
@@ -77,6 +77,16 @@ class FairQueue:
         flow.running -= 1
         flow.finish = max(self._virtual, flow.finish - max(0.0, spare) / flow.weight)
         self._admit()
+        self._forget(flow)
+
+    def _give_up(self, entry: Waiting) -> None:
+        """It was never served, so the flow does not owe for it: those behind it move up."""
+        flow = entry.flow
+        for behind in itertools.islice(flow.waiting, flow.waiting.index(entry) + 1, None):
+            behind.start = max(self._virtual, behind.start - entry.share)
+        flow.finish = max(self._virtual, flow.finish - entry.share)
+        flow.waiting.remove(entry)
+        self.waiting -= 1
         self._forget(flow)
 
     def _admit(self) -> None:

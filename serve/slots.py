@@ -6,7 +6,7 @@ idle, so nothing starves: its own later requests wait their turn like the others
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -42,6 +42,7 @@ class Slots:
 
     def __init__(self, size: int | None, lock: asyncio.Lock) -> None:
         self.size, self._lock = size, lock
+        self.together = asyncio.Lock()  # for a request that takes several: two of them could each wait for what the other has
         self.loaded: set[Seat] = set()
         self._bringing: dict[Seat, asyncio.Task[None]] = {}
         self._freed = asyncio.Event()
@@ -87,9 +88,15 @@ class Slots:
         self.loaded.discard(seat)
 
     def all_went(self) -> None:
-        """The engine's process is another: it holds nothing."""
+        """The engine's process is another: it holds nothing. Who waits for room has it, and sees that the engine is not ready yet."""
         for seat in list(self.loaded):
             self.went(seat)
+        self._freed.set()
+
+    def fit(self, seats: Set[Seat]) -> bool:
+        """Whether all of `seats` could be loaded at once, beside the pinned others."""
+        others = sum(seat.pinned for seat in self.loaded - seats)
+        return self.size is None or len(seats) + others <= self.size
 
     @property
     def full(self) -> bool:

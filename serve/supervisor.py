@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from embedft.errors import EmbedftError, EngineFailed
+from embedft.errors import EngineFailed
 from serve.errors import NotReady
 
 State = Literal["starting", "ready", "restarting", "stopped"]
@@ -104,9 +104,9 @@ class Supervisor:
                     await self._end()
                     await self._come_up()
                     break
-                except EmbedftError as error:
-                    self.last_failure = str(error)
-                    self._say(str(error))
+                except Exception as error:  # whatever it is, the base is to come back once it has passed: a full disk, no more files
+                    self.last_failure = str(error) or type(error).__name__
+                    self._say(self.last_failure)
             self.state, since = "ready", time.monotonic()
 
     async def _come_up(self) -> None:

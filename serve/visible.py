@@ -1,12 +1,12 @@
 """What one tenant sees of the bases and adapters: an adapter that is not its own cannot be told from one that does not exist."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence, Set
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import Request
 
-from embedft.errors import AdapterNotFound
+from embedft.errors import AdapterNotFound, InputInvalid
 from serve.access import Record
 from serve.admission import Budget, Ticket
 from serve.engine import Engine
@@ -91,6 +91,35 @@ class Visible:
             except TimeoutError:
                 raise QueueFull(f"adapter {name!r} had no slot within {seconds:.0f} s") from None
             yield resident
+
+    @asynccontextmanager
+    async def leases(self, names: Sequence[str]) -> AsyncGenerator[dict[str, Resident]]:
+        """Several of one base, all kept loaded inside the block. As `lease`, and InputInvalid where they can never be loaded at once."""
+        async with AsyncExitStack() as stack:
+            async with self._turn({self.get(name) for name in names}):
+                taken = {name: await stack.enter_async_context(self.lease(name)) for name in names}
+            yield taken
+
+    @asynccontextmanager
+    async def _turn(self, wanted: Set[Resident]) -> AsyncGenerator[None]:
+        """Of requests that take several slots of an engine, one at a time does."""
+        if len(wanted) < 2:
+            yield
+            return
+        engine, seconds = next(iter(wanted)).engine, self.gateway.config.limits.queue_seconds
+        slots = self._lifecycle.slots_of(engine)
+        if not slots.fit(wanted):
+            said = f"{len(wanted)} adapters in one request, and base {engine.name!r} has {slots.size} slots for them and what is pinned"
+            raise InputInvalid("too_many_adapters", f"{said}: ask for fewer at a time", "adapter")
+        try:
+            async with asyncio.timeout(seconds):
+                await slots.together.acquire()
+        except TimeoutError:
+            raise QueueFull(f"base {engine.name!r} had no slots for {len(wanted)} adapters within {seconds:.0f} s") from None
+        try:
+            yield
+        finally:
+            slots.together.release()
 
     @asynccontextmanager
     async def limited(self, cost: int) -> AsyncGenerator[Budget]:

@@ -120,6 +120,29 @@ def test_a_pinned_adapter_stays_and_pins_cannot_take_every_slot_unsaid(server: S
     assert ask(server, "x3").status_code == 200
 
 
+def test_one_request_for_more_adapters_than_slots_is_refused_at_once_and_holds_nothing(server: Server) -> None:
+    names = NAMES[: SLOTS + 1]
+    began = time.perf_counter()
+    refused(server.post("/v1/embeddings", {"input": ["t"] * len(names), "adapter": names}), 400, "too_many_adapters")
+    assert time.perf_counter() - began < 2
+    assert ask(server, NAMES[-1]).status_code == 200
+
+
+def test_requests_for_several_adapters_at_once_never_wait_for_each_other(server: Server, world: World) -> None:
+    def one(seed: int) -> None:
+        choice = random.Random(seed)
+        with httpx.Client(base_url=server.url, timeout=20) as client:
+            for _ in range(6):
+                names = choice.sample(NAMES, SLOTS)
+                answer = client.post("/v1/embeddings", json={"input": ["t"] * SLOTS, "adapter": names})
+                assert answer.status_code == 200, answer.text
+                wanted = [expected(world, name, "t") for name in names]
+                np.testing.assert_allclose(rows(answer), np.stack(wanted), atol=1e-6)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(one, range(4)))
+
+
 def test_a_request_may_pin_an_earlier_generation(server: Server, world: World) -> None:
     old = world.store.current("x5")
     new = put_adapter(world.store, "x5", world.texts, seed=300)

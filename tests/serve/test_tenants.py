@@ -314,3 +314,33 @@ def test_the_queue_is_bounded_and_a_cancelled_wait_frees_its_room() -> None:
         assert (queue.running, queue.waiting) == (0, 0)
 
     asyncio.run(check())
+
+
+def test_a_flow_does_not_owe_for_what_it_gave_up_waiting_for() -> None:
+    async def served() -> list[str]:
+        queue, order = FairQueue(places=1), list[str]()
+        holder = await queue.enter("holder")
+
+        async def one(name: str, cost: float) -> None:
+            flow = await queue.enter(name, cost=cost)
+            order.append(name)
+            await asyncio.sleep(0)
+            queue.leave(flow)
+
+        gone = [asyncio.create_task(one("a", 1000)) for _ in range(10)]
+        await asyncio.sleep(0)
+        behind = asyncio.create_task(one("a", 1))
+        await asyncio.sleep(0)
+        for job in gone:
+            job.cancel()
+        await asyncio.sleep(0)
+        jobs = [behind, *(asyncio.create_task(one("b", 1)) for _ in range(50)), asyncio.create_task(one("a", 1))]
+        await asyncio.sleep(0)
+        queue.leave(holder)
+        await asyncio.gather(*jobs)
+        return order
+
+    order = asyncio.run(served())
+    assert order.count("a") == 2
+    assert set(order[:4]) == {"a", "b"}
+    assert order[:4].count("a") == 2
