@@ -17,7 +17,7 @@ from embedft.adapters.probes import (
     compare,
     read_probes,
 )
-from embedft.base import BaseSpec, base_folder, exact_dtype, load_model
+from embedft.base import BaseSpec, base_folder, compute_dtype, exact_dtype, load_model
 from embedft.encode import Encoder, EncodeSettings, TextPreparer
 from embedft.errors import AdapterInvalid, BaseMismatch
 from embedft.methods import load_adapter
@@ -27,6 +27,7 @@ from embedft.model_folder import Task, fingerprint
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
 
     Outputs = list[npt.NDArray[np.float32]]
 
@@ -111,14 +112,26 @@ def trained_base(passport: Passport, given: str | Path | None = None) -> Path:
 
 
 def verify(folder: Path, *, base: str | Path | None = None) -> ProbeReport:
-    """Load `trained_base` and adapter afresh; hold the effect against the recorded one.
+    """Load `trained_base` and adapter afresh; hold the effect against the recorded one, computed as exactly as it was.
 
     Raises BaseMismatch, and AdapterInvalid where the folder is damaged.
     """
+    return _replayed(folder, base, exact_dtype())
+
+
+def refused_here(folder: Path, *, base: str | Path | None = None) -> str | None:
+    """Why this machine's engines will not serve an adapter that `verify` passes: they may compute less exactly. None: they will."""
+    if compute_dtype() == exact_dtype():
+        return None
+    report = _replayed(folder, base, compute_dtype())
+    return None if report.passed else report.reason
+
+
+def _replayed(folder: Path, base: str | Path | None, dtype: "torch.dtype") -> ProbeReport:
     passport, recorded = read_passport(folder), read_probes(folder)
     base_dir = trained_base(passport, base)
     settings = settings_of(passport) if passport.task == "embedding" else None
-    model = load_model(base_dir, task=passport.task, dtype=exact_dtype())
+    model = load_model(base_dir, task=passport.task, dtype=dtype)
     plain, again = (outputs(model, recorded.probes, folder=base_dir, settings=settings) for _ in range(2))
     adapted = outputs(load_adapter(model, folder), recorded.probes, folder=base_dir, settings=settings)
     return compare(recorded, base=plain, adapted=adapted, base_again=again)

@@ -1,5 +1,6 @@
 """In bf16, where the processor multiplies in it: adapters train, pass their probes in both engines and answer there as they did alone."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
-from embedft.verify import verify
+from embedft.cli import main
+from embedft.verify import refused_here, verify
 from tests.line import OWN_WORDS, PROMPTS, QUERIES, TOKENS, solo_answers, solo_vectors, train_causal_lm, train_embedding
 from tests.serve.world import Server, launch
 
@@ -37,6 +39,23 @@ def test_an_adapters_files_do_what_the_trainer_recorded(trained: tuple[AdapterSt
     store, generations = trained
     for identity in generations.values():
         assert verify(store.folder(identity)).error < 1e-4
+
+
+def test_an_adapter_that_does_too_little_for_bf16_is_told_of_before_any_engine_refuses_it(
+    trained: tuple[AdapterStore, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, generations = trained
+    assert refused_here(store.folder(generations["a"])) is None
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"query": f"what is {n}", "document": f"it is {n}"}) + "\n" for n in range(32)))
+    weak = {"task": "embedding", "name": "weak", "base": TEXT, "adapter": {"r": 1}, "data": {"train": str(path)}}
+    (tmp_path / "weak.yaml").write_text(json.dumps(weak | {"train": {"epochs": 1, "batch": 16, "lr": 1e-6}}))
+    assert main(["train-embed", str(tmp_path / "weak.yaml"), "--adapters", str(tmp_path / "store")]) == 0
+    assert "this machine's engines will refuse it: its effect differs" in capsys.readouterr().out
+    assert main(["adapters", "verify", "weak", "--adapters", str(tmp_path / "store"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["passed"]
+    assert "compute in float32" in shown["served here"]
 
 
 @pytest.mark.parametrize("engine", ["peft", pytest.param("vllm", marks=pytest.mark.vllm)])

@@ -102,10 +102,12 @@ def _adapters_show(arguments: argparse.Namespace) -> None:
 
 
 def _adapters_verify(arguments: argparse.Namespace) -> int:
-    from embedft.verify import verify
+    from embedft.verify import refused_here, verify
 
-    report = verify(store_of(arguments).folder(arguments.adapter), base=arguments.base)
-    show(arguments, dataclasses.asdict(report), title=arguments.adapter)
+    folder = store_of(arguments).folder(arguments.adapter)
+    report = verify(folder, base=arguments.base)
+    served = {"served here": refused_here(folder, base=arguments.base) or "yes"} if report.passed else {}
+    show(arguments, dataclasses.asdict(report) | served, title=arguments.adapter)
     return 0 if report.passed else 1
 
 

@@ -61,6 +61,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         outcome = train_causal_lm(recipe, store=store_of(arguments), **options)
     from embedft.training.measure import DryRunReport
+    from embedft.verify import refused_here
 
     if isinstance(outcome, DryRunReport):
         show(arguments, dataclasses.asdict(outcome), title=f"one step of {outcome.name}")
@@ -70,7 +71,11 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     show_scores(outcome.metrics, title=f"{outcome.name}@{outcome.generation[:12]}")
     print(f"trained in {outcome.seconds:.0f} s, {outcome.trainable:,} parameters, {outcome.peak_bytes / 2**20:.0f} MiB at the peak")
-    print(f"stored in {outcome.path}\nserve it with: embedft serve")
+    print(f"stored in {outcome.path}")
+    if reason := refused_here(Path(outcome.path)):
+        print(f"this machine's engines will refuse it: {reason}")
+    else:
+        print("serve it with: embedft serve")
     return 0
 
 
