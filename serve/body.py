@@ -67,11 +67,14 @@ def validated(schema: type[Schema], content: Any) -> Schema:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        parts = [str(part) for part in first["loc"]]
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        of_one = [fault for fault in found if fault["loc"][:1] == found[0]["loc"][:1]]
+        fault = next((fault for fault in of_one if not fault["type"].endswith("_type")), of_one[0])  # not that it is no other kind too
+        parts = [str(part) for part in fault["loc"]]
         param = parts[0] if parts else None
-        code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_parameter"
-        raise InputInvalid(code, f"{'.'.join(parts)[:120] or 'body'}: {first['msg']}", param) from None
+        code = "unknown_parameter" if fault["type"] == "extra_forbidden" else "invalid_parameter"
+        where = ".".join(parts)[:120] if len(of_one) == 1 else param
+        raise InputInvalid(code, f"{where or 'body'}: {fault['msg']}", param) from None
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -33,6 +33,14 @@ def test_a_malformed_body_is_a_400_with_its_code(shared: Server, content: bytes,
     refused(shared.client.post("/v1/embeddings", content=content, headers=JSON), 400, code)
 
 
+def test_what_fits_no_kind_of_a_field_is_told_of_the_kind_it_comes_nearest_to(shared: Server) -> None:
+    answer = shared.post("/v1/embeddings", {"input": [], "model": "texts"})
+    refused(answer, 400, "invalid_parameter")
+    told = answer.json()["error"]
+    assert told["message"].startswith("input: List should have at least 1 item")
+    assert told["param"] == "input"
+
+
 def test_duplicate_keys_deep_inside_are_found() -> None:
     with pytest.raises(InputInvalid, match="twice"):
         parse(b'{"messages": [{"role": "user", "content": "a", "role": "system"}]}')

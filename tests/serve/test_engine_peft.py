@@ -211,6 +211,18 @@ def test_a_chat_template_that_does_not_know_tools_is_a_400(server: EngineProcess
     assert (answer.status_code, code(answer)) == (400, "tools_unsupported")
 
 
+def test_a_messages_text_parts_are_its_lines_and_no_other_part_is_read(server: EngineProcess) -> None:
+    def ask(content: Any) -> Any:
+        return server.post(
+            "/v1/chat/completions", model="base", messages=[{"role": "user", "content": content}], max_tokens=6, temperature=0
+        )
+
+    parts = [{"type": "text", "text": "what does"}, {"type": "text", "text": "red mean?"}]
+    assert ask(parts).json()["choices"] == ask("what does\nred mean?").json()["choices"]
+    image = ask([{"type": "image_url", "image_url": {"url": "data:,"}}])
+    assert (image.status_code, code(image)) == (400, "unsupported_parameter")
+
+
 def test_without_the_key_only_health_answers(server: EngineProcess) -> None:
     assert server.client.get("/v1/models", headers={"authorization": "Bearer no"}).status_code == 401
     assert server.client.get("/health", headers={"authorization": ""}).status_code == 200

@@ -115,11 +115,21 @@ class Completion(Generation):
     add_special_tokens: bool = True
 
 
+class TextPart(Body):
+    type: Literal["text"]
+    text: StrictStr
+
+
 class Message(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)  # what else a message holds is the chat template's affair
 
     role: StrictStr
-    content: StrictStr | None = None
+    content: StrictStr | list[TextPart] | None = None
+
+
+def text_of(content: str | list[TextPart] | None) -> str | None:
+    """Text parts are lines, as in vLLM."""
+    return "\n".join(part.text for part in content) if isinstance(content, list) else content
 
 
 class Function(Body):
@@ -210,11 +220,15 @@ def prompts(given: Any, tokenize: Callable[[str], list[int]]) -> list[list[int]]
     return [tokenize(item) if isinstance(item, str) else list(item) for item in given]
 
 
+UNSUPPORTED = frozenset({"extra_forbidden", "literal_error", "none_required", "union_tag_invalid"})
+
+
 def refusal(error: ValidationError) -> InputInvalid:
     """The first fault as a 400: an unknown field, or one asking for what this engine lacks, has its own code."""
-    fault = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    fault = next((one for one in found if one["type"] in UNSUPPORTED and one["loc"][:1] == found[0]["loc"][:1]), found[0])
     param = ".".join(str(part) for part in fault["loc"]) or None
-    unsupported = fault["type"] in {"extra_forbidden", "literal_error", "none_required", "union_tag_invalid"}
+    unsupported = fault["type"] in UNSUPPORTED
     code = "unsupported_parameter" if unsupported else "invalid_request"
     what = "the peft engine does not support this" if unsupported else fault["msg"]
     return InputInvalid(code, f"{param or 'body'}: {what}", param)

@@ -130,14 +130,14 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def room_for(prompts: list[list[int]], wanted: int | None, *, context: int, vocabulary: int) -> int:
+def room_for(prompts: list[list[int]], wanted: int | None, *, context: int, vocabulary: int, param: str = "prompt") -> int:
     """How many tokens may be generated after the longest prompt. Raises InputInvalid."""
     longest = max(map(len, prompts))
     if not all(prompts):
-        raise InputInvalid("input_empty", "a prompt has no tokens: expected some text", "prompt")
+        raise InputInvalid("input_empty", "a prompt has no tokens: expected some text", param)
     if any(not 0 <= token < vocabulary for prompt in prompts for token in prompt):
-        raise InputInvalid("token_unknown", f"token ids go from 0 to {vocabulary - 1}", "prompt")
+        raise InputInvalid("token_unknown", f"token ids go from 0 to {vocabulary - 1}", param)
     if longest + (wanted or 1) > context:
         asked = f"{longest} prompt tokens and {wanted or 1} to generate"
-        raise InputInvalid("context_length_exceeded", f"{asked} exceed the context of {context}", "prompt")
+        raise InputInvalid("context_length_exceeded", f"{asked} exceed the context of {context}", param)
     return wanted or context - longest

@@ -88,7 +88,7 @@ class Routes:
         encoder = self.worker.encoder
         assert encoder is not None
         ids = bodies.prompts(body.input, lambda text: encoder.preparer.prepare([text], truncate=False).ids[0])
-        room_for(ids, None, context=self.context + 1, vocabulary=self.worker.bank.base.model.config.vocab_size)
+        room_for(ids, None, context=self.context + 1, vocabulary=self.worker.bank.base.model.config.vocab_size, param="input")
         vectors = await self.worker.embed(adapter, ids)
         return JSONResponse(answers.embeddings(body.model, vectors, tokens=sum(map(len, ids)), encoding=body.encoding_format))
 
@@ -102,7 +102,8 @@ class Routes:
         body = bodies.parse(bodies.Chat, await request.body())
         if not self.tokenizer.chat_template:
             raise InputInvalid("chat_template_missing", "this base has no chat template: use /v1/completions", "messages")
-        ids = self._rendered(for_template([message.model_dump() for message in body.messages]), body.offered)
+        messages = [message.model_dump() | {"content": bodies.text_of(message.content)} for message in body.messages]
+        ids = self._rendered(for_template(messages), body.offered)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_completion_tokens or body.max_tokens
         return await self._generate(request, "chat.completion", body, [ids], max_tokens, logprobs)
