@@ -71,7 +71,7 @@ question (made like the training's, from documents never trained on):
 {kinds}
 
 ## How to make it again
-    python -m embedft.seed.pretrain --books BOOKS.txt.xz --out WORK --hours 1.2
+    python -m embedft.seed.pretrain --books BOOKS.txt.xz --out WORK --hours 2.2
 
 `BOOKS` is text with books separated by U+001E; without it only packages are read. The run resumes after a stop;
 `WORK/export` is this folder.
