@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_OLD = ".old-"  # begins the name of a folder that is being replaced
 
 
 class HeaderInvalid(ValueError):
@@ -95,13 +96,46 @@ def staged_folder(parent: Path) -> Generator[Path]:
 
 def publish_folder(stage: Path, out: Path) -> None:
     """Move a finished folder to `out` in one step, after its bytes are on the disk. `out` must not hold anything."""
+    _settle(stage)
+    stage.rename(out)
+    _fsync(out.parent)
+
+
+def replace_folder(stage: Path, out: Path) -> None:
+    """Move a finished folder to where the folder `out` is, which whoever has its files open keeps.
+
+    Between two renames there is none; after a crash just then `restore_folders` brings the old one back.
+    """
+    _settle(stage)
+    out.rename(out.with_name(_OLD + out.name))
+    try:
+        stage.rename(out)
+        _fsync(out.parent)
+    finally:
+        restore_folders(out.parent)
+
+
+def restore_folders(parent: Path) -> None:
+    """Finish the replacements in `parent` that were cut off: an old folder goes back where there is no new one, else it is deleted."""
+    for old in parent.glob(f"{_OLD}*"):
+        out = parent / old.name.removeprefix(_OLD)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(out)
+
+
+def unfinished(parent: Path) -> bool:
+    """Whether a replacement in `parent` runs or was cut off."""
+    return any(parent.glob(f"{_OLD}*"))
+
+
+def _settle(stage: Path) -> None:
     for path in stage.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
         _fsync(path)
     stage.chmod(0o755)
     _fsync(stage)
-    stage.rename(out)
-    _fsync(out.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -37,13 +37,14 @@ class Importer:
                 await asyncio.to_thread(fetch, source, stage, self._rules, name=name)
             else:
                 await asyncio.to_thread(_copied, contained(self._store.root, source), stage, name)
-            if not (stage / PASSPORT).is_file():
+            proven = (stage / PASSPORT).is_file()
+            if not proven:
                 if base is None:
                     raise AdapterInvalid(name, "it has no passport: name the `base` it was trained on, and plain PEFT makes its probes")
                 await asyncio.to_thread(strip, stage, name)
                 await self._prover.prove("import", stage, name=name, engine=self._engines[base])
             await asyncio.to_thread(check_contents, stage, name)
-            identity = await asyncio.to_thread(self._store.add, stage)
+            identity = await asyncio.to_thread(self._store.add, stage, renew=proven)
         if generation and not identity.startswith(generation):
             raise GenerationConflict(name, expected=generation, current=identity)
         return identity

@@ -73,7 +73,7 @@ class Mixes:
         folders: list[tuple[Path, float]] = [(resident.folder, round(weight, 2)) for resident, weight in members]
         with self._store.stage() as stage:
             await self._prover.prove("mix", stage, name=name, engine=engine, members=folders)
-            identity = await asyncio.to_thread(self._store.add, stage)
+            identity = await asyncio.to_thread(self._store.add, stage, renew=False)
         await self._lifecycle.put(name, source=identity, named=False)
 
     async def _expire(self) -> None:

@@ -86,7 +86,7 @@ def import_unproven(store: AdapterStore, source: Path, *, name: str, base: str, 
         strip(stage, name)
         model = folder.name if Path(base).is_dir() else base
         run({"kind": "import", "folder": str(stage), "base": str(folder), "task": task, "name": name, "model": model})
-        return store.put(stage, name)
+        return store.put(stage, name, renew=False)
 
 
 def strip(stage: Path, name: str) -> None:

@@ -1,10 +1,11 @@
-"""AdapterStore: content-addressed adapters under names. An object's path never changes its content; names are pointers.
+"""AdapterStore: content-addressed adapters under names. What an object's path answers never changes; names are pointers.
 
-ROOT/objects/<generation>/     an adapter folder, immutable
+ROOT/objects/<generation>/     an adapter folder; replaced only whole, where it is damaged or its probes or metrics change
 ROOT/names/<name>.json         {"generation", "history": [generation, …]}, newest last
 ROOT/held/<name>.json          {"generation"}: trained under that name, and held back from it
 """
 
+import filecmp
 import json
 import os
 import re
@@ -13,9 +14,9 @@ from collections.abc import Collection, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from embedft.adapters.passport import Passport, generation, read_passport
+from embedft.adapters.passport import TEXTS, Passport, generation, read_passport
 from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, GenerationConflict
-from embedft.files import locked, publish_folder, staged_folder, write_text
+from embedft.files import locked, publish_folder, replace_folder, restore_folders, staged_folder, unfinished, write_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 GENERATION = re.compile(r"[0-9a-f]{12,64}")
@@ -34,6 +35,9 @@ class AdapterStore:
     def __init__(self, root: Path | None = None) -> None:
         self.root = (root or default_root()).resolve()
         self._objects, self._names, self._held = self.root / "objects", self.root / "names", self.root / "held"
+        if unfinished(self._objects):
+            with self._locked():
+                pass
 
     @contextmanager
     def stage(self) -> Generator[Path]:
@@ -41,26 +45,25 @@ class AdapterStore:
         with staged_folder(self._objects) as folder:
             yield folder
 
-    def put(self, staged: Path, name: str, *, expected: str | None = None, replace: bool = True) -> str:
+    def put(self, staged: Path, name: str, *, expected: str | None = None, replace: bool = True, renew: bool = True) -> str:
         """Take a staged folder as the newest generation of `name` and return that generation (64 hex).
 
         `expected` is compare-and-swap: GenerationConflict unless `name` is there now. AdapterExists if it may not be replaced.
+        Where the store has that generation, the staged folder takes its place if it is damaged, or with `renew` if any file differs.
         """
         check_name(name)
         check_folder(staged, name)
         identity = generation(staged)
-        with locked(self.root / ".lock"):
-            if not (self._objects / identity).is_dir():
-                publish_folder(staged, self._objects / identity)
+        with self._locked():
+            self._take(staged, identity, renew=renew)
             self._point(name, identity, expected=expected, replace=replace)
         return identity
 
-    def add(self, staged: Path) -> str:
-        """Take a staged folder as an object without a name (`collect` may delete it) and return its generation."""
+    def add(self, staged: Path, *, renew: bool = True) -> str:
+        """Take a staged folder as an object without a name (`collect` may delete it) and return its generation; `renew` as in `put`."""
         identity = generation(staged)
-        with locked(self.root / ".lock"):
-            if not (self._objects / identity).is_dir():
-                publish_folder(staged, self._objects / identity)
+        with self._locked():
+            self._take(staged, identity, renew=renew)
         return identity
 
     def hold(self, staged: Path, name: str) -> str:
@@ -84,7 +87,7 @@ class AdapterStore:
         """Let `name` be a generation that the store already holds (a rollback). Returns the full generation."""
         check_name(name)
         identity = self.folder(generation).name
-        with locked(self.root / ".lock"):
+        with self._locked():
             self._point(name, identity, expected=expected, replace=True)
         return identity
 
@@ -139,13 +142,13 @@ class AdapterStore:
         check_name(name)
         if name not in self.damaged() and self.held(name) is None:
             self.history(name)
-        with locked(self.root / ".lock"):
+        with self._locked():
             for folder in (self._names, self._held):
                 (folder / f"{name}.json").unlink(missing_ok=True)
 
     def collect(self, *, leased: Collection[str] = ()) -> list[str]:
         """Delete objects that no name points at, now or in its history, none holds and nobody leases; returns their generations."""
-        with locked(self.root / ".lock"):
+        with self._locked():
             if broken := self.damaged():
                 raise AdapterInvalid(next(iter(broken)), "nothing is deleted while its pointer is damaged: mend or remove it first")
             named = {identity for name in self.names() for identity in self.history(name)}
@@ -154,6 +157,19 @@ class AdapterStore:
             for path in unused:
                 shutil.rmtree(path)
         return [path.name for path in unused]
+
+    @contextmanager
+    def _locked(self) -> Generator[None]:
+        with locked(self.root / ".lock"):
+            restore_folders(self._objects)
+            yield
+
+    def _take(self, staged: Path, identity: str, *, renew: bool) -> None:
+        there = self._objects / identity
+        if not there.is_dir():
+            publish_folder(staged, there)
+        elif not (_alike(there, staged) if renew else _whole(there, identity)):
+            replace_folder(staged, there)
 
     def _point(self, name: str, identity: str, *, expected: str | None, replace: bool) -> None:
         self._names.mkdir(parents=True, exist_ok=True)
@@ -179,6 +195,25 @@ class AdapterStore:
             pass
         mend = "point it again with `embedft adapters import --name`, or `embedft adapters remove` it"
         raise AdapterInvalid(path.stem, f"the store's pointer {path.name} is damaged: {mend}")
+
+
+def _whole(folder: Path, identity: str) -> bool:
+    """Whether its content is what its generation says, and its probes can be read."""
+    from embedft.adapters.probes import read_probes
+
+    try:
+        read_probes(folder)
+        return generation(folder) == identity
+    except AdapterInvalid:
+        return False
+
+
+def _alike(old: Path, new: Path) -> bool:
+    """Whether all files are the same; evaluation texts, which an export leaves out, may be missing in `new`."""
+    had, given = ({path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (old, new))
+    with suppress(OSError):
+        return had - given <= {Path("eval", TEXTS)} and all(filecmp.cmp(old / path, new / path, shallow=False) for path in given)
+    return False
 
 
 def check_name(name: str) -> None:

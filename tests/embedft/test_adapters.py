@@ -149,6 +149,57 @@ def test_collect_deletes_only_what_nothing_names_or_leases(adapter: Path, store:
         store.folder("legal")
 
 
+@pytest.mark.parametrize("renew", [True, False])
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG, PASSPORT, PROBES])
+def test_a_damaged_object_is_mended_by_putting_the_good_folder_again(adapter: Path, store: AdapterStore, file: str, renew: bool) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    broken = store.folder("legal") / file
+    half = broken.read_bytes()[: broken.stat().st_size // 2]
+    broken.write_bytes(half)
+    with broken.open("rb") as reader, store.stage() as stage:
+        shutil.copytree(adapter, stage, dirs_exist_ok=True)
+        assert store.put(stage, "legal", renew=renew) == identity
+        assert reader.read() == half  # who has the old one open goes on with it
+    assert {path.name: path.read_bytes() for path in store.folder("legal").iterdir()} == {
+        path.name: path.read_bytes() for path in adapter.iterdir()
+    }
+    assert [path.name for path in (store.root / "objects").iterdir()] == [identity]
+
+
+def test_corrected_probes_and_passport_of_the_same_generation_take_their_place(adapter: Path, store: AdapterStore) -> None:
+    (adapter / "eval").mkdir()
+    (adapter / "eval" / "texts.jsonl").write_text("{}")
+    identity = import_folder(store, adapter, name="legal")
+    (adapter / "eval" / "texts.jsonl").unlink()  # as an export leaves it out
+    unchanged = store.folder("legal").stat().st_ino
+    import_folder(store, adapter, name="legal")
+    assert store.folder("legal").stat().st_ino == unchanged
+    probes = read_probes(adapter)
+    write_probes(adapter, RecordedProbes(probes.probes, probes.base, probes.effect, {}, 0.05))
+    read_passport(adapter).model_copy(update={"metrics": {"ndcg": 0.5}}).write(adapter)
+    with store.stage() as stage:
+        shutil.copytree(adapter, stage, dirs_exist_ok=True)
+        assert store.add(stage, renew=False) == identity
+    assert store.folder("legal").stat().st_ino == unchanged
+    assert import_folder(store, adapter, name="legal") == identity
+    assert read_probes(store.folder("legal")).tolerance == 0.05
+    assert store.passport("legal").metrics == {"ndcg": 0.5}
+
+
+@pytest.mark.parametrize("step", ["the old one moved away", "the new one moved in"])
+def test_a_replacement_that_was_cut_off_leaves_the_object_whole(adapter: Path, store: AdapterStore, tmp_path: Path, step: str) -> None:
+    """What is on disk after a crash at either step."""
+    identity = import_folder(store, adapter, name="legal")
+    objects = store.root / "objects"
+    if step == "the old one moved away":
+        store.folder("legal").rename(objects / f".old-{identity}")
+    else:
+        shutil.copytree(adapter, objects / f".old-{identity}")
+    again = AdapterStore(store.root)
+    assert generation(again.folder("legal")) == identity
+    assert [path.name for path in objects.iterdir()] == [identity]
+
+
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a" * 65, "ａ", "a\nb", "a@b"])
 def test_names_that_could_leave_the_store_are_refused(adapter: Path, store: AdapterStore, name: str) -> None:
     if name:
