@@ -69,9 +69,11 @@ class AdapterStore:
     def hold(self, staged: Path, name: str) -> str:
         """Keep a staged folder that was made for `name` without moving the name to it; the last one held is kept. Its generation."""
         check_name(name)
-        identity = self.add(staged)
-        self._held.mkdir(parents=True, exist_ok=True)
-        write_text(self._held / f"{name}.json", json.dumps({"generation": identity}) + "\n")
+        identity = generation(staged)
+        with self._locked():
+            self._take(staged, identity, renew=True)
+            self._held.mkdir(parents=True, exist_ok=True)
+            write_text(self._held / f"{name}.json", json.dumps({"generation": identity}) + "\n")
         return identity
 
     def held(self, name: str) -> str | None:
@@ -86,8 +88,8 @@ class AdapterStore:
     def point(self, name: str, generation: str, *, expected: str | None = None) -> str:
         """Let `name` be a generation that the store already holds (a rollback). Returns the full generation."""
         check_name(name)
-        identity = self.folder(generation).name
         with self._locked():
+            identity = self.folder(generation).name
             self._point(name, identity, expected=expected, replace=True)
         return identity
 

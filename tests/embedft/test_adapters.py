@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from embedft.adapters.probes import PROBES, Probe, RecordedProbes, choose, compa
 from embedft.adapters.store import AdapterStore
 from embedft.adapters.transfer import export_folder, import_folder, pull, push
 from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, BaseMismatch, GenerationConflict
+from embedft.files import write_text
 from embedft.verify import verify
 from tests.embedft.adapter_fixtures import make_adapter
 
@@ -198,6 +200,24 @@ def test_a_replacement_that_was_cut_off_leaves_the_object_whole(adapter: Path, s
     again = AdapterStore(store.root)
     assert generation(again.folder("legal")) == identity
     assert [path.name for path in objects.iterdir()] == [identity]
+
+
+def test_collect_waits_for_what_is_just_being_held(adapter: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted: list[str] = []
+    collecting = threading.Thread(target=lambda: deleted.extend(store.collect()))
+
+    def slow(path: Path, text: str) -> None:
+        collecting.start()
+        collecting.join(timeout=0.3)
+        write_text(path, text)
+
+    monkeypatch.setattr("embedft.adapters.store.write_text", slow)
+    with store.stage() as stage:
+        shutil.copytree(adapter, stage, dirs_exist_ok=True)
+        identity = store.hold(stage, "legal")
+    collecting.join()
+    assert (deleted, store.held("legal")) == ([], identity)
+    assert store.folder(identity).is_dir()
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a" * 65, "ａ", "a\nb", "a@b"])
