@@ -216,20 +216,20 @@ def _ask(client: Any, body: Mapping[str, Any]) -> str:
 
 
 def _resume(parts: Path, identity: str) -> dict[str, list[tuple[str, str]]]:
-    """What a stopped run left; a last line that was cut off is done again."""
+    """What a stopped run left; a line that cannot be read, as a last one that was cut off, is done again."""
     begun = json.dumps({"settings": identity})
     if not parts.exists():
         parts.write_text(begun + "\n", encoding="utf-8")
         return {}
-    first, *lines = parts.read_text(encoding="utf-8").splitlines() or [""]
-    if first != begun:
+    first, *lines = parts.read_bytes().split(b"\n")  # texts may hold what str.splitlines takes for a line's end
+    if first != begun.encode():
         raise DataError([f"{parts.name} was made from another corpus or under other settings: remove it, or go on with those"])
     done: dict[str, list[tuple[str, str]]] = {}
     for line in lines:
         try:
-            identifier, pairs = json.loads(line)
+            identifier, pairs = json.loads(line.decode("utf-8"))
         except ValueError:
-            break
+            continue
         done[identifier] = [(query, document) for query, document in pairs]
     whole = [begun, *(json.dumps([name, pairs], ensure_ascii=False) for name, pairs in done.items())]
     write_text(parts, "\n".join(whole) + "\n")

@@ -138,6 +138,22 @@ def test_a_stopped_run_goes_on_and_asks_for_no_passage_twice(tmp_path: Path, ser
     assert whole.read_text() == out.read_text()
 
 
+def test_what_was_paid_for_survives_any_line_separator_and_a_kill_inside_a_character(tmp_path: Path, server: Server) -> None:
+    settings, out, parts = Synth(generator=server.url, model="m"), tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
+    texts = [(title, f"{text} After\u2028two\u2029three\u0085four.") for title, text in FACTS.items()]
+    source = write_rows(tmp_path / "c.jsonl", [{"_id": str(i), "title": t, "text": x} for i, (t, x) in enumerate(texts)])
+    server.broken = 4
+    with pytest.raises(EngineFailed):
+        synthesize(source, out, synth=settings, base=None)
+    with parts.open("ab") as file:
+        file.write('["3", [["a café'.encode()[:-1])
+    server.broken = None
+    before = len(server.asked)
+    assert synthesize(source, out, synth=settings, base=None).resumed == 3
+    assert len(server.asked) - before == 1
+    assert len({row["document"] for row in map(json.loads, out.read_bytes().split(b"\n")[:-1])}) == len(FACTS)
+
+
 def test_a_server_that_is_busy_is_asked_again(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: setattr(server, "broken", None))
     server.broken, server.status = 1, 503
