@@ -127,12 +127,17 @@ def _from_web(place: SplitResult, stage: Path, rules: Sources, until: float) -> 
     with httpx.Client(follow_redirects=False, timeout=30, trust_env=False) as client:
         for name in (*NEEDED, *WELCOME):
             url = f"{place.scheme}://{host}{port}{place.path.rstrip('/')}/{name}"
-            options: dict[str, Any] = {"headers": {"host": place.netloc}, "extensions": {"sni_hostname": place.hostname}}
+            options: dict[str, Any] = {
+                "headers": {"host": place.netloc, "accept-encoding": "identity"},
+                "extensions": {"sni_hostname": place.hostname},
+            }
             with client.stream("GET", url, **options) as answer:
                 if answer.status_code == 404 and name in WELCOME:
                     continue
                 if answer.status_code != 200:
                     raise ConnectionError(f"{name}: the server answered {answer.status_code}")
+                if (coding := answer.headers.get("content-encoding", "identity").lower()) != "identity":
+                    raise ConnectionError(f"{name}: the server sent it as {coding} unasked: let it send the files as they are")
                 with (stage / name).open("wb") as file:
                     for chunk in answer.iter_raw():
                         left -= len(chunk)

@@ -1,5 +1,6 @@
 """Adapters from elsewhere: only from allowed places, never into the server's own network, capped, and whole."""
 
+import gzip
 import http.server
 import threading
 import time
@@ -87,6 +88,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
                 for _ in range(100):
                     time.sleep(0.05)
                     self.wfile.write(b"x")
+            elif self.path.startswith("/packed") or (self.path.startswith("/packs") and "gzip" in self.headers["accept-encoding"]):
+                content = gzip.compress((folder / "plain" / Path(self.path).name).read_bytes())
+                self.send_response(200)
+                self.send_header("content-encoding", "gzip")
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
             else:
                 super().do_GET()
 
@@ -117,6 +125,20 @@ def test_an_adapter_is_fetched_whole_and_redirects_caps_and_deadlines_hold(
             fetch(f"{url}/{path}", tmp_path, rules, name="g")
     with pytest.raises(InputInvalid, match="bytes"):
         fetch(f"{url}/good", tmp_path, rules.model_copy(update={"max_bytes": 100}), name="g")
+
+
+def test_a_server_that_may_compress_is_asked_not_to_and_one_that_does_is_refused(
+    site: tuple[str, Path], shared_world: World, tmp_path: Path
+) -> None:
+    url, folder = site
+    for name in ("plain", "packs"):
+        (folder / name).mkdir()
+        fill_adapter(folder / name, "g", shared_world.texts, seed=1, scale=1.0, task="embedding")
+    rules = Sources(allow=(f"{url}/",), max_bytes=1 << 20, seconds=5)
+    fetch(f"{url}/packs", tmp_path, rules, name="g")
+    assert (tmp_path / "passport.json").read_bytes() == (folder / "plain" / "passport.json").read_bytes()
+    with pytest.raises(AdapterInvalid, match="gzip"):
+        fetch(f"{url}/packed", tmp_path, rules, name="g")
 
 
 def test_an_fsspec_folder_is_measured_before_a_byte_is_fetched(shared_world: World, tmp_path: Path) -> None:
