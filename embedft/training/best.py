@@ -6,18 +6,20 @@ what was measured after the checkpoint is forgotten, and measured again. Knows n
 
 # ruff: noqa: ARG002 (transformers calls these with arguments of its choosing)
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from embedft.errors import AdapterInvalid
 from embedft.files import write_text
 from embedft.training.progress import note
 
 
 class BestCheckpoint(TrainerCallback):
-    """`evaluate` gives the metric, more is better; `history` is [step, score] of every evaluation, in order.
+    """`evaluate` gives the metric, more is better; `history` is [step, score] of every evaluation, in order. What is not finite is worst.
 
     `trainer` has AdapterCheckpoints mixed in. The run ends after `patience` evaluations without a better one.
     """
@@ -30,7 +32,7 @@ class BestCheckpoint(TrainerCallback):
     @property
     def best(self) -> tuple[int, float]:
         """The first step that reached the highest score."""
-        return max(self.history, key=lambda entry: (entry[1], -entry[0]))
+        return max(self.history, key=lambda entry: (_counted(entry[1]), -entry[0]))
 
     @property
     def _hopeless(self) -> bool:
@@ -51,16 +53,24 @@ class BestCheckpoint(TrainerCallback):
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         score = self.evaluate()
-        if not self.history or score > self.best[1]:
+        if math.isfinite(score) and (not self.history or score > _counted(self.best[1])):
             self._trainer._save(str(self.folder))
         self.history.append((state.global_step, score))
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "history.json", json.dumps(self.history))
         if self._hopeless:
             control.should_training_stop = True
 
     def restore(self, *, name: str) -> dict[str, Any]:
-        """Put the best weights into the trainer's model; what the passport tells of it."""
-        self._trainer._load_from_checkpoint(str(self.folder))
+        """Put the best weights into the trainer's model; what the passport tells of it. AdapterInvalid where no score was finite."""
         step, score = self.best
+        if not math.isfinite(score):
+            reason = f"none of its {len(self.history)} evaluations gave a finite score: its training diverged (lower train.lr)"
+            raise AdapterInvalid(name, reason)
+        self._trainer._load_from_checkpoint(str(self.folder))
         note(f"{name}: the best of {len(self.history)} evaluations was at step {step}: {score:.4f}")
         return {"step": step, "score": score, "history": [list(entry) for entry in self.history]}
+
+
+def _counted(score: float) -> float:
+    return score if math.isfinite(score) else -math.inf

@@ -1,0 +1,58 @@
+"""The best weights of a run: by finite scores alone."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from embedft.errors import AdapterInvalid
+from embedft.training.best import BestCheckpoint
+
+NAN, INF = math.nan, math.inf
+
+
+class Trainer:
+    """Its weights are the number of the step that was saved last."""
+
+    def __init__(self) -> None:
+        self.step, self.loaded = 0, 0
+
+    def add_callback(self, _: Any) -> None:
+        return
+
+    def _save(self, folder: str) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "weights").write_text(str(self.step))
+
+    def _load_from_checkpoint(self, folder: str) -> None:
+        self.loaded = int((Path(folder) / "weights").read_text())
+
+
+def run(folder: Path, scores: list[float], *, patience: int | None = None) -> tuple[Trainer, BestCheckpoint]:
+    trainer, left, control = Trainer(), iter(scores), SimpleNamespace(should_training_stop=False)
+    best = BestCheckpoint(trainer, folder, lambda: next(left), every=1, patience=patience)
+    while trainer.step < len(scores) and not control.should_training_stop:
+        trainer.step += 1
+        best.on_step_end(None, SimpleNamespace(global_step=trainer.step, max_steps=len(scores)), control)
+    return trainer, best
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([NAN, 0.1, 0.3, 0.2], 3), ([0.1, NAN, 0.2, NAN], 3), ([INF, 0.1, -INF], 2), ([NAN, -INF, -5.0], 3), ([0.2, 0.2], 1)],
+)
+def test_a_score_that_is_not_finite_is_never_the_best(tmp_path: Path, scores: list[float], expected: int) -> None:
+    trainer, best = run(tmp_path, scores)
+    told = best.restore(name="a")
+    assert (told["step"], told["score"], trainer.loaded) == (expected, scores[expected - 1], expected)
+
+
+def test_a_run_without_a_finite_score_ends_after_its_patience_and_says_so(tmp_path: Path) -> None:
+    trainer, best = run(tmp_path, [NAN] * 9, patience=3)
+    assert trainer.step == 4
+    assert len(json.loads((tmp_path / "best" / "history.json").read_text())) == 4
+    with pytest.raises(AdapterInvalid, match="none of its 4 evaluations gave a finite score"):
+        best.restore(name="a")
