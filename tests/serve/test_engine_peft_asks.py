@@ -154,6 +154,17 @@ def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(serve
     assert "tool_calls" not in again.json()["choices"][0]["message"]
 
 
+WRONG_CALLS: list[Any] = [
+    5,
+    True,
+    "look",
+    {"function": {}},
+    [5],
+    [{"function": 5}],
+    [{"function": {"name": "x", "arguments": "[" * 10**5}}],
+]
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -166,6 +177,7 @@ def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(serve
         ({"tools": [LOOK], "tool_choice": "required", "response_format": {"type": "json_object"}}, "unsupported_parameter"),
         ({"tools": [{"type": "code_interpreter"}]}, "unsupported_parameter"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": "{"}}]}]}, "messages_invalid"),
+        *(({"messages": [{"role": "assistant", "tool_calls": calls}]}, "messages_invalid") for calls in WRONG_CALLS),
     ],
 )
 def test_a_wrong_call_for_tools_is_a_400(server: EngineProcess, more: dict[str, Any], expected: str) -> None:

@@ -74,14 +74,20 @@ def _call(one: Any, names: frozenset[str]) -> ToolCall | None:
 
 def for_template(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Earlier calls' arguments as objects, which is how templates write them down. InputInvalid."""
-    return [{**one, "tool_calls": [_opened(call) for call in one["tool_calls"]]} if one.get("tool_calls") else one for one in messages]
+    return [{**one, "tool_calls": _all_opened(one["tool_calls"])} if one.get("tool_calls") else one for one in messages]
+
+
+def _all_opened(calls: Any) -> list[Any]:
+    if not isinstance(calls, list):
+        raise InputInvalid("messages_invalid", "tool_calls: expected a list of calls", "messages")
+    return [_opened(call) for call in calls]
 
 
 def _opened(call: Any) -> Any:
     try:
         given = call["function"]["arguments"]
         arguments = json.loads(given) if isinstance(given, str) else given
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):
         raise InputInvalid("messages_invalid", "a tool call needs a function with a name and arguments in JSON", "messages") from None
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
