@@ -48,9 +48,7 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     @router.put("/v1/adapters/{name}", dependencies=only_admin, **put_body)
     async def put(name: str, request: Request) -> Response:
         body = await read_body(request, PutAdapter, limit=ADMIN_BODY)
-        check_name(name)
-        if name in gateway.aliases.all or name.startswith(PREFIX):
-            raise AdapterInvalid(name, "an alias or a mix has that name: choose another")
+        _check_free(gateway, name)
         source = await gateway.importer.source_of(name, body.source, base=body.base, generation=body.generation)
         resident = await lifecycle.put(name, source=source, pin=body.pin, expected=body.expected_generation)
         return _json(view(resident))
@@ -87,6 +85,7 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     @router.post("/v1/load_lora_adapter", dependencies=only_admin, **described(LoadLora, "vLLM's alias of PUT"))
     async def load(request: Request) -> Response:
         body = await read_body(request, LoadLora, limit=ADMIN_BODY)
+        _check_free(gateway, body.lora_name)
         if body.lora_name in lifecycle.live and not body.load_inplace:
             raise InputInvalid("adapter_exists", f"{body.lora_name!r} is served already: load_inplace replaces it", "lora_name")
         await lifecycle.put(body.lora_name, source=body.lora_path)
@@ -101,6 +100,13 @@ def admin_routes(gateway: Gateway) -> APIRouter:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return router
+
+
+def _check_free(gateway: Gateway, name: str) -> None:
+    """AdapterInvalid for what is no name, or stands for something else. A base's name is the lifecycle's to refuse."""
+    check_name(name)
+    if name in gateway.aliases.all or name.startswith(PREFIX):
+        raise AdapterInvalid(name, "an alias or a mix has that name: choose another")
 
 
 def view(resident: Resident) -> dict[str, Any]:

@@ -164,6 +164,17 @@ def test_vllms_load_and_unload_are_aliases(world: World, server: Server) -> None
     assert server.post("/v1/embeddings", {"input": "x", "model": "c"}).status_code == 200
 
 
+def test_no_adapter_takes_the_name_of_an_alias_or_a_mix_however_it_is_loaded(world: World, server: Server) -> None:
+    generation = served(server, world, "plain", seed=73)
+    assert server.client.put("/v1/aliases/split", json={"variants": {"plain": 1}}, headers=ADMIN).status_code == 200
+    for name in ("split", "mix-0", "x@y", "texts"):
+        refused(server.put(name, {"source": generation}), 422, "adapter_invalid")
+        for more in ({}, {"load_inplace": True}):
+            body = {"lora_name": name, "lora_path": generation, **more}
+            refused(server.post("/v1/load_lora_adapter", body, headers=ADMIN), 422, "adapter_invalid")
+    assert server.client.delete("/v1/aliases/split", headers=ADMIN).status_code == 200
+
+
 def test_a_source_outside_the_store_is_refused(world: World, server: Server, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
