@@ -3,7 +3,6 @@
 Data: a BEIR folder (its corpus is indexed), or a file of questions with answers and, where known, the documents that hold them.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from embedft.rag.engines import Embedder, Labelled, Reader
 from embedft.rag.index import Found, VectorIndex
 from embedft.rag.rows import Chunk
 from embedft.rag.search import Rerank, Stages, fit_weight, search
+from embedft.records import read_records
 from embedft.training.statistics import paired_bootstrap
 
 DEPTH = 10
@@ -48,37 +48,29 @@ class EvaluationSet:
 
 
 def load_questions(source: Path, *, limit: int | None = None, training_limit: int = 200) -> EvaluationSet:
-    """A BEIR folder (test split, weights fitted on train) or JSON lines {"question", "answer" or "answers", "document" or "documents"}."""
+    """A BEIR folder (test split, weights fitted on train) or rows {"question", "answer" or "answers", "document" or "documents"}."""
     if is_beir(str(source)):
         return _beir(source, limit, training_limit)
     if not source.is_file():
         raise UsageError(f"{source}: expected a BEIR folder or a file of questions and answers")
-    try:
-        content = source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            [f"{source.name}: it cannot be read as UTF-8 text ({error}): expected questions and answers as JSON lines"]
-        ) from None
     questions, problems = list[Question](), list[str]()
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            answers, documents = row.get("answers", row.get("answer", [])), row.get("documents", row.get("document", []))
-            listed = [[value] if isinstance(value, str) else list(value) for value in (answers, documents)]
-            if (
-                not isinstance(row["question"], str)
-                or not row["question"].strip()
-                or not all(isinstance(v, str) for v in (*listed[0], *listed[1]))
-            ):
-                raise TypeError
-            questions.append(Question(row["question"], dict.fromkeys(listed[1], 1), tuple(listed[0])))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            problems.append(f'{source.name}:{number}: expected {{"question": text, "answer": text or list, "document": id or list}}')
+    for found in read_records(str(source), problems):
+        row = found.values
+        answers, documents = (row.get(f"{name}s", row.get(name, [])) for name in ("answer", "document"))
+        listed: list[list[Any]] = [[value] if isinstance(value, str) else value for value in (answers, documents)]
+        asked = row.get("question")
+        if isinstance(asked, str) and asked.strip() and all(isinstance(v, str) for side in listed for v in _list(side)):
+            questions.append(Question(asked, dict.fromkeys(listed[1], 1), tuple(listed[0])))
+        else:
+            problems.append(f'{found.where}: expected {{"question": text, "answer": text or list, "document": id or list}}')
     if problems or not questions:
         raise DataError(problems or [f"{source.name}: no questions in it"])
     return EvaluationSet(tuple(questions[:limit]))
+
+
+def _list(value: Any) -> list[Any]:
+    """What is no list holds something that is no text."""
+    return value if isinstance(value, list) else [None]
 
 
 def _beir(folder: Path, limit: int | None, training_limit: int) -> EvaluationSet:

@@ -9,7 +9,7 @@ import pytest
 from embedft.cli import main
 from embedft.errors import DataError, InputInvalid
 from embedft.rag.build import build_index
-from embedft.rag.evaluate import EvaluationSet, Question, evaluate
+from embedft.rag.evaluate import EvaluationSet, Question, evaluate, load_questions
 from embedft.rag.local import LocalReader
 from embedft.rag.remote import RemoteEngine
 from embedft.rag.rows import Chunk
@@ -62,6 +62,22 @@ def test_a_prompt_that_is_too_long_costs_one_answer_and_is_counted(tmp_path: Pat
     assert row["metrics"]["faithfulness"]["mean"] <= 0.5
     with pytest.raises(InputInvalid, match="retrieve less"):  # no answer at all is no evaluation
         evaluate(EvaluationSet((long, long)), engine, **options)
+
+
+def test_questions_are_read_as_any_other_rows_are(tmp_path: Path) -> None:
+    rows = [
+        {"question": "green\u2028tea", "answers": ["a", "b"], "document": "d"},
+        {"question": "x", "answer": 5},
+        {"question": " "},
+        {"question": "y", "documents": [1]},
+    ]
+    path = tmp_path / "qa.jsonl"
+    path.write_text("\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:1]), encoding="utf-8")
+    assert load_questions(path).questions == (Question("green\u2028tea", {"d": 1}, ("a", "b")),)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError) as caught:
+        load_questions(path)
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"qa.jsonl:{line}" for line in (2, 3, 4)]
 
 
 def test_an_index_is_evaluated_with_its_own_adapter_and_base(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
