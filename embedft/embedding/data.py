@@ -65,14 +65,13 @@ def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool, t
     examples = make_examples(row for row in rows if row.query not in seen)
     if len(examples) < 2:
         raise DataError([f"{Path(data.train).name}: {len(examples)} usable rows besides the evaluation's queries; expected at least 2"])
-    if not retrieval.queries:
-        raise DataError([f"{Path(source or data.train).name}: no query with a relevant document to evaluate on; expected at least 1"])
     return examples, retrieval
 
 
 def load_retrieval(source: str, problems: list[str] | None = None, *, format: str | None = None) -> RetrievalSet:
     """Evaluation data: a BEIR folder's test (else dev) split, or pairs, whose documents are the corpus. Raises DataError."""
     faults = [] if problems is None else problems
+    before = len(faults)
     if _as_beir(source, format):
         folder = Path(source)
         known = splits(folder)
@@ -83,6 +82,8 @@ def load_retrieval(source: str, problems: list[str] | None = None, *, format: st
     else:
         rows = list(parse(read_records(source, faults, split="test"), faults, scored=False))
         retrieval = of_pairs(rows, extra_documents=[text for row in rows for text in row.negatives])
+    if not retrieval.queries and len(faults) == before:
+        faults.append(f"{Path(source).name}: no query with a relevant document to evaluate on; expected at least 1")
     if problems is None and faults:
         raise DataError(faults)
     return retrieval

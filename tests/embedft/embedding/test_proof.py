@@ -13,8 +13,9 @@ from embedft.embedding.evaluate import Towers, fuse, score
 from embedft.embedding.guard import general_set
 from embedft.embedding.proof import comparison, evaluate_adapter, overlaps
 from embedft.embedding.train import train
-from embedft.errors import AdapterNotFound, Forgotten
+from embedft.errors import AdapterNotFound, DataError, Forgotten
 from embedft.recipe import GuardSection, parse_recipe
+from tests.embedft.adapter_fixtures import make_adapter
 from tests.fixtures_embedding import TOPICS, text, tiny_encoder, write_beir, write_rows
 
 
@@ -84,6 +85,20 @@ def test_mtebs_own_evaluator_agrees_for_either_side(store: AdapterStore, beir: s
         for metric, value in made["mteb"].items():
             assert value == pytest.approx(made["adapter"][metric], abs=1e-6), (name, metric)
     assert figures["both"] != figures["query"]
+
+
+def test_judgements_that_call_nothing_relevant_are_no_data_to_evaluate_on(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=8, test=4))
+    judged = folder / "qrels" / "test.tsv"
+    judged.write_text(judged.read_text().replace("\t1\n", "\t0\n"))
+    adapter = make_adapter(tmp_path / "adapter", model=base)
+    said = "beir: no query with a relevant document to evaluate on; expected at least 1"
+    assert main(["eval", str(adapter), "--data", str(folder), "--base", base]) == 1
+    assert said in capsys.readouterr().err
+    with pytest.raises(DataError, match=said):
+        train(recipe_of(base, str(folder), "nothing"), store=AdapterStore(tmp_path / "store"), progress=False)
 
 
 def test_a_query_only_adapter_is_held_against_one_that_moves_documents_too(
