@@ -125,6 +125,7 @@ def read_passages(corpus: str) -> list[Passage]:
 def _of_files(folder: Path) -> list[Passage]:
     """Each section of each .md and .txt file; a Markdown heading is its section's title."""
     passages: list[Passage] = []
+    problems: list[str] = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix in {".md", ".txt"} and p.is_file()):
         title, lines = "", list[str]()
         name = str(path.relative_to(folder))
@@ -133,13 +134,20 @@ def _of_files(folder: Path) -> list[Passage]:
             if body := "\n".join(lines).strip():
                 passages.append(Passage(f"{name}#{len(passages)}", title, body))
 
-        for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            problems.append(f"{name}: not UTF-8 (byte {error.start}): convert it")
+            continue
+        for line in content.splitlines():
             if path.suffix == ".md" and (heading := re.match(r"#{1,6}\s+(.*)", line)):
                 close(title, lines)
                 title, lines = heading.group(1).strip(" #`*"), []
             else:
                 lines.append(line)
         close(title, lines)
+    if problems:
+        raise DataError(problems)
     if not passages:
         raise DataError([f"{folder.name}: no .md or .txt file with text in it"])
     return passages

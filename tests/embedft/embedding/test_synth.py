@@ -173,6 +173,14 @@ def test_headings_of_markdown_files_are_titles(tmp_path: Path) -> None:
     ]
 
 
+def test_files_that_are_not_utf_8_are_named_all_at_once(tmp_path: Path) -> None:
+    for name, content in (("a.md", b"# Fine\nText."), ("b.txt", "naïve".encode("latin-1")), ("c.md", b"\xff")):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_passages(str(tmp_path))
+    assert caught.value.problems == ["b.txt: not UTF-8 (byte 2): convert it", "c.md: not UTF-8 (byte 0): convert it"]
+
+
 def test_check_mine_and_synth_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "synth.jsonl"
     assert main(["data", "synth", corpus(tmp_path), str(out), "--base", "bm25", "--count", "3", "--json"]) == 0
