@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from embedft.cli.options import command, store_of, store_option
+from embedft.cli.options import command, positive, store_of, store_option
 from embedft.cli.show import show
 
 
@@ -15,7 +15,7 @@ def add_commands(commands: Any) -> None:
     actions = group.add_subparsers(metavar="ACTION", required=True)
     pydocs = command(actions, "pydocs", _data_pydocs, "make retrieval and language-model tasks from the Python packages installed here")
     pydocs.add_argument("out", metavar="OUT", type=Path)
-    pydocs.add_argument("--limit", type=int, help="at most so many rows a task")
+    pydocs.add_argument("--limit", type=positive, help="at most so many rows a task")
     pydocs.add_argument(
         "--packages", nargs="+", metavar="NAME", help="import names to read, stdlib for Python's own (default: some large ones)"
     )
@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
     check = command(actions, "check", _data_check, "what is wrong with retrieval data, with examples; exit 1 where something is")
     check.add_argument("data", metavar="DATA", help="a file of rows, or a BEIR folder (its train split)")
     check.add_argument("--eval", metavar="DATA", help="evaluation data that training must not know (default: a BEIR folder's test split)")
-    check.add_argument("--max-length", type=int, default=256, help="tokens that the model reads")
+    check.add_argument("--max-length", type=positive, default=256, help="tokens that the model reads")
     check.add_argument("--base", default="minilm", help="whose tokenizer counts")
     check.add_argument("--fix", type=Path, metavar="OUT", help="write a cleaned copy")
     mine = command(actions, "mine", _data_mine, "add hard negatives to training pairs")
@@ -39,11 +39,11 @@ def add_commands(commands: Any) -> None:
         else:
             made.add_argument("--base", default="minilm", help="the model that ranks; bm25: none")
         made.add_argument("--quantization", choices=("none", "int8", "nf4"), default="none")
-        made.add_argument("--max-length", type=int, default=256)
+        made.add_argument("--max-length", type=positive, default=256)
         made.add_argument("--seed", type=int, default=7)
     mine.add_argument("--adapter", metavar="NAME", help="also rank with this adapter, on the base that it was trained on")
-    mine.add_argument("--negatives", type=int, default=4)
-    mine.add_argument("--depth", type=int, default=50, help="candidates a ranker")
+    mine.add_argument("--negatives", type=positive, default=4)
+    mine.add_argument("--depth", type=positive, default=50, help="candidates a ranker")
     mine.add_argument("--absolute", type=float, default=0.0, help="a negative's cosine stays so far below the answer's")
     mine.add_argument("--relative", type=float, default=0.05, help="and below this share of it")
     mine.add_argument("--cross-encoder", metavar="DIR", help="strike what it scores as high as the answer, and write its scores")
@@ -52,9 +52,9 @@ def add_commands(commands: Any) -> None:
     synth.add_argument("--generator", default="text", metavar="URL", help="an OpenAI-compatible server, up to /v1 (default: no model)")
     synth.add_argument("--model", default="", help="the server's model")
     synth.add_argument("--prompt", type=Path, metavar="FILE", help="a prompt with {passage} and {count} in it")
-    synth.add_argument("--count", type=int, default=2, help="queries a passage")
-    synth.add_argument("--limit", type=int, help="so many passages")
-    synth.add_argument("--top", type=int, default=10, help="a query must rank its passage so high to be kept")
+    synth.add_argument("--count", type=positive, default=2, help="queries a passage")
+    synth.add_argument("--limit", type=positive, help="so many passages")
+    synth.add_argument("--top", type=positive, default=10, help="a query must rank its passage so high to be kept")
 
 
 def _data_pydocs(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,17 @@ def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | 
     return parser
 
 
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of at least 1")
+    return number
+
+
 def store_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapters", type=Path, metavar="DIR", help="the adapter store (default: $EMBEDFT_ADAPTERS, or adapters/)")
 

@@ -53,6 +53,25 @@ def test_wrong_usage_exits_2_without_a_traceback(in_folder: Path, capsys: pytest
     assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("action", "option"),
+    [
+        ("pydocs", "--limit"),
+        ("check", "--max-length"),
+        *[("mine", option) for option in ("--negatives", "--depth", "--max-length")],
+        *[("synth", option) for option in ("--count", "--limit", "--top", "--max-length")],
+    ],
+)
+def test_a_count_that_is_none_is_wrong_usage(action: str, option: str, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = ["x.jsonl", "out"][: 2 if action in {"mine", "synth"} else 1]
+    for wrong in ("0", "-5", "1.5", "many"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["data", action, *paths, f"{option}={wrong}"])
+        assert stopped.value.code == 2
+        assert f"argument {option}: {wrong!r}; expected a whole number of at least 1" in capsys.readouterr().err
+    assert list(in_folder.iterdir()) == []
+
+
 def test_settings_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = parse(["train-embed", "pydocs-code", "train.lr=1", "--dry-run", "train.seed=2", "--json", "data.limit=3"])
     assert (arguments.dry_run, arguments.json, arguments.overrides) == (True, True, ["train.lr=1", "train.seed=2", "data.limit=3"])
