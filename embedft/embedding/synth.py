@@ -75,8 +75,8 @@ def synthesize(
 ) -> SynthReport:
     """Write `out` (JSONL: query, document) for a BEIR folder, a file with a column `text`, or a folder of .md and .txt files.
 
-    `base`: the model of the round trip; None: BM25. Raises DataError where there is nothing to read, or where `out.parts` (what a
-    stopped run left) was made under other settings; EngineFailed where the server does not answer.
+    `base`: the model of the round trip; None: BM25. Raises DataError where there is nothing to read or to write, or where `out.parts`
+    (what a stopped run left) was made under other settings; EngineFailed where the server does not answer.
     """
     if out.exists():
         raise DataError([f"{out} exists already: name a new file"])
@@ -96,8 +96,11 @@ def synthesize(
     pairs = [(query, document, place) for place, p in enumerate(passages) for query, document in done[p.identifier]]
     unique = _unrepeated(pairs)
     kept = _round_trip(unique, passages, synth, base, quantization, max_length)
-    write_text(out, "".join(json.dumps({"query": q, "document": d}, ensure_ascii=False) + "\n" for q, d, _ in kept))
+    if kept:
+        write_text(out, "".join(json.dumps({"query": q, "document": d}, ensure_ascii=False) + "\n" for q, d, _ in kept))
     parts.unlink()
+    if not kept:
+        raise DataError([f"{Path(corpus).name}: {_why_none(synth, passages, made=len(pairs), unique=len(unique))}"])
     return SynthReport(len(passages), len(pairs), len(kept), len(unique) - len(kept), len(pairs) - len(unique), resumed, str(out))
 
 
@@ -251,6 +254,22 @@ def _unrepeated(pairs: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, i
         owners.setdefault(" ".join(words(query)), set()).add(place)
     seen: set[str] = set()
     return [p for p in pairs if len(owners[key := " ".join(words(p[0]))]) == 1 and not (key in seen or seen.add(key))]
+
+
+def _why_none(synth: Synth, passages: Sequence[Passage], *, made: int, unique: int) -> str:
+    if unique:
+        return (
+            f"none of the {unique} queries finds its passage again among the best {synth.top}; expected a larger --top, or another --base"
+        )
+    if made:
+        return f"all {made} queries were made for several passages each; expected passages that differ in title or first sentences"
+    least, most = WORDS
+    if synth.generator == "text":
+        wanted = f"a title of {least} to {most} words, or a second sentence; without them name an endpoint (--generator URL)"
+        return f"none of the {len(passages)} passages gives a query without a model; expected {wanted}"
+    return (
+        f"{synth.generator} gave no query of {least} to {most} words for any of the {len(passages)} passages; try another model or prompt"
+    )
 
 
 def _round_trip(

@@ -99,8 +99,28 @@ def test_a_query_that_does_not_find_its_passage_again_is_dropped(tmp_path: Path)
 
 def test_a_query_made_for_two_passages_is_dropped(tmp_path: Path) -> None:
     texts = [{"_id": str(i), "title": "About the house", "text": text} for i, text in enumerate(FACTS.values())]
+    texts.append({"_id": "own", "title": "Frozen rivers of ice", "text": "A frozen river of ice moves."})
     report = synthesize(write_rows(tmp_path / "c.jsonl", texts), tmp_path / "out.jsonl", synth=Synth(count=1), base=None)
-    assert (report.made, report.repeated, report.kept) == (4, 4, 0)
+    assert (report.made, report.repeated, report.kept) == (5, 4, 1)
+
+
+def test_a_run_that_makes_nothing_says_why_and_leaves_no_file(tmp_path: Path, server: Server) -> None:
+    alike = [{"_id": str(i), "title": "About the house", "text": text} for i, text in enumerate(FACTS.values())]
+    outdone = [
+        {"title": "Boilers and their pressure", "text": "Bleed it before the winter, when it heats water for the whole house."},
+        {"text": "Boilers and their pressure"},
+    ]
+    wordy = [{"title": "and so on " * 20, "text": "x"}]
+    for content, synth, said in (
+        ([{"text": "One sentence gives no query."}], Synth(), "none of the 1 passages gives a query without a model; .*--generator URL"),
+        (alike, Synth(count=1), "all 4 queries were made for several passages each"),
+        (outdone, Synth(count=1, top=1), "none of the 1 queries finds its passage again among the best 1"),
+        (wordy, Synth(generator=server.url), "gave no query of 3 to 32 words for any of the 1 passages"),
+    ):
+        source = write_rows(tmp_path / "c.jsonl", content)
+        with pytest.raises(DataError, match=said):
+            synthesize(source, tmp_path / "out.jsonl", synth=synth, base=None)
+        assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
 
 
 def test_a_server_is_asked_with_the_given_prompt_and_its_numbering_is_taken_off(
