@@ -1,16 +1,19 @@
 """Files that are whole or absent, and hashes of what tensors they hold. Knows nothing of models."""
 
 import fcntl
+import gzip
 import hashlib
 import json
 import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from embedft.errors import DataError
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 _OLD = ".old-"  # begins the name of a folder that is being replaced
@@ -138,12 +141,28 @@ def _settle(stage: Path) -> None:
     _fsync(stage)
 
 
+def expect_jsonl(path: Path) -> None:
+    """Raises DataError where a file of this name would not be read as JSONL again."""
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise DataError([f"{path}: rows are written as JSONL; expected a name that ends in .jsonl or .jsonl.gz"])
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace `path` by one JSON object a line, through gzip where its name ends in .gz, in one step; the same rows, the same bytes."""
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    _write(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step."""
+    _write(path, text.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def add_commands(commands: Any) -> None:
     check.add_argument("--eval", metavar="DATA", help="evaluation data that training must not know (default: a BEIR folder's test split)")
     check.add_argument("--max-length", type=positive, default=256, help="tokens that the model reads")
     check.add_argument("--base", default="minilm", help="whose tokenizer counts")
-    check.add_argument("--fix", type=Path, metavar="OUT", help="write a cleaned copy")
+    check.add_argument("--fix", type=Path, metavar="OUT", help="write a cleaned copy: a .jsonl or .jsonl.gz file, a folder of a folder")
     mine = command(actions, "mine", _data_mine, "add hard negatives to training pairs")
     synth = command(actions, "synth", _data_synth, "make training queries for a bare corpus")
     for made, what in (
@@ -33,7 +34,7 @@ def add_commands(commands: Any) -> None:
         (synth, "a BEIR folder, rows with a column text, or .md and .txt files"),
     ):
         made.add_argument("data", metavar="DATA", help=what)
-        made.add_argument("out", metavar="OUT", type=Path, help="a new .jsonl file")
+        made.add_argument("out", metavar="OUT", type=Path, help="a new .jsonl or .jsonl.gz file")
         if made is mine:
             made.add_argument("--base", help="the model that ranks (default: minilm, or the adapter's own)")
         else:
@@ -98,7 +99,7 @@ def _data_mine(arguments: argparse.Namespace) -> None:
         store=store_of(arguments),
         max_length=arguments.max_length,
         cross_encoder=arguments.cross_encoder,
-        review=arguments.review or arguments.out.with_suffix(".review.jsonl"),
+        review=arguments.review or arguments.out.with_name(re.sub(r"\.jsonl(\.gz)?$", "", arguments.out.name) + ".review.jsonl"),
     )
     show(arguments, dataclasses.asdict(report), title=str(arguments.out))
 

@@ -3,7 +3,6 @@
 Each check is a function from the rows to a Finding; `remedy` says what --fix does about it.
 """
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -15,7 +14,7 @@ from embedft.embedding.beir import is_beir, read_beir, splits
 from embedft.embedding.near import NearIndex, words
 from embedft.embedding.pairs import as_list, columns_of
 from embedft.errors import DataError
-from embedft.files import staged_folder, write_text
+from embedft.files import expect_jsonl, staged_folder, write_jsonl
 from embedft.records import Record, read_records
 
 EXAMPLES = 3
@@ -82,6 +81,8 @@ def check(train: str, *, eval: str | None = None, max_length: int = 256, base: s
 
     `max_length` in tokens of `base`'s tokenizer. `fix`: a new file (.jsonl) or, for a BEIR folder, a new folder.
     """
+    if fix is not None and not is_beir(train):
+        expect_jsonl(fix)
     if fix is not None and fix.exists():
         raise DataError([f"{fix} exists already: name a new place for the cleaned copy"])
     state = _State([])
@@ -311,7 +312,7 @@ def _write(source: str, out: Path, pairs: Sequence[Pair]) -> None:
             | ({"scores": list(pair.scores)} if pair.scores and pair.negatives else {})
             for pair in pairs
         )
-        write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_jsonl(out, rows)
         return
     import shutil
 

@@ -5,7 +5,6 @@ relative margin; de Souza Moreira et al. 2024, arXiv 2407.15831). Where all rank
 label is in doubt: it goes to the review file, not into training.
 """
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from embedft.embedding.pairs import Example, parse
 from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder, EncodeSettings
 from embedft.errors import DataError
-from embedft.files import write_text
+from embedft.files import expect_jsonl, write_jsonl
 from embedft.ranks import reciprocal
 from embedft.records import read_records
 
@@ -99,6 +98,9 @@ def mine(
     scores as high as the answer is kept out, and its scores are written (column `scores`: the answer's, then each negative's).
     Raises DataError, AdapterNotFound, BaseNotFound.
     """
+    for path in (out, review):
+        if path:
+            expect_jsonl(path)
     if out.exists() or (review and review.exists()):
         raise DataError([f"{out if out.exists() else review} exists already: name a new file"])
     rows, documents = _read(source)
@@ -113,10 +115,10 @@ def mine(
             [f"{Path(source).name}: no pair has a negative left ({dict(reasons)}); expected more documents, or smaller margins"]
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, _jsonl(lines))
+    write_jsonl(out, lines)
     doubts = [row for query in queries for row in _doubts(query, documents)]
     if review:
-        write_text(review, _jsonl(doubts))
+        write_jsonl(review, doubts)
     short = sum(count < mining.negatives for count in counts)
     where = str(review) if review else None
     return MineReport(len(lines), sum(counts), filled, short, len(doubts), dict(reasons), str(out), where)
@@ -303,7 +305,3 @@ def _judge(folder: str | None) -> Any:
         return CrossEncoder(folder)
     except (OSError, ValueError) as error:
         raise DataError([f"cross-encoder {folder}: cannot be loaded: {str(error).splitlines()[0][:200]}"]) from None
-
-
-def _jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -17,7 +17,7 @@ from typing import Any
 from embedft.embedding.beir import is_beir
 from embedft.embedding.near import words
 from embedft.errors import DataError
-from embedft.files import hash_json, write_text
+from embedft.files import expect_jsonl, hash_json, write_jsonl, write_text
 from embedft.records import read_records
 
 PROMPT = (
@@ -78,6 +78,7 @@ def synthesize(
     `base`: the model of the round trip; None: BM25. Raises DataError where there is nothing to read or to write, or where `out.parts`
     (what a stopped run left) was made under other settings; EngineFailed where the server does not answer.
     """
+    expect_jsonl(out)
     if out.exists():
         raise DataError([f"{out} exists already: name a new file"])
     passages = read_passages(corpus)[: synth.limit]
@@ -97,7 +98,7 @@ def synthesize(
     unique = _unrepeated(pairs)
     kept = _round_trip(unique, passages, synth, base, quantization, max_length)
     if kept:
-        write_text(out, "".join(json.dumps({"query": q, "document": d}, ensure_ascii=False) + "\n" for q, d, _ in kept))
+        write_jsonl(out, ({"query": query, "document": document} for query, document, _ in kept))
     parts.unlink()
     if not kept:
         raise DataError([f"{Path(corpus).name}: {_why_none(synth, passages, made=len(pairs), unique=len(unique))}"])

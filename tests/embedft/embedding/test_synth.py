@@ -12,6 +12,7 @@ import pytest
 from embedft.cli import main
 from embedft.embedding.synth import Synth, read_passages, synthesize
 from embedft.errors import DataError, EngineFailed
+from embedft.records import read_records
 from tests.fixtures_embedding import write_rows
 
 FACTS = {
@@ -213,3 +214,20 @@ def test_check_mine_and_synth_run_from_the_command_line(tmp_path: Path, capsys: 
     assert main(["data", "mine", str(tmp_path / "fixed.jsonl"), str(tmp_path / "mined.jsonl"), "--negatives", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] >= 8
     assert (tmp_path / "mined.review.jsonl").is_file()
+
+
+@pytest.mark.parametrize("command", [["check", "--fix"], ["mine"], ["synth", "--base", "bm25"]])
+def test_rows_are_written_only_under_a_name_that_is_read_as_rows_again(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [{"query": f"what of the {title}?", "document": text, "title": title, "text": text} for title, text in FACTS.items()]
+    source = write_rows(tmp_path / "rows.jsonl", pairs)
+    action, *options = command
+    assert main(["data", action, source, *options, str(tmp_path / "made.csv")]) == 1
+    assert "made.csv: rows are written as JSONL; expected a name that ends in .jsonl or .jsonl.gz" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    packed = tmp_path / "made.jsonl.gz"
+    assert main(["data", action, source, *options, str(packed)]) == 0
+    problems: list[str] = []
+    assert all(record.values["query"] for record in read_records(str(packed), problems))
+    assert problems == []
