@@ -67,15 +67,20 @@ def read_jsonl(path: Path, problems: list[str]) -> Iterator[Record]:
 def _lines(file: IO[str], path: Path, problems: list[str]) -> Iterator[str]:
     try:
         yield from file
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        problems.append(f"{path.name}: stops being readable: {error}; expected UTF-8 text")
+    except UnicodeDecodeError:
+        problems.append(f"{path.name}: stops being readable: not UTF-8; convert it")
+    except (EOFError, gzip.BadGzipFile) as error:
+        problems.append(f"{path.name}: stops being readable: {error}; expected a whole gzip file")
 
 
 def _json(path: Path, problems: list[str]) -> Iterator[Record]:
     """One list of objects."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        problems.append(f"{path.name}: not UTF-8 (byte {error.start}): convert it")
+        return
+    except json.JSONDecodeError as error:
         problems.append(f"{path.name}: not JSON: {error}; expected a list of objects")
         return
     if not isinstance(values, list):

@@ -77,7 +77,8 @@ class _State:
 
 
 def check(train: str, *, eval: str | None = None, max_length: int = 256, base: str = "minilm", fix: Path | None = None) -> CheckReport:
-    """Examine training rows, and their likeness to the evaluation's. Raises DataError where nothing can be read.
+    """Examine training rows, and their likeness to the evaluation's. Raises DataError where nothing can be read, or where `fix`
+    would hold no row.
 
     `max_length` in tokens of `base`'s tokenizer. `fix`: a new file (.jsonl) or, for a BEIR folder, a new folder.
     """
@@ -98,6 +99,9 @@ def check(train: str, *, eval: str | None = None, max_length: int = 256, base: s
         _leaks(state, _evaluation_queries(source))
     if fix is None:
         return CheckReport(rows, tuple(state.findings))
+    if not state.pairs:
+        reasons = [f"{found.kind}: {found.count:,} of {found.of:,} {found.says} ({found.examples[0]})" for found in state.findings]
+        raise DataError([f"{fix} is not written: no row is left of {Path(train).name}", *reasons])
     _write(train, fix, state.pairs)
     return CheckReport(rows, tuple(state.findings), len(state.pairs), str(fix))
 

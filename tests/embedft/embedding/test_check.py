@@ -171,3 +171,19 @@ def test_a_cleaned_copy_keeps_a_teachers_scores_beside_its_negatives(tmp_path: P
     problems: list[str] = []
     assert len(list(parse(read_records(str(tmp_path / "fixed.jsonl"), problems), problems, scored=False, taught=True))) == 36
     assert problems == []
+
+
+def test_a_copy_without_a_row_is_not_written_and_the_error_says_where_they_went(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("query,document\nwhat is naïve?,a word\n".encode("latin-1"))
+    alike = write_rows(tmp_path / "alike.jsonl", [{"query": "same", "document": "same"}] * 3)
+    folder = Path(write_beir(tmp_path / "beir", train=4, test=4))
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tnone\t1\n")
+    for source, said in (
+        (str(latin), "no row is left of latin.csv\n.*unreadable: 1 of 1 .*not UTF-8; convert it"),
+        (alike, "no row is left of alike.jsonl\n.*empty: 3 of 3 have no text on one side"),
+        (str(folder), "no row is left of beir\n.*unreadable: 1 of 1 .*document 'none' is not in corpus.jsonl"),
+    ):
+        with pytest.raises(DataError, match=said):
+            check(source, fix=tmp_path / "clean.jsonl")
+        assert not (tmp_path / "clean.jsonl").exists()
