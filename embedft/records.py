@@ -5,15 +5,17 @@ JSONL(.gz), JSON, CSV(.gz), Parquet and hub datasets. What cannot be read is not
 
 import csv
 import gzip
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from embedft.errors import DataError
 
+Item = TypeVar("Item")
 HUB = "hf://name[:config][@revision][#split]"
 
 
@@ -149,6 +151,14 @@ def _hub(source: str, split: str) -> Iterator[Record]:
 
 def first(rows: Iterator[Record], limit: int | None) -> Iterator[Record]:
     return islice(rows, limit)
+
+
+def sample(items: Sequence[Item], count: int | None, *, key: Callable[[Item], str]) -> list[Item]:
+    """`count` of the items (None: all), in their order, chosen by the hash of their keys: a file that is sorted gives no other picture."""
+    if count is None or count >= len(items):
+        return list(items)
+    ranked = sorted(range(len(items)), key=lambda number: hashlib.sha256(key(items[number]).encode()).digest())
+    return [items[number] for number in sorted(ranked[:count])]
 
 
 READERS: Mapping[str, Callable[[Path, list[str]], Iterator[Record]]] = {

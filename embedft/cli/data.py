@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
     synth.add_argument("--model", default="", help="the server's model")
     synth.add_argument("--prompt", type=Path, metavar="FILE", help="a prompt with {passage} and {count} in it")
     synth.add_argument("--count", type=positive, default=2, help="queries a passage")
-    synth.add_argument("--limit", type=positive, help="so many passages")
+    synth.add_argument("--limit", type=positive, help="so many passages, drawn from the whole corpus by the hash of their ids")
     synth.add_argument("--top", type=positive, default=10, help="a query must rank its passage so high to be kept")
 
 

@@ -18,7 +18,7 @@ from embedft.embedding.beir import is_beir
 from embedft.embedding.near import words
 from embedft.errors import DataError
 from embedft.files import expect_jsonl, hash_json, write_jsonl, write_text
-from embedft.records import read_records
+from embedft.records import read_records, sample
 
 PROMPT = (
     "Write {count} different questions, one a line and nothing else, that a person might ask to find the following passage. "
@@ -32,7 +32,10 @@ _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
 
 @dataclass(frozen=True)
 class Synth:
-    """`generator`: 'text' (no model) or a server's URL up to /v1. `count` queries a passage; `top`: the round trip's depth."""
+    """`generator`: 'text' (no model) or a server's URL up to /v1. `count` queries a passage; `top`: the round trip's depth.
+
+    `limit` passages are chosen by the hash of their ids, wherever they stand in the corpus.
+    """
 
     generator: str = "text"
     model: str = ""
@@ -81,7 +84,7 @@ def synthesize(
     expect_jsonl(out)
     if out.exists():
         raise DataError([f"{out} exists already: name a new file"])
-    passages = read_passages(corpus)[: synth.limit]
+    passages = sample(read_passages(corpus), synth.limit, key=lambda passage: passage.identifier)
     generate = from_text(synth) if synth.generator == "text" else from_server(synth)
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = out.with_name(out.name + ".parts")

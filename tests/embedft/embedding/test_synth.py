@@ -183,6 +183,19 @@ def test_a_server_that_is_busy_is_asked_again(tmp_path: Path, server: Server, mo
     assert len(server.asked) == 5
 
 
+def test_a_limit_draws_from_the_whole_corpus_and_keeps_its_order(tmp_path: Path) -> None:
+    passages = [{"_id": f"d{i}", "title": f"The story of {name}{i}", "text": "Here."} for i, name in enumerate(["ant"] * 40 + ["bee"] * 40)]
+    drawn: list[list[str]] = []
+    for name, content in (("sorted", passages), ("turned", passages[::-1])):
+        out = tmp_path / f"{name}.made.jsonl"
+        report = synthesize(write_rows(tmp_path / f"{name}.jsonl", content), out, synth=Synth(limit=20), base=None)
+        assert report.passages == 20
+        drawn.append([row["query"] for row in rows(out)])
+    assert drawn[0] == drawn[1][::-1]
+    assert drawn[0] == [passage["title"] for passage in passages if passage["title"] in drawn[0]]
+    assert 5 <= sum("ant" in query for query in drawn[0]) <= 15
+
+
 def test_headings_of_markdown_files_are_titles(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.md").write_text("# Install the tool\nRun it.\n\n## Configure it\nWrite a file.\n")
