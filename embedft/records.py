@@ -9,12 +9,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from embedft.errors import DataError
 
+DELIMITERS = {";": "semicolon", "\t": "tab"}  # which are not read, and known by a header without a comma
 Item = TypeVar("Item")
 HUB = "hf://name[:config][@revision][#split]"
 
@@ -56,7 +57,7 @@ def read_jsonl(path: Path, problems: list[str]) -> Iterator[Record]:
                 continue
             where = f"{path.name}:{number}"
             try:
-                values = json.loads(line)
+                values = json.loads(line.rstrip())  # else an object left open is at fault in the next line
             except json.JSONDecodeError as error:
                 problems.append(f"{where}: not JSON ({error.msg} at column {error.colno}); expected one JSON object a line")
                 continue
@@ -106,7 +107,12 @@ def read_csv(path: Path, problems: list[str]) -> Iterator[Record]:
     """Comma-separated with a header line. `where` is the line on which the row ends."""
     csv.field_size_limit(1 << 27)
     with open_text(path) as file:
-        reader = csv.DictReader(_lines(file, path, problems), strict=True)  # else a quote left open swallows the rest of the file
+        lines = _lines(file, path, problems)
+        header = next(lines, "")
+        if "," not in header and (mark := next((name for sign, name in DELIMITERS.items() if sign in header), None)):
+            problems.append(f"{path.name}: its fields are delimited by a {mark}; expected a comma: write it again with commas")
+            return
+        reader = csv.DictReader(chain([header], lines), strict=True)  # else a quote left open swallows the rest of the file
         try:
             for values in reader:
                 where = f"{path.name}:{reader.line_num}"

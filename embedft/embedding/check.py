@@ -12,7 +12,7 @@ from typing import Any
 
 from embedft.embedding.beir import is_beir, read_beir, splits
 from embedft.embedding.near import NearIndex, words
-from embedft.embedding.pairs import as_list, columns_of
+from embedft.embedding.pairs import as_list, columns_of, no_text
 from embedft.errors import DataError
 from embedft.files import expect_jsonl, staged_folder, write_jsonl
 from embedft.records import Record, read_records
@@ -116,7 +116,12 @@ def _read(source: str, state: _State) -> list[Pair]:
             for document in grades
         ]
     else:
-        pairs = [pair for row in read_records(source, problems) if (pair := _pair(row, problems))]
+        pairs: list[Pair] = []
+        for row in read_records(source, problems):
+            faults: list[str] = []
+            if pair := _pair(row, faults):
+                pairs.append(pair)
+            problems.extend(faults[:1])  # a row counts once
     if problems:
         finding = Finding(
             "unreadable", len(problems), len(pairs) + len(problems), "cannot be read as rows", "left out", tuple(problems[:EXAMPLES])
@@ -130,8 +135,11 @@ def _pair(row: Record, problems: list[str]) -> Pair | None:
     columns = columns_of(row, problems)
     if columns is None:
         return None
-    values = row.values
-    query, document = (text.strip() if isinstance(text := values[name], str) else "" for name in (columns.query, columns.document))
+    values, sides = row.values, (columns.query, columns.document)
+    if wrong := [name for name in sides if not isinstance(values[name], str | None)]:
+        problems += (f"{row.where}: {no_text(name, values[name])}" for name in wrong)
+        return None
+    query, document = ((values[name] or "").strip() for name in sides)
     negatives = tuple(text.strip() if isinstance(text, str) else "" for name in columns.negatives for text in as_list(values[name]))
     label = values[columns.label] if columns.label else None
     scores = tuple(as_list(values[columns.scores])) if columns.scores else ()

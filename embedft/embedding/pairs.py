@@ -107,7 +107,7 @@ def _faults(row: Record, columns: Columns) -> Iterator[str]:
     for name in (columns.query, columns.document):
         value = row.values[name]
         if not isinstance(value, str):
-            yield f"{name} is {_kind(value)}; expected text"
+            yield no_text(name, value)
         elif not value.strip():
             yield f"{name} is empty; expected text"
     for name in columns.negatives:
@@ -145,6 +145,11 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if number == number and abs(number) != float("inf") else None
+
+
+def no_text(name: str, value: Any) -> str:
+    """What is wrong with a column `name` that holds no str."""
+    return f"{name} is {_kind(value)}; expected text"
 
 
 def _kind(value: Any) -> str:

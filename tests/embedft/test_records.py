@@ -45,6 +45,13 @@ def test_a_quote_left_open_is_named_and_swallows_nothing(tmp_path: Path) -> None
     assert problems == ["a.csv:3: not CSV: unexpected end of data"]
 
 
+def test_a_semicolon_or_a_tab_beside_commas_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b; c\n1;\t2,3\n")
+    assert read(tmp_path / "a.csv") == ([{"a": "1;\t2", "b; c": "3"}], [])
+    (tmp_path / "a.csv").write_text("")
+    assert read(tmp_path / "a.csv") == ([], [])
+
+
 def test_a_long_field_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b\n1," + "x" * 300_000 + "\n")
     assert len(read(tmp_path / "a.csv")[0][0]["b"]) == 300_000
@@ -59,6 +66,9 @@ def test_a_long_field_is_read(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n\xff\n', "a.jsonl: stops being readable: not UTF-8; convert it"),
         ("a.csv", b"a,b\n\xff,1\n", "a.csv: stops being readable: not UTF-8; convert it"),
         ("a.json", b'["\xff"]', "a.json: not UTF-8 (byte 2): convert it"),
+        ("a.jsonl", b'{"query": "x"\n', "a.jsonl:1: not JSON (Expecting ',' delimiter at column 14)"),
+        ("a.csv", b"query;document\na;b, c\nd;e, f\n", "a.csv: its fields are delimited by a semicolon; expected a comma"),
+        ("a.csv", b'"query"\t"document"\n"a, b"\t"c"\n', "a.csv: its fields are delimited by a tab; expected a comma"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: stops being readable"),
         ("a.parquet", b"no parquet", "a.parquet: not a Parquet file"),
     ],

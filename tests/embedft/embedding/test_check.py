@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from embedft.embedding.check import CheckReport, Finding, check
+from embedft.embedding.data import load_data
 from embedft.embedding.near import NearIndex
 from embedft.errors import DataError
+from embedft.recipe import EmbeddingData, EmbeddingEval
 from tests.fixtures_embedding import write_beir, write_rows
 
 SUBJECTS = ("boiler", "tram", "violin", "glacier", "invoice", "beehive", "turbine", "passport", "orchard", "modem", "ferry", "kiln")
@@ -115,6 +117,29 @@ def test_unreadable_rows_are_told_and_left_out(tmp_path: Path) -> None:
     report = check(str(path))
     assert found(report, "unreadable").count == 2
     assert report.rows == 36
+
+
+def test_a_row_counts_once_whatever_is_wrong_with_it(tmp_path: Path) -> None:
+    report = check(write_rows(tmp_path / "rows.jsonl", [{"a": "x", "b": "y"}] * 16))
+    assert (found(report, "unreadable").count, found(report, "unreadable").of) == (16, 16)
+    assert [example.split(": ")[0] for example in found(report, "unreadable").examples] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
+
+
+def test_a_column_that_holds_no_text_is_told_as_training_tells_it(tmp_path: Path) -> None:
+    odd = [{"query": 5, "document": "five"}, {"query": "list", "document": ["a", "b"]}]
+    path = write_rows(tmp_path / "rows.jsonl", [*clean_rows(), *odd])
+    with pytest.raises(DataError) as refused:
+        load_data(EmbeddingData(train=path), EmbeddingEval(), scored=False)
+    report, kept = fixed(tmp_path, [*clean_rows(), *odd])
+    assert list(found(report, "unreadable").examples) == refused.value.problems
+    assert "rows.jsonl:37: query is a int; expected text" in refused.value.problems
+    assert kept == clean_rows()
+
+
+def test_evaluation_rows_that_cannot_be_read_hide_no_leak(tmp_path: Path) -> None:
+    rows = clean_rows()
+    test = write_rows(tmp_path / "test.jsonl", [{"query": 5, "document": "x"}, {"a": "b"}, rows[0]])
+    assert found(check(write_rows(tmp_path / "rows.jsonl", rows), eval=test), "leakage").count == 1
 
 
 def test_a_beir_folder_is_checked_against_its_own_test_split_and_copied_clean(tmp_path: Path) -> None:
