@@ -7,6 +7,7 @@ import csv
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -72,7 +73,7 @@ def _lines(file: IO[str], path: Path, problems: list[str]) -> Iterator[str]:
         yield from file
     except UnicodeDecodeError:
         problems.append(f"{path.name}: stops being readable: not UTF-8; convert it")
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         problems.append(f"{path.name}: stops being readable: {error}; expected a whole gzip file")
 
 

@@ -66,14 +66,6 @@ def read_rows(source: str, *, format: Format | None = None, limit: int | None = 
     return rows if len({row.id for row in rows}) == len(rows) else _renumbered(rows)
 
 
-def sample(rows: Sequence[Row], count: int | None) -> list[Row]:
-    """`count` of the rows (None: all), in their order, chosen by the hash of their ids: a file sorted by answer gives no other picture."""
-    if count is None or count >= len(rows):
-        return list(rows)
-    ranked = sorted(range(len(rows)), key=lambda number: hashlib.sha256(rows[number].id.encode()).digest())
-    return [rows[number] for number in sorted(ranked[:count])]
-
-
 def detect(record: Mapping[str, Any], place: str) -> Format:
     """The format whose columns `record` has; DataError where none fits."""
     columns = record.keys()

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.base import Base, BaseSpec, load_base
-from embedft.causal_lm.data import Row, data_hash, read_rows, sample
+from embedft.causal_lm.data import Row, data_hash, read_rows
 from embedft.causal_lm.evaluate import Generation, compare, evaluate_generation, pad_token
 from embedft.causal_lm.template import Example, Template, template_of
 from embedft.errors import DataError, MethodUnsupported, RecipeError
 from embedft.methods import attach, supported
 from embedft.recipe import CausalLMRecipe, CausalLMTrain
+from embedft.records import sample
 from embedft.training.arguments import hf_arguments, steps_an_epoch
 from embedft.training.loop import fit, rehearse
 from embedft.training.measure import AdapterResult, DryRunReport, PeakMemory
@@ -103,7 +104,7 @@ def read_split(recipe: CausalLMRecipe) -> Split:
     if problems:
         raise DataError(problems)
     train, held_out, validation = parts
-    return Split(train, sample(held_out, recipe.eval.rows), validation)
+    return Split(train, sample(held_out, recipe.eval.rows, key=lambda row: row.id), validation)
 
 
 def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -> list[Example]:
