@@ -19,9 +19,9 @@ Quantization = Literal["none", "int8", "nf4", "w4a16", "w8a8"]
 
 
 class Section(BaseModel):
-    """A closed, frozen part of a recipe: an unknown key is an error."""
+    """A closed, frozen part of a recipe: an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseSection(Section):

@@ -42,6 +42,13 @@ def test_an_override_of_an_unknown_key_names_the_nearest(tmp_path: Path) -> None
         load_recipe(written(tmp_path, MINIMAL), ["train.lrr=1"])
 
 
+@pytest.mark.parametrize("value", ["1e400", ".inf", "-.inf", ".nan", "nan"])
+@pytest.mark.parametrize("key", ["train.lr", "train.weight_decay", "train.warmup", "loss.scale", "eval.guard.drop"])
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(RecipeError, match=key):
+        load_recipe(written(tmp_path, MINIMAL), [f"{key}={value}"])
+
+
 @pytest.mark.parametrize("override", ["train.lr", "=3", "name.first=x"])
 def test_an_override_that_is_no_assignment_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(RecipeError):
