@@ -3,17 +3,16 @@
 Everything has a default but `task`, `base.model` and `data`.
 """
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from embedft.errors import RecipeError
+from embedft.recipe_faults import faults
 
 Quantization = Literal["none", "int8", "nf4", "w4a16", "w8a8"]
 
@@ -234,7 +233,7 @@ def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> Embedding
     try:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:
-        raise RecipeError(where, [_fault(item, content) for item in error.errors()]) from None
+        raise RecipeError(where, faults(error, content, _MODELS)) from None
 
 
 def data_paths(content: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
@@ -244,36 +243,13 @@ def data_paths(content: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]
     if isinstance(data, dict):
         mapping = cast("dict[str, Any]", data)
         found += [(mapping, key, f"data.{key}") for key in ("train", "eval", "dev", "validation") if mapping.get(key)]
-        also: Any = mapping.get("also") or ()
-        found += [(part, "train", "data.also.train") for part in also if isinstance(part, dict) and "train" in part]
+        also: Any = mapping.get("also")
+        parts = cast("list[Any]", also) if isinstance(also, list) else []
+        found += [(part, "train", "data.also.train") for part in parts if isinstance(part, dict) and "train" in part]
     guard: Any = cast("dict[str, Any]", evaluation).get("guard") if isinstance(evaluation, dict) else None
     if isinstance(guard, dict) and cast("dict[str, Any]", guard).get("data", "pydocs") != "pydocs":
         found.append((cast("dict[str, Any]", guard), "data", "eval.guard.data"))
     return found
-
-
-def _fault(item: Any, content: dict[str, Any]) -> str:
-    location = [str(part) for part in item["loc"] if part not in _MODELS]
-    dotted = ".".join(location) or "task"
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(dotted, _known_keys(str(content.get("task"))), n=1, cutoff=0.5)
-        return f"{dotted}: no such key" + (f"; did you mean {near[0]!r}?" if near else "")
-    if item["type"].startswith("union_tag"):
-        return "task: expected 'embedding' or 'causal_lm'"
-    return f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}" + ("" if item["type"] == "missing" else f" (got {item['input']!r})")
-
-
-def _known_keys(task: str) -> list[str]:
-    model = _MODELS.get(task)
-    return sorted(_keys(model, "")) if model else ["task"]
-
-
-def _keys(model: type[BaseModel], prefix: str) -> Iterable[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or a section or none
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _keys(kind, f"{prefix}{name}.")
 
 
 def _portable(path: str | None) -> str | None:

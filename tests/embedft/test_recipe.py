@@ -42,6 +42,37 @@ def test_an_override_of_an_unknown_key_names_the_nearest(tmp_path: Path) -> None
         load_recipe(written(tmp_path, MINIMAL), ["train.lrr=1"])
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"adapter": {"targets": "nosuch"}}, "adapter.targets: expected all-linear, or a list such as [query, value] (got 'nosuch')"),
+        ({"adapter": {"targets": [1, 2]}}, "adapter.targets: expected all-linear, or a list such as [query, value] (got [1, 2])"),
+        ({"adapter": {"options": {"rate": [1]}}}, "adapter.options.rate: expected true, false, a finite number or a text (got [1])"),
+        ({"base": "minilm"}, "base: expected a section such as {model: minilm} (got 'minilm')"),
+        ({"base": {}}, "base.model: field required"),
+        ({"data": {"train": "x", "also": ["y"]}}, "data.also.0: expected a section such as {train: more.jsonl} (got 'y')"),
+        ({"data": {"train": "x", "also": [{"weight": 2}]}}, "data.also.0.train: field required"),
+        ({"loss": {"dimensions": 64}}, "loss.dimensions: expected a list such as [256, 128] (got 64)"),
+        ({"eval": {"guard": "pydocs"}}, "eval.guard: expected null, or a section such as {data: pydocs} (got 'pydocs')"),
+    ],
+)
+def test_a_value_of_the_wrong_shape_is_one_fault_that_says_what_is_wanted(given: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({**MINIMAL, **given})
+    assert caught.value.problems == [said]
+
+
+SECTIONS = ("base", "adapter", "data", "train", "eval", "loss", "adapter.options", "data.prompts", "eval.guard")
+LISTS = ("adapter.targets", "data.also", "loss.dimensions", "train.trackers")
+
+
+@pytest.mark.parametrize("key", [*SECTIONS, *LISTS])
+def test_every_section_and_list_says_what_it_is_where_it_is_given_a_number(tmp_path: Path, key: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, MINIMAL), [f"{key}=4"])
+    assert [problem.partition(": expected ")[0] for problem in caught.value.problems] == [key]
+
+
 @pytest.mark.parametrize("value", ["1e400", ".inf", "-.inf", ".nan", "nan"])
 @pytest.mark.parametrize("key", ["train.lr", "train.weight_decay", "train.warmup", "loss.scale", "eval.guard.drop"])
 def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, key: str, value: str) -> None:
