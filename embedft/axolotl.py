@@ -223,9 +223,14 @@ def _whole(given: Mapping[str, Any], made: Translation) -> None:
 
 
 def _trackers(given: Mapping[str, Any], made: Translation) -> None:
+    """Which trackers there are is the recipe's; where each keeps what it gets is not."""
     named = {"use_tensorboard": "tensorboard", "wandb_project": "wandb", "mlflow_tracking_uri": "mlflow"}
-    if found := [tracker for key, tracker in named.items() if given.get(key)]:
-        made.put("train.trackers", found)
+    found = {key: tracker for key, tracker in named.items() if given.get(key)}
+    if found:
+        made.put("train.trackers", list(found.values()))
+    for key, tracker in found.items():
+        if key != "use_tensorboard":
+            made.left_out[key] = f"train.trackers holds {tracker}; the value itself is set in the environment, as {key.upper()}"
 
 
 def as_yaml(made: Translation) -> str:

@@ -127,11 +127,19 @@ def test_steps_and_shares_are_turned_round() -> None:
         ({"deepspeed": "zero3.json"}, "deepspeed", "one process"),
         ({"lora_target_modules": ".*proj"}, "lora_target_modules", "list of layer names"),
         ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}, {"path": "b.jsonl"}]}, "datasets[1:]", "concatenate"),
+        ({"wandb_project": "foo"}, "wandb_project", "in the environment, as WANDB_PROJECT"),
+        ({"mlflow_tracking_uri": "http://m"}, "mlflow_tracking_uri", "in the environment, as MLFLOW_TRACKING_URI"),
         ({"datasets": [{"path": "a.jsonl", "type": "completion"}]}, "datasets[0].type", "they are alpaca, messages, prompt_completion"),
     ],
 )
 def test_what_has_no_place_is_named_with_the_reason(given: dict[str, Any], key: str, reason: str) -> None:
     assert reason in translate(lora(**given), name="x").left_out[key]
+
+
+def test_a_named_tracker_is_kept_and_one_without_a_value_is_nothing_left_out() -> None:
+    made = translate(lora(use_tensorboard=True, wandb_project="foo", mlflow_tracking_uri=""), name="x")
+    assert made.recipe["train"]["trackers"] == ["tensorboard", "wandb"]
+    assert set(made.left_out) == {"wandb_project"}
 
 
 def test_no_key_has_two_places() -> None:
