@@ -190,13 +190,17 @@ class _Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
     def resolved_yaml(self) -> str:
-        """The recipe with every default written out and data paths shortened to their last two parts."""
+        """The recipe with every default written out."""
+        return _as_yaml(self.model_dump(mode="json"))
+
+    def portable_yaml(self) -> str:
+        """The same for other machines: data paths shortened to their last two parts, the base's to its last."""
         content = self.model_dump(mode="json")
         for section, key, _ in data_paths(content):
             section[key] = _portable(section[key])
         if Path(content["base"]["model"]).is_absolute():
             content["base"]["model"] = Path(content["base"]["model"]).name
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        return _as_yaml(content)
 
     def digest(self) -> str:
         """sha256 of all settings: a run resumes only under the same digest."""
@@ -254,3 +258,7 @@ def data_paths(content: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]
 
 def _portable(path: str | None) -> str | None:
     return path if path is None or path.startswith("hf://") else "/".join(Path(path).parts[-2:])
+
+
+def _as_yaml(content: dict[str, Any]) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -66,7 +66,7 @@ def publish(
         write_probes(folder, recorded)
         passport = _passport(folder, base, recipe, published, recorded)
         passport.write(folder)
-        (folder / "recipe.yaml").write_text(recipe.resolved_yaml(), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(recipe.portable_yaml(), encoding="utf-8")
         (folder / "README.md").write_text(model_card(passport), encoding="utf-8")
         _write_rows(folder / "eval", published.rows)
         generation = (store.hold if published.held else store.put)(folder, recipe.name)

@@ -94,8 +94,18 @@ def test_paths_are_relative_to_the_recipe_and_those_of_overrides_to_the_working_
     assert recipe.data.eval == str(in_folder / "here")
 
 
-def test_a_resolved_recipe_holds_no_machine_path(tmp_path: Path) -> None:
-    assert str(tmp_path) not in load_recipe(written(tmp_path, MINIMAL)).resolved_yaml()
+def test_a_portable_recipe_holds_no_machine_path(tmp_path: Path) -> None:
+    assert str(tmp_path) not in load_recipe(written(tmp_path, MINIMAL)).portable_yaml()
+
+
+def test_a_recipe_that_is_shown_is_the_same_recipe_once_it_is_saved_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    data = {"train": "deep/in/train.jsonl", "also": [{"train": "deep/in/more.jsonl"}]}
+    recipe = load_recipe(written(tmp_path, {**MINIMAL, "base": {"model": "base"}, "data": data}))
+    saved = tmp_path / "elsewhere" / "mine.yaml"
+    saved.write_text(recipe.resolved_yaml(), encoding="utf-8")
+    assert load_recipe(saved) == recipe
 
 
 def test_the_digest_changes_with_any_setting(tmp_path: Path) -> None:
