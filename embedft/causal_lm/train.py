@@ -52,6 +52,7 @@ def train(
     spec = BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision)
     with PeakMemory() as peak:
         base = load_base(spec, task="causal_lm")
+        recipe = within(recipe, base.info.positions)
         template = template_of(base.tokenizer, recipe.data.template)
         examples = tokenized(split.train, template, recipe)
         if dry_run:
@@ -105,6 +106,16 @@ def read_split(recipe: CausalLMRecipe) -> Split:
         raise DataError(problems)
     train, held_out, validation = parts
     return Split(train, sample(held_out, recipe.eval.rows, key=lambda row: row.id), validation)
+
+
+def within(recipe: CausalLMRecipe, positions: int) -> CausalLMRecipe:
+    """The recipe with rows no longer than its base can place; where more was asked for, that is told of."""
+    asked = recipe.train.max_length
+    if asked <= positions:
+        return recipe
+    if "max_length" in recipe.train.model_fields_set:
+        note(f"{recipe.name}: the base has {positions} positions; train.max_length={asked} is cut")
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_length": positions})})
 
 
 def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -> list[Example]:

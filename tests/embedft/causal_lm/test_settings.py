@@ -1,5 +1,7 @@
 """What a recipe's train section asks for is what the run does."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,12 @@ import pytest
 
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, load_base
+from embedft.causal_lm.sizes import largest_batch
 from embedft.causal_lm.template import template_of
 from embedft.causal_lm.train import build_trainer, read_split, tokenized, train
 from embedft.methods import attach
-from tests.fixtures_lm import planted_recipe
+from embedft.recipe import CausalLMRecipe, parse_recipe
+from tests.fixtures_lm import planted_recipe, write_jsonl
 
 STEPS = 10
 
@@ -108,3 +112,55 @@ def test_tensorboard_gets_the_losses_and_keeps_them(tiny_base: Path, tmp_path: P
     losses = [event.value for event in events.Scalars("train/loss")]
     assert len(losses) == 2
     assert losses[1] < losses[0]
+
+
+@pytest.fixture(scope="module")
+def short_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with 40 positions."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path_factory.mktemp("short") / "short"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    return folder
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("asked", [100_000, None])
+def test_no_row_is_longer_than_the_base_has_positions(
+    short_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    packing: bool,
+    asked: int | None,
+) -> None:
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    from embedft.causal_lm import train as training
+
+    widths, lengths = set[int](), set[int]()
+    forward, evaluate = LlamaModel.forward, training.evaluate_generation
+
+    def watched(self: Any, input_ids: Any = None, **given: Any) -> Any:
+        widths.update([input_ids.shape[1]] if torch.is_grad_enabled() else [])
+        return forward(self, input_ids, **given)
+
+    monkeypatch.setattr(LlamaModel, "forward", watched)
+    monkeypatch.setattr(training, "evaluate_generation", lambda *given, **how: lengths.add(how["max_length"]) or evaluate(*given, **how))
+    recipe = planted_recipe(tmp_path, short_base, test_rows=4, train={"max_steps": 2, "packing": packing, "max_length": asked or 1})
+    if asked is None:
+        given = recipe.model_dump(mode="json")
+        del given["train"]["max_length"]
+        recipe = parse_recipe(given)
+    assert isinstance(recipe, CausalLMRecipe)
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "red", "completion": "stop " * 200}] * 24)
+    store = AdapterStore(tmp_path / "store")
+    train(recipe, store=store, progress=False)
+    assert (widths, lengths) == ({40}, {40})
+    assert store.passport(recipe.name).max_length == 40
+    said = f"note: {recipe.name}: the base has 40 positions; train.max_length=100000 is cut\n"
+    assert (said in capsys.readouterr().err) == (asked is not None)
+    assert largest_batch(recipe).lengths == (40,)
+    (tmp_path / "train.jsonl").unlink()
+    assert largest_batch(recipe).lengths == (40,)
+    assert (said in capsys.readouterr().err) == (asked is not None)
