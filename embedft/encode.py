@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from embedft.errors import BaseNotFound, InputInvalid
+from embedft.errors import BaseNotFound, InputInvalid, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,10 @@ class Prepared:
 
 
 class TextPreparer:
-    """Prompt + text → token ids, truncated exactly as in training. Safe to share between threads."""
+    """Prompt + text → token ids, truncated exactly as in training. Safe to share between threads.
+
+    UsageError where `max_length` has no room for a token of the text.
+    """
 
     def __init__(self, folder: Path | str, settings: EncodeSettings) -> None:
         from tokenizers import Tokenizer
@@ -60,6 +63,12 @@ class TextPreparer:
             )
         self.settings = settings
         self._tokenizer = Tokenizer.from_file(str(path))
+        special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        if settings.max_length <= special:  # tokenizers would then cut nothing at all
+            raise UsageError(
+                f"a max_length of {settings.max_length} leaves nothing of a text beside the {special} special tokens of "
+                f"{Path(folder).name}: allow at least {special + 1} (train.max_length, --max-length)"
+            )
         self._tokenizer.no_padding()  # some files (MiniLM's) carry fixed padding and a shorter truncation
         self._tokenizer.enable_truncation(settings.max_length)
 

@@ -12,7 +12,7 @@ import pytest
 
 from embedft.base import BaseSpec, load_model, source_folder
 from embedft.encode import Encoder, EncodeSettings, TextPreparer, finish
-from embedft.errors import BaseNotFound, InputInvalid
+from embedft.errors import BaseNotFound, InputInvalid, UsageError
 from tests.fixtures_embedding import planted_rows, tiny_decoder, tiny_encoder
 
 TEXTS = [
@@ -90,6 +90,13 @@ def test_a_file_that_carries_its_own_padding_and_truncation_is_read_without_them
     prepared = TextPreparer(minilm, EncodeSettings("mean", True, 200)).prepare(["x", "word " * 300])
     assert [len(ids) for ids in prepared.ids] == [3, 200]
     assert prepared.truncated == 1
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_a_limit_that_leaves_no_token_of_a_text_is_refused_and_never_cuts_nothing(minilm: Path, limit: int) -> None:
+    with pytest.raises(UsageError, match=rf"max_length of {limit} .* 2 special tokens .* at least 3 \(train\.max_length"):
+        TextPreparer(minilm, EncodeSettings("mean", True, limit))
+    assert len(TextPreparer(minilm, EncodeSettings("mean", True, 3)).prepare(["word " * 9]).ids[0]) == 3
 
 
 def test_a_text_that_is_too_long_is_refused_only_when_asked(minilm: Path) -> None:

@@ -14,7 +14,7 @@ from embedft.base import BaseSpec, base_folder, load_base, load_model
 from embedft.embedding.proof import evaluate_adapter
 from embedft.embedding.train import train
 from embedft.encode import Encoder, EncodeSettings
-from embedft.errors import AdapterInvalid, BaseError, DataError, MethodUnsupported, RecipeError
+from embedft.errors import AdapterInvalid, BaseError, DataError, MethodUnsupported, RecipeError, UsageError
 from embedft.methods import load_adapter
 from embedft.training.measure import DryRunReport
 from tests.embedft.embedding.runs import GAP, PADDED, Make, gain, trained
@@ -246,6 +246,15 @@ def test_rows_of_one_answer_are_refused_for_they_make_no_batch(make: Make, store
     same = [{"query": f"q{i}", "document": "the one answer"} for i in range(8)]
     with pytest.raises(DataError, match="no two training rows may share a batch"):
         train(make(data={"train": write_rows(root / "same.jsonl", same), "eval": beir}), store=store)
+
+
+@pytest.mark.parametrize("adapter", [PADDED, {}])
+def test_a_max_length_without_room_for_a_text_is_refused_before_anything_is_trained(
+    make: Make, store: AdapterStore, adapter: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=r"max_length of 1 leaves nothing of a text .*\(train\.max_length"):
+        train(make("mean", adapter=adapter, train={"max_length": 1}), store=store)
+    assert not (store.root / ".training").exists()
 
 
 def test_a_base_whose_tokenizer_files_disagree_is_refused(make: Make, root: Path, store: AdapterStore) -> None:
