@@ -22,6 +22,8 @@ from serve.status_routes import model_routes, status_routes
 from serve.tracing import tracing
 from serve.who import known
 
+NO_INDEXES = "the server was started without --indexes: nothing is searched here; start it with --indexes DIR"
+
 
 def create_app(gateway: Gateway) -> FastAPI:
     """All routes over `gateway`, which the caller starts and stops."""
@@ -59,9 +61,10 @@ def _errors(app: FastAPI, gateway: Gateway) -> None:
         return JSONResponse(as_envelope(error), status_code=status_of(error), headers=headers_of(error))
 
     @app.exception_handler(HTTPException)
-    async def framework(_: Request, error: HTTPException) -> Response:
+    async def framework(request: Request, error: HTTPException) -> Response:
         code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        body = envelope(str(error.detail), code=code, status=error.status_code)
+        unindexed = code == "route_not_found" and gateway.config.indexes is None and f"{request.url.path}/".startswith("/v1/rag/")
+        body = envelope(NO_INDEXES if unindexed else str(error.detail), code=code, status=error.status_code)
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)

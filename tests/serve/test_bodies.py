@@ -107,6 +107,14 @@ def test_only_the_named_routes_exist(shared: Server) -> None:
     refused(shared.client.get("/v1/embeddings"), 405, "method_not_allowed")
 
 
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/rag/foo/query"), ("GET", "/v1/rag"), ("PUT", "/v1/rag/foo")])
+def test_a_server_without_indexes_says_that_it_was_started_so(shared: Server, method: str, path: str) -> None:
+    answer = shared.client.request(method, path, json={}, headers=ADMIN)
+    refused(answer, 404, "route_not_found")
+    assert "started without --indexes" in answer.json()["error"]["message"]
+    assert "indexes" not in shared.post("/v1/ragtime", {}).json()["error"]["message"]
+
+
 def test_health_metrics_and_docs_answer(shared: Server) -> None:
     assert shared.client.get("/health").json() == {"status": "alive"}
     assert shared.client.get("/ready").json()["ready"] is True

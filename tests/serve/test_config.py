@@ -52,3 +52,13 @@ def test_no_two_vllm_engines_share_a_core_while_another_is_free() -> None:
     assert [made.cores for made in with_cores((base("a", "0-1"), base("b")), [0, 1, 2, 3])] == ["0-1", "2,3"]
     assert [made.cores for made in with_cores((base("a"),), [0, 1])] == [None]
     assert [made.cores for made in with_cores((base("a"), base("b")), [0])] == [None, None]
+
+
+@pytest.mark.parametrize("named_by", ["option", "file"])
+def test_a_folder_of_indexes_that_is_not_there_is_said_so(world: World, tmp_path: Path, named_by: str) -> None:
+    path = write(tmp_path, "bases: [{name: a, model: m, task: embedding}]\n" + ("indexes: gone\n" if named_by == "file" else ""))
+    option = tmp_path / "gone" if named_by == "option" else None
+    with pytest.raises(UsageError, match=r"there is no folder .*gone: make an index there with `embedft rag index"):
+        load_config(path, store=world.store, indexes=option)
+    (tmp_path / "gone").mkdir()
+    assert load_config(path, store=world.store, indexes=option).indexes == tmp_path / "gone"
