@@ -219,6 +219,7 @@ def http_part(data: Path, work: Path) -> dict[str, Any]:  # noqa: ARG001
     tests_world.DIMENSION = 384
     with tempfile.TemporaryDirectory(prefix="rag-http-") as home:
         made = tests_world.make_world(Path(home))
+        (Path(home) / "indexes").mkdir()
         server = made.start(indexes="indexes")
         try:
             from embedft.rag.remote import RemoteEngine

@@ -131,7 +131,7 @@ def load_config(
         if path and content.get(key) and not Path(str(content[key])).is_absolute():
             content[key] = str((path.parent / str(content[key])).resolve())
     if content.get("indexes") and not Path(str(content["indexes"])).is_dir():
-        raise UsageError(f"indexes: there is no folder {content['indexes']}: make an index there with `embedft rag index --out DIR/NAME`")
+        raise UsageError(f"indexes: there is no folder {content['indexes']}: make it; `embedft rag index --out DIR/NAME` puts one there")
     content["tenants"] = read_keys(Path(str(content["keys"])) if content.get("keys") else None)
     try:
         config = ServerConfig.model_validate(content)

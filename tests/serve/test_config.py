@@ -58,7 +58,7 @@ def test_no_two_vllm_engines_share_a_core_while_another_is_free() -> None:
 def test_a_folder_of_indexes_that_is_not_there_is_said_so(world: World, tmp_path: Path, named_by: str) -> None:
     path = write(tmp_path, "bases: [{name: a, model: m, task: embedding}]\n" + ("indexes: gone\n" if named_by == "file" else ""))
     option = tmp_path / "gone" if named_by == "option" else None
-    with pytest.raises(UsageError, match=r"there is no folder .*gone: make an index there with `embedft rag index"):
+    with pytest.raises(UsageError, match=r"there is no folder .*gone: make it; `embedft rag index"):
         load_config(path, store=world.store, indexes=option)
     (tmp_path / "gone").mkdir()
     assert load_config(path, store=world.store, indexes=option).indexes == tmp_path / "gone"

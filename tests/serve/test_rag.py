@@ -26,6 +26,7 @@ def rag_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def rag(rag_world: World) -> Iterator[Server]:
+    (rag_world.folder / "indexes").mkdir()
     running = rag_world.start(indexes="indexes")
     build(rag_world, running, "notes", "a")
     build(rag_world, running, "shared", "q")
