@@ -68,23 +68,22 @@ def train(
         seconds = fit(trainer, run, name=recipe.name, progress=progress)
         chosen = {"best": best.restore(name=recipe.name)} if best else {}
         after = _evaluate(model, template, split.test, recipe)
-    result = publish(
-        model,
-        base,
-        recipe,
-        store=store,
-        published=Published(
-            metrics=compare(before, after, recipe.eval.metric) | chosen,
-            data_hash=split.hash,
-            max_length=recipe.train.max_length,
-            template_hash=template.hash,
-            rows=eval_rows(split.test, before, after, keep_texts=recipe.eval.keep_texts),
-            seconds=seconds,
-            peak_bytes=peak.bytes,
-        ),
-    )
-    run.discard()
-    return result
+    with run.ending():
+        return publish(
+            model,
+            base,
+            recipe,
+            store=store,
+            published=Published(
+                metrics=compare(before, after, recipe.eval.metric) | chosen,
+                data_hash=split.hash,
+                max_length=recipe.train.max_length,
+                template_hash=template.hash,
+                rows=eval_rows(split.test, before, after, keep_texts=recipe.eval.keep_texts),
+                seconds=seconds,
+                peak_bytes=peak.bytes,
+            ),
+        )
 
 
 def read_split(recipe: CausalLMRecipe) -> Split:

@@ -100,8 +100,8 @@ def train(
         dimensions=(base.info.hidden_size, *sorted(set(recipe.loss.dimensions), reverse=True)),
         rows=per_query(towers.results, retrieval.queries if recipe.eval.keep_texts else None),
     )
-    result = publish(model, base, recipe, store=store, published=published)
-    run.discard()
+    with run.ending():
+        result = publish(model, base, recipe, store=store, published=published)
     if guard and held:
         raise Forgotten(
             recipe.name, path=result.path, data=guard["data"], base=guard["base"], adapter=guard["adapter"], bound=guard["bound"]

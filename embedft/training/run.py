@@ -4,14 +4,16 @@ import json
 import shlex
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 from embedft.base import compute_dtype
-from embedft.errors import ResumeRefused
+from embedft.errors import AdapterInvalid, ResumeRefused
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
 from embedft.training.progress import note
 
@@ -32,21 +34,30 @@ class Run:
         """Everything is trained; what came after it went wrong."""
         return self.checkpoint is not None and (self.checkpoint / FINISHED).is_file()
 
-    def discard(self) -> None:
+    @contextmanager
+    def ending(self) -> Generator[None]:
+        """Around what publishes. An adapter that is refused for what it is would be refused again: that run is over, as a published one."""
+        try:
+            yield
+        except AdapterInvalid:
+            self._discard()
+            note(f"{self.folder.name}: nothing of this run is kept, for --resume would end the same: change the recipe and train anew")
+            raise
+        self._discard()
+
+    def _discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def open_run(recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash: str, base_fingerprint: str, resume: bool) -> Run:
-    """Begin a run afresh under `root`/.training/<name>, or find where the last one stopped. What is thrown away is told of.
+    """Begin a run afresh under `root`/.training/<name>, or find where the last one stopped. One that could go on is kept beside it.
 
     Raises ResumeRefused where there is no complete checkpoint, or naming each setting that is no longer the same.
     """
     folder = root / ".training" / recipe.name
     facts = {"recipe": recipe.model_dump(mode="json"), "data": data_hash, "base": base_fingerprint, "machine": _machine()}
     if not resume:
-        if given_up := last_checkpoint(folder):
-            note(f"{recipe.name}: begun afresh; what an earlier run had trained ({given_up.name}) is gone: --resume goes on with it")
-        shutil.rmtree(folder, ignore_errors=True)
+        _set_aside(folder)
         folder.mkdir(parents=True)
         (folder / "run.json").write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
         return Run(folder, None, resume_command(recipe))
@@ -55,6 +66,18 @@ def open_run(recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash:
         raise ResumeRefused(f"there is no checkpoint of {recipe.name!r} to resume: start it without --resume")
     _refuse_changes(recipe.name, json.loads((folder / "run.json").read_text(encoding="utf-8")), facts)
     return Run(folder, checkpoint, resume_command(recipe))
+
+
+def _set_aside(folder: Path) -> None:
+    """Make room for a new run: what holds a whole checkpoint, be it of another recipe or base, is moved and never deleted."""
+    if reached := last_checkpoint(folder):
+        kept = next(path for number in count(1) if not (path := folder.with_name(f"{folder.name}~{number}")).exists())
+        folder.rename(kept)
+        note(
+            f"{folder.name}: begun afresh; an earlier run ({reached.name}) is kept in {kept}: delete it, or move it back to {folder} "
+            "and go on with it by --resume"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

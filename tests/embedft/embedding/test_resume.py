@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from embedft.adapters.store import AdapterStore
-from embedft.errors import ResumeRefused, TrainingInterrupted
+from embedft.errors import AdapterInvalid, ResumeRefused, TrainingInterrupted
 from embedft.recipe import EmbeddingRecipe
 from embedft.recipe_file import load_recipe
 from tests.embedft.embedding.runs import PACKED, PADDED, PART, Make, trained, weights
@@ -98,17 +98,51 @@ def test_what_goes_wrong_after_the_last_step_costs_no_training(
     assert whole.current("tiny") == broken.current("tiny")
 
 
-def test_a_run_begun_afresh_says_what_it_throws_away(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_begun_afresh_keeps_what_an_earlier_one_had_trained_and_says_where(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from embedft.training.run import open_run
+
+    options: Any = {"root": tmp_path, "data_hash": ""}
+
+    def begun(base: str) -> Path:
+        run = open_run(make(), base_fingerprint=base, resume=False, **options)
+        (run.folder / "checkpoint-3").mkdir()
+        (run.folder / "checkpoint-3" / "complete").touch()
+        return run.folder
+
+    folder = begun("one")
+    assert capsys.readouterr().err == ""
+    begun("two")
+    assert f"(checkpoint-3) is kept in {folder}~1: delete it, or move it back to {folder}" in capsys.readouterr().err
+    begun("three")
+    assert {json.loads((Path(f"{folder}~{number}") / "run.json").read_text())["base"] for number in (1, 2)} == {"one", "two"}
+    shutil.rmtree(folder)
+    Path(f"{folder}~1").rename(folder)
+    assert open_run(make(), base_fingerprint="one", resume=True, **options).checkpoint == folder / "checkpoint-3"
+
+
+def test_a_run_that_never_reached_a_checkpoint_leaves_nothing(make: Make, tmp_path: Path) -> None:
     from embedft.training.run import open_run
 
     options: Any = {"root": tmp_path, "data_hash": "", "base_fingerprint": "", "resume": False}
-    run = open_run(make(), **options)
-    assert capsys.readouterr().err == ""
-    (run.folder / "checkpoint-3").mkdir()
-    (run.folder / "checkpoint-3" / "complete").touch()
-    open_run(make(), **options)
-    assert "(checkpoint-3) is gone: --resume" in capsys.readouterr().err
-    assert not (run.folder / "checkpoint-3").exists()
+    (open_run(make(), **options).folder / "checkpoint-3").mkdir()
+    folder = open_run(make(), **options).folder
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("adapter", [PADDED, PACKED])
+def test_a_run_whose_weights_are_no_numbers_leaves_nothing_to_resume_and_says_so(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: dict[str, Any]
+) -> None:
+    store = AdapterStore(tmp_path)
+    recipe = make(train={"max_steps": 4, "lr": 1e30}, adapter=adapter)
+    with pytest.raises(AdapterInvalid, match=r"training diverged \(lower train\.lr\)"):
+        trained(recipe, store)
+    assert "nothing of this run is kept, for --resume would end the same" in capsys.readouterr().err
+    with pytest.raises(ResumeRefused, match="no checkpoint"):
+        trained(recipe, store, resume=True)
 
 
 def test_a_run_goes_on_only_under_the_versions_that_it_began_with(make: Make, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from embedft.adapters.store import AdapterStore
 from embedft.causal_lm.train import train
-from embedft.errors import ResumeRefused, TrainingInterrupted
+from embedft.errors import AdapterInvalid, ResumeRefused, TrainingInterrupted
 from embedft.training import interrupt
 from embedft.training.measure import AdapterResult
 from embedft.training.progress import ProgressETA
@@ -112,6 +112,14 @@ def test_resuming_with_another_recipe_or_other_data_is_refused_and_says_what_cha
     write_jsonl(tmp_path / "train.jsonl", planted_rows(239))
     with pytest.raises(ResumeRefused, match="the data changed"):
         train(recipe, store=store, resume=True)
+
+
+def test_a_run_whose_weights_are_no_numbers_leaves_nothing_to_resume(base: Path, tmp_path: Path) -> None:
+    recipe, store = planted_recipe(tmp_path, base, test_rows=4, train={"max_steps": 4, "lr": 1e30}), AdapterStore(tmp_path / "store")
+    with pytest.raises(AdapterInvalid, match=r"training diverged \(lower train\.lr\)"):
+        train(recipe, store=store, progress=False)
+    with pytest.raises(ResumeRefused, match="no checkpoint"):
+        train(recipe, store=store, resume=True, progress=False)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
