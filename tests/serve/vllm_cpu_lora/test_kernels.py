@@ -68,8 +68,9 @@ def expected(y: Tensor, x: Tensor, slots: Slots, of: np.ndarray) -> Tensor:
 
 
 def error(answer: Tensor, truth: Tensor, before: Tensor | None = None) -> float:
-    """Relative to the output's norm, or to what the change was added to: where the two cancel, only their own rounding is left."""
-    scale = max(float(part.double().norm()) for part in (truth, before) if part is not None)
+    """Relative to the norm of the output, of what the change was added to, or of as many numbers of variance one, which a change is
+    drawn as: where these or a change's own terms cancel, only their rounding is left."""
+    scale = max(truth.numel() ** 0.5, *(float(part.double().norm()) for part in (truth, before) if part is not None))
     return float((answer.double() - truth).norm()) / scale
 
 
