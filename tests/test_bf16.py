@@ -1,6 +1,7 @@
 """In bf16, where the processor multiplies in it: adapters train, pass their probes in both engines and answer there as they did alone."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
 from embedft.cli import main
 from embedft.verify import refused_here, verify
+from tests.fixtures_lm import planted_rows, tiny_llama, write_jsonl
 from tests.line import OWN_WORDS, PROMPTS, QUERIES, TOKENS, solo_answers, solo_vectors, train_causal_lm, train_embedding
 from tests.serve.world import Server, launch
 
@@ -56,6 +58,18 @@ def test_an_adapter_that_does_too_little_for_bf16_is_told_of_before_any_engine_r
     shown = json.loads(capsys.readouterr().out)
     assert shown["passed"]
     assert "compute in float32" in shown["served here"]
+
+
+def test_a_base_that_is_a_folder_elsewhere_is_found_again(dtype: None, tmp_path: Path, in_folder: Path) -> None:
+    """Its passport holds no machine's path: only whoever trained still knows where the base lies."""
+    base = tiny_llama(tmp_path / "elsewhere" / "base")
+    rows = write_jsonl(tmp_path / "rows.jsonl", planted_rows(24))
+    recipe = {"task": "causal_lm", "name": "own", "base": {"model": str(base)}, "data": {"train": str(rows)}}
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps(recipe | {"train": {"max_steps": 2, "batch": 12, "lr": 1e-2, "max_length": 64}}))
+    (in_folder / "work").mkdir()
+    os.chdir(in_folder / "work")
+    assert main(["train-lm", str(path), "--adapters", str(tmp_path / "own-store")]) == 0
 
 
 @pytest.mark.parametrize("engine", ["peft", pytest.param("vllm", marks=pytest.mark.vllm)])

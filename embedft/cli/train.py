@@ -72,7 +72,7 @@ def _train(arguments: argparse.Namespace) -> int:
     show_scores(outcome.metrics, title=f"{outcome.name}@{outcome.generation[:12]}")
     print(f"trained in {outcome.seconds:.0f} s, {outcome.trainable:,} parameters, {outcome.peak_bytes / 2**20:.0f} MiB at the peak")
     print(f"stored in {outcome.path}")
-    if reason := refused_here(Path(outcome.path)):
+    if reason := refused_here(Path(outcome.path), base=recipe.base.model):
         print(f"this machine's engines will refuse it: {reason}")
     else:
         print("serve it with: embedft serve")
