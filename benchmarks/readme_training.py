@@ -120,8 +120,11 @@ def _trained(row: dict[str, Any] | None) -> str:
 
 def tasks_text(report: dict[str, Any]) -> str:
     share = {row["method"]: row["trainable_percent"] for row in report["rows"]}
-    low = [f"{row['task']} by {SIDES[row['method']]}" for row in report["rows"] if row["gain_ci95"][0] <= 0]
-    gains = f"no gain that its interval shows: {', '.join(low)}" if low else "every gain's 95 % interval lies above zero"
+    named = {f"{row['task']} by {SIDES[row['method']]}": row["gain_ci95"] for row in report["rows"]}
+    worse = [name for name, (_, high) in named.items() if high < 0]
+    unproven = [name for name, (low, high) in named.items() if low <= 0 <= high]
+    found = [("worse than the base, interval and all", worse), ("no gain that its interval shows", unproven)]
+    gains = "; ".join(f"{said}: {', '.join(names)}" for said, names in found if names) or "every gain's 95 % interval lies above zero"
     verified = sum(row["verified"] for row in report["rows"])
     return (
         f"seed-lm in {report.get('dtype', 'float32')}, {report['steps']} steps of {report['batch']} rows, {report['test_rows']} test rows, "
