@@ -10,12 +10,12 @@ from starlette.exceptions import HTTPException
 from embedft.errors import EmbedftError
 from serve.access import AccessLog
 from serve.admin_routes import admin_routes
-from serve.body import ClientGone
 from serve.door import Door
 from serve.embedding_routes import embedding_routes
 from serve.errors import NotReady, as_envelope, envelope, headers_of, status_of
 from serve.gateway import Gateway
 from serve.generation_routes import generation_routes
+from serve.leaving import ClientGone
 from serve.openapi import complete
 from serve.rerank_routes import rerank_routes
 from serve.status_routes import model_routes, status_routes

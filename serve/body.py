@@ -1,9 +1,6 @@
 """A request's body: read once, capped, parsed once, no key twice, then a closed schema. Knows no route."""
 
-import asyncio
-import contextlib
 import json
-from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -75,28 +72,3 @@ def validated(schema: type[Schema], content: Any) -> Schema:
         code = "unknown_parameter" if fault["type"] == "extra_forbidden" else "invalid_parameter"
         where = ".".join(parts)[:120] if len(of_one) == 1 else param
         raise InputInvalid(code, f"{where or 'body'}: {fault['msg']}", param) from None
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """`work`, cancelled as soon as the client hangs up. The body must have been read."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-async def _hung_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-class ClientGone(Exception):
-    """Nobody is there to be answered."""

@@ -1,17 +1,16 @@
 """Vectors by one base or adapter: prompts, truncation and dimensions as in training. Knows no HTTP of clients."""
 
 import asyncio
-import base64
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedft.encode import EncodeSettings, TextPreparer
-from embedft.errors import EngineFailed, InputInvalid
+from embedft.errors import InputInvalid
 from embedft.vectors import vector_kind
 from serve.engine import BASE, Engine
 from serve.lifecycle import Resident
@@ -85,11 +84,10 @@ async def embed(
 ) -> Vectors:
     """The vectors of `inputs` (texts, or token ids taken as they are) by one way. InputInvalid where they do not fit it."""
     ids, truncated = await _ids(way, inputs, preparers, input_type=input_type, truncate=truncate)
-    answer: dict[str, Any] = await way.engine.asked("/v1/embeddings", {"model": way.model, "input": ids, "encoding_format": "base64"})
-    rows = _decoded(answer["data"], len(ids))
+    rows = await way.engine.asked(lambda client: client.vectors(way.model, ids))
     if way.dimensions:
         rows = _cut(rows, way.dimensions, normalize=way.settings.normalize)
-    return Vectors(rows, int(answer.get("usage", {}).get("prompt_tokens") or sum(map(len, ids))), truncated)
+    return Vectors(rows, sum(map(len, ids)), truncated)
 
 
 async def _ids(
@@ -111,17 +109,6 @@ def _own_ids(way: Way, rows: list[list[int]], input_type: InputType | None) -> l
         raise InputInvalid("input_type_needs_text", f"the {input_type} prompt goes before a text: send texts, not token ids", "input")
     if any(len(row) > way.settings.max_length for row in rows):
         raise InputInvalid("input_too_long", f"an input has more than {way.settings.max_length} tokens", "input")
-    return rows
-
-
-def _decoded(data: list[dict[str, Any]], count: int) -> NDArray[np.float32]:
-    """An engine's base64 rows → (count, d). EngineFailed unless there is one finite row for each input."""
-    packed = [base64.b64decode(row["embedding"]) for row in sorted(data, key=lambda row: row["index"])]
-    if len(packed) != count or len({len(row) for row in packed}) != 1:
-        raise EngineFailed(f"the engine gave {len(packed)} vectors for {count} inputs")
-    rows = np.frombuffer(b"".join(packed), dtype="<f4").reshape(count, -1)
-    if not np.isfinite(rows).all():
-        raise EngineFailed("the engine gave a vector that is not finite")
     return rows
 
 

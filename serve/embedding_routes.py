@@ -11,11 +11,12 @@ from pydantic_core import to_json
 
 from embedft.errors import InputInvalid
 from serve.admission import Budget, guessed
-from serve.body import read_body, unless_gone
+from serve.body import read_body
 from serve.config import Limits
 from serve.direct import DirectRoute
 from serve.embedding import Preparers, Vectors, Way, embed, way_of
 from serve.gateway import Gateway
+from serve.leaving import unless_gone
 from serve.openapi import described
 from serve.routing import asked, choose
 from serve.schemas import EmbeddingRequest, EmbedRequest

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from embedft.adapters.passport import Passport
 from embedft.base import base_folder
@@ -20,6 +20,7 @@ from serve.errors import NotReady
 from serve.proxy import EngineClient
 from serve.supervisor import Command, Supervisor
 
+Answer = TypeVar("Answer")
 BASE = "base"  # what every engine calls its base
 
 
@@ -67,20 +68,20 @@ class Engine:
         """How the base's own vectors are made: no prompts."""
         return EncodeSettings(self.info.pooling, self.info.normalize, self.reads())
 
-    async def asked(self, path: str, body: Mapping[str, Any]) -> Any:
-        """A call that changes nothing and whose answer is always the same: asked again, once, when the engine dies under it.
+    async def asked(self, call: Callable[[EngineClient], Awaitable[Answer]]) -> Answer:
+        """`call`, which changes nothing and whose answer is always the same: asked again, once, when the engine dies under it.
 
         Raises NotReady where it is not back, with its adapters, before the request's time is over.
         """
         deadline = time.monotonic() + self.retry_seconds
         try:
             self.supervisor.require_ready()
-            return await self.client.call(path, body)
+            return await call(self.client)
         except NotReady:
             if not await self.supervisor.back(deadline):
                 raise
         self.retries += 1
-        return await self.client.call(path, body)
+        return await call(self.client)
 
     def preparer(self, settings: EncodeSettings) -> TextPreparer:
         return TextPreparer(self.folder, settings)
@@ -127,6 +128,6 @@ async def warm_up(engine: Engine) -> None:
         await engine.client.call("/v1/score", {"query": "warm", "documents": ["up"]})
     elif engine.config.task == "embedding":
         ids = engine.preparer(engine.plain_settings()).prepare(["warm up"]).ids
-        await engine.client.call("/v1/embeddings", {"model": BASE, "input": ids, "encoding_format": "float"})
+        await engine.client.vectors(BASE, ids)
     else:
         await engine.client.call("/v1/completions", {"model": BASE, "prompt": "warm up", "max_tokens": 2, "temperature": 0.0})

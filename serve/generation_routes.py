@@ -12,12 +12,13 @@ from starlette.types import Receive, Scope, Send
 
 from embedft.errors import EmbedftError, InputInvalid, TemplateMismatch
 from serve.admission import Ticket, guessed
-from serve.body import read_body, unless_gone
+from serve.body import read_body
 from serve.config import Limits
 from serve.direct import DirectRoute
 from serve.engine import BASE
 from serve.errors import as_envelope
 from serve.gateway import Gateway
+from serve.leaving import unless_gone
 from serve.lifecycle import Resident
 from serve.openapi import described
 from serve.routing import Choice, asked, choose

@@ -44,10 +44,7 @@ async def _of_adapter(ask: Ask, engine: Engine, adapter: str, probes: Sequence[P
 
 
 async def _vectors(engine: Engine, model: str, probes: Sequence[Probe]) -> Outputs:
-    body = {"model": model, "input": [list(probe.ids) for probe in probes], "encoding_format": "float"}
-    answer: dict[str, Any] = await engine.client.call("/v1/embeddings", body, timeout=PROBE_SECONDS)
-    rows = sorted(answer["data"], key=lambda row: row["index"])
-    return [np.asarray(row["embedding"], dtype=np.float32) for row in rows]
+    return list(await engine.client.vectors(model, [probe.ids for probe in probes], timeout=PROBE_SECONDS))
 
 
 async def _log_probabilities(engine: Engine, model: str, probes: Sequence[Probe]) -> Outputs:

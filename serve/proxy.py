@@ -6,15 +6,18 @@ Knows vLLM's HTTP and nothing of names, generations or tenants.
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
+from numpy.typing import NDArray
 from pydantic_core import from_json, to_json
 
 from embedft.errors import AdapterInvalid, EngineBusy, EngineFailed
+from serve.engines import vectors
 from serve.errors import EngineRejected, NotReady
 
 LOAD_SECONDS = 300.0
@@ -63,6 +66,10 @@ class EngineClient:
     async def call(self, path: str, body: Mapping[str, Any], *, timeout: float | None = None) -> Any:
         """The parsed answer. Raises EngineRejected, EngineBusy, EngineFailed or NotReady."""
         return from_json(await self._answer(path, body, timeout))
+
+    async def vectors(self, model: str, ids: Sequence[Sequence[int]], *, timeout: float | None = None) -> NDArray[np.float32]:
+        """(n,) token ids → (n, d) as the engine makes them. Raises as `call` does."""
+        return vectors.unpacked(await self._answer(vectors.PATH, {"model": model, "input": ids}, timeout), len(ids))
 
     async def load(self, adapter: str, folder: Path) -> None:
         """Load an adapter folder as `adapter`. AdapterInvalid with the engine's reason where it will not take it."""

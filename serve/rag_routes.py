@@ -21,11 +21,12 @@ from embedft.rag.index import Found, VectorIndex
 from embedft.rag.search import Stages, search
 from serve.admin_routes import ADMIN_BODY
 from serve.admission import guessed
-from serve.body import read_body, unless_gone
+from serve.body import read_body
 from serve.embedding import Preparers, Way, embed, unit, way_of
 from serve.engine import BASE
 from serve.gateway import Gateway
 from serve.generation_routes import SALTED, Call, OwnedStream
+from serve.leaving import unless_gone
 from serve.openapi import described
 from serve.routing import Choice, choose
 from serve.schemas import PutIndex, RagRequest

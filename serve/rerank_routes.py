@@ -14,12 +14,13 @@ from pydantic_core import to_json
 
 from embedft.errors import InputInvalid
 from serve.admission import guessed
-from serve.body import read_body, unless_gone
+from serve.body import read_body
 from serve.direct import DirectRoute
 from serve.embedding import Preparers, embed, unit, way_of
 from serve.embedding_routes import check_size, together
 from serve.engine import BASE, Engine
 from serve.gateway import Gateway
+from serve.leaving import unless_gone
 from serve.openapi import described
 from serve.routing import asked, choose
 from serve.schemas import RerankRequest
@@ -79,7 +80,7 @@ async def _crossed(seen: Visible, engine: Engine, request: Request, body: Rerank
     if "adapter" in request.query_params or body.adapter is not None:
         raise InputInvalid("adapter_conflict", f"{engine.name!r} is a cross-encoder, which has no adapters", "adapter")
     async with seen.admitted(engine, None, route="rerank", cost=guessed(sum(len(body.query) + len(text) for text in texts))) as ticket:
-        made = await engine.asked("/v1/score", {"query": body.query, "documents": texts})
+        made = await engine.asked(lambda client: client.call("/v1/score", {"query": body.query, "documents": texts}))
         ticket.count({"prompt_tokens": made["tokens"]})
     scores = np.asarray(made["scores"], dtype=np.float32)
     headers = {"x-embedft-adapter": BASE, "x-embedft-base": engine.name}

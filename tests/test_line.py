@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.gateway import direct
 from benchmarks.soaking.traffic import rest_together
 from embedft.adapters.passport import PASSPORT, WEIGHTS
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
 from tests.line import PROMPTS, QUERIES, TOKENS, Solo, solo_answers, solo_vectors, train_causal_lm, train_embedding
+from tests.serve.engine_process import assert_short_way_to_vectors
 from tests.serve.world import Server, launch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -92,6 +94,13 @@ def test_each_adapter_shows_the_trainers_effect_in_vllm(line: Line) -> None:
         assert row["state"] == "serving"
         assert row["probe"]["passed"]
         assert row["probe"]["error"] < 0.01
+
+
+def test_the_gateways_short_way_to_vectors_gives_what_vllms_own_route_gives(line: Line) -> None:
+    with direct(line.server.process.pid, "embedding")() as engine:
+        adapters = [row["id"] for row in engine.get("/v1/models").json()["data"] if row.get("parent")]
+        assert len(adapters) >= 2
+        assert_short_way_to_vectors(engine, ["base", *adapters], [[101, 2129, 102], [101, *range(2000, 2040), 102]], longest=512)
 
 
 Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]

@@ -7,7 +7,6 @@ Environment: EMBEDFT_FAKE_LATENCY and EMBEDFT_FAKE_TOKEN_LATENCY in seconds; EMB
 
 import argparse
 import asyncio
-import base64
 import hashlib
 import hmac
 import json
@@ -27,6 +26,7 @@ from starlette.routing import Route
 
 from embedft.adapters.probes import read_probes
 from embedft.errors import EmbedftError
+from serve.engines import vectors
 
 Ids = tuple[int, ...]
 
@@ -100,7 +100,7 @@ class FakeEngine:
 
     def app(self) -> Starlette:
         posts = {
-            "/v1/embeddings": self.embeddings,
+            vectors.PATH: self.vectors,
             "/v1/completions": self.completions,
             "/v1/chat/completions": self.chat,
             "/v1/load_lora_adapter": self.load,
@@ -149,17 +149,9 @@ class FakeEngine:
         self.event("unload", adapter=body["lora_name"])
         return Response("unloaded")
 
-    async def embeddings(self, body: dict[str, Any]) -> Response:
+    async def vectors(self, body: dict[str, Any]) -> Response:
         rows = [vector(self.adapters.get(body["model"]), ids, self.dimension) for ids in body["input"]]
-        packed = body.get("encoding_format") == "base64"
-        data = [
-            {"object": "embedding", "index": i, "embedding": base64.b64encode(row.tobytes()).decode() if packed else row.tolist()}
-            for i, row in enumerate(rows)
-        ]
-        tokens = sum(len(ids) for ids in body["input"])
-        return JSONResponse(
-            {"object": "list", "model": body["model"], "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-        )
+        return Response(vectors.packed(np.stack(rows)), media_type=vectors.MEDIA_TYPE)
 
     async def completions(self, body: dict[str, Any]) -> Response:
         prompt = body["prompt"]

@@ -3,6 +3,7 @@
 `python -m serve.engines.vllm_server` takes vLLM's arguments. Everywhere, an adapter is refused whose modules the model
 lacks: vLLM would load it and apply nothing. (Names saved from a bare decoder, without `model.`, are matched first.) Int8 bases
 compute as in training (embedft.int8). An answer ends where evaluation ends it, at the end of a turn too, which is not every base's eos.
+The gateway's own route to vectors is there (serve.engines.vllm_vectors).
 On a CPU:
 
 1. Children are forked, the worker lives in the engine process, and a new kind of model is looked at in this one (elsewhere that would
@@ -25,6 +26,7 @@ from embedft.lean import without_unused
 from embedft.model_folder import stop_tokens
 from serve import vllm_cpu_lora
 from serve.engines.settings import parse_cores
+from serve.engines.vllm_vectors import VectorsEndpoint
 
 
 def main() -> None:
@@ -38,6 +40,7 @@ def main() -> None:
 
     _every_module_of_an_adapter_must_match()
     _answers_end_as_in_training()
+    _vectors_by_the_short_way()
     _bitsandbytes_as_the_trainer_has_it(on_cpu=current_platform.is_cpu())
     if current_platform.is_cpu():
         _one_process_for_engine_and_worker(type(current_platform))
@@ -67,6 +70,14 @@ def _answers_end_as_in_training() -> None:
         return {**found, "eos_token_id": sorted(ends)}
 
     config.try_get_generation_config = try_get_generation_config
+
+
+def _vectors_by_the_short_way() -> None:
+    from vllm import plugins
+
+    module: Any = plugins
+    stock = module.load_endpoint_plugins
+    module.load_endpoint_plugins = lambda tasks=None: [*stock(tasks), *([VectorsEndpoint()] if "embed" in (tasks or ()) else [])]
 
 
 def _every_module_of_an_adapter_must_match() -> None:

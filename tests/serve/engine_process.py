@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from serve.engines import vectors
 from serve.engines.command import engine_command
 from serve.engines.settings import KEY, EngineKind, EngineSettings
 
@@ -81,6 +82,32 @@ def _wait(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path) -
         except httpx.TransportError:
             time.sleep(0.2)
     raise AssertionError("the engine did not start:\n" + log.read_text()[-3000:])
+
+
+def assert_short_way_to_vectors(client: httpx.Client, models: Sequence[str], ids: list[list[int]], *, longest: int) -> None:
+    """The gateway's route gives what OpenAI's gives, and refuses what that refuses. `longest`: tokens that a text may have."""
+    for model in models:
+        asked = client.post("/v1/embeddings", json={"model": model, "input": ids})
+        assert asked.status_code == 200, asked.text
+        expected = np.array([row["embedding"] for row in asked.json()["data"]], dtype=np.float32)
+        found = client.post(vectors.PATH, json={"model": model, "input": ids})
+        assert found.status_code == 200, found.text
+        assert np.allclose(vectors.unpacked(found.content, len(ids)), expected, atol=1e-5), model
+    for status, body in (
+        (404, {"model": "nobody", "input": ids}),
+        (400, {"model": "base", "input": [[5] * (longest + 1)]}),
+        (400, {"model": "base", "input": []}),
+        (400, {"model": "base", "input": [[5, -1]]}),
+        (400, {"model": "base", "input": [[5, 10**9]]}),
+        (400, {"model": "base", "input": [[5, 10**30]]}),
+        (400, {"model": "base", "input": "a text"}),
+        (400, {"model": "base"}),
+    ):
+        refused = client.post(vectors.PATH, json=body)
+        assert refused.status_code == status, (body, refused.text)
+    body = {"model": "base", "input": ids}
+    assert client.post(vectors.PATH, json=body, headers={"authorization": "Bearer other"}).status_code == 401
+    assert client.post(vectors.PATH, json=body).status_code == 200
 
 
 def random_adapter(folder: Path, base: Path, task: Any, *, seed: int, scale: float = 0.3) -> Path:
@@ -158,8 +185,8 @@ def solo(base: Path, task: Any, adapter: Path | None) -> Any:
 
 def assert_vectors(answers: dict[str, np.ndarray], alone: dict[str, np.ndarray]) -> None:
     """DESIGN's "equals its own solo answer" for embeddings, and the solo answers are far enough apart to tell."""
-    for name, vectors in answers.items():
-        own = (vectors * alone[name]).sum(1)
+    for name, made in answers.items():
+        own = (made * alone[name]).sum(1)
         assert own.min() >= 0.9999, (name, own)
         for other in alone:
             if other != name:

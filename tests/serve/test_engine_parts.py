@@ -1,9 +1,12 @@
 """Parts of the engines that need no process: command lines, the bank, sampling, detokenising."""
 
+import asyncio
 import functools
 import itertools
 import json
 import queue
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from embedft.base import BaseSpec, load_base
+from embedft.encode import Encoder, EncodeSettings
 from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineFailed, InputInvalid
 from embedft.model_folder import describe
 from serve.engines import vllm
@@ -255,3 +259,44 @@ def test_text_never_ends_inside_a_character_or_a_stop_string() -> None:
             break
     assert stopped
     assert told == "a € sign, then "
+
+
+class Held(Encoder):
+    """An encoder that tells how many texts each of its batches had, and stands still while its gate is shut."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.batches: list[int] = []
+        self.gate = threading.Event()
+
+    def encode_ids(self, ids: Any, **more: Any) -> Any:
+        self.batches.append(len(ids))
+        assert self.gate.wait(10)
+        return super().encode_ids(ids, **more)
+
+
+def test_an_embedding_waits_for_others_only_where_there_may_be_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.engines.peft.worker.GATHER_SECONDS", 2.0)
+    base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
+    encoder = Held(base.model, base.folder, EncodeSettings("mean", True, 16))
+    worker = Worker(base, encoder)
+
+    async def asked(rows: int = 1) -> float:
+        began = time.perf_counter()
+        await worker.embed(None, [[1, 5, 9, 2]] * rows)
+        return time.perf_counter() - began
+
+    async def run() -> None:
+        lone = asyncio.create_task(asked())
+        while not encoder.batches:
+            await asyncio.sleep(0.01)
+        others = [asyncio.create_task(asked()) for _ in range(2)]
+        await asyncio.sleep(0)
+        encoder.gate.set()
+        assert await lone < 1.0
+        assert min(await asyncio.gather(*others)) > 1.9  # a third might have come
+        assert await asked(rows=64) < 1.0  # a full batch
+        assert await asked() < 1.0
+
+    asyncio.run(run())
+    assert encoder.batches == [1, 2, 64, 1]

@@ -21,6 +21,7 @@ from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import (
     EngineProcess,
     assert_ends_with_its_turn,
+    assert_short_way_to_vectors,
     assert_tokens,
     assert_vectors,
     engine,
@@ -264,6 +265,8 @@ def test_embeddings_of_many_adapters_in_one_batch_equal_their_solo_vectors(tmp_p
         for name in adapters:
             assert server.post("/v1/unload_lora_adapter", lora_name=name).status_code == 200
         assert np.allclose(server.embed("base", ids), alone["base"], atol=1e-6)
+        server.load("b", adapters["b"])
+        assert_short_way_to_vectors(server.client, ["base", "b"], ids, longest=info.positions)
         wrong = server.post("/v1/embeddings", model="a", input=ids)
         assert (wrong.status_code, code(wrong)) == (404, "adapter_not_found")
         too_long = server.post("/v1/embeddings", model="base", input="find " * 99)

@@ -4,8 +4,9 @@ import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -14,11 +15,16 @@ from starlette.routing import Route
 
 from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, EngineFailed, InputInvalid
 from embedft.model_folder import stop_tokens
+from serve.engines import vectors
 from serve.engines.peft import answers, bodies
 from serve.engines.peft.generation import Request, collect, room_for, stream
 from serve.engines.peft.structure import Grammars
 from serve.engines.peft.tools import for_template
 from serve.engines.peft.worker import Worker
+from serve.leaving import ClientGone, unless_gone
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STATUS: dict[type[EmbedftError], int] = {AdapterNotFound: 404, EngineBusy: 503, EngineFailed: 500}  # any other of ours: 400
 COMPLETION_TOKENS = 16  # OpenAI's default
@@ -40,7 +46,7 @@ def create_app(worker: Worker, *, key: str, context: int) -> Starlette:
     table: list[tuple[str, str, Callable[[HttpRequest], Awaitable[Response]]]] = [("GET", "/v1/models", routes.models)]
     table += [("POST", "/v1/load_lora_adapter", routes.load), ("POST", "/v1/unload_lora_adapter", routes.unload)]
     if worker.encoder is not None:
-        table += [("POST", "/v1/embeddings", routes.embed)]
+        table += [("POST", "/v1/embeddings", routes.embed), ("POST", vectors.PATH, routes.vectors)]
     else:
         table += [("POST", "/v1/completions", routes.complete), ("POST", "/v1/chat/completions", routes.chat)]
     listed = [Route("/health", routes.health)]
@@ -88,9 +94,17 @@ class Routes:
         encoder = self.worker.encoder
         assert encoder is not None
         ids = bodies.prompts(body.input, lambda text: encoder.preparer.prepare([text], truncate=False).ids[0])
+        rows = await self._embedded(adapter, ids)
+        made = answers.embeddings(body.model, rows, tokens=sum(map(len, ids)), encoding=body.encoding_format)
+        return Response(to_json(made), media_type="application/json")
+
+    async def vectors(self, request: HttpRequest) -> Response:
+        body = bodies.parse(vectors.VectorsRequest, await request.body())
+        return Response(vectors.packed(await self._embedded(self._adapter(body.model), body.input)), media_type=vectors.MEDIA_TYPE)
+
+    async def _embedded(self, adapter: str | None, ids: list[list[int]]) -> "np.ndarray":
         room_for(ids, None, context=self.context + 1, vocabulary=self.worker.bank.base.model.config.vocab_size, param="input")
-        vectors = await self.worker.embed(adapter, ids)
-        return JSONResponse(answers.embeddings(body.model, vectors, tokens=sum(map(len, ids)), encoding=body.encoding_format))
+        return await self.worker.embed(adapter, ids)
 
     async def complete(self, request: HttpRequest) -> Response:
         body = bodies.parse(bodies.Completion, await request.body())
@@ -146,7 +160,9 @@ class Routes:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(stream(generation, shapes, usage=usage), media_type="text/event-stream")
         try:
-            return JSONResponse(await _while_connected(request, collect(generation, shapes)))
+            return JSONResponse(await unless_gone(request, collect(generation, shapes)))
+        except ClientGone:
+            return Response(status_code=499)
         finally:
             generation.close()
 
@@ -156,24 +172,6 @@ class Routes:
         if model not in self.worker.names:
             raise AdapterNotFound(model, self.worker.names)
         return model
-
-
-async def _while_connected(request: HttpRequest, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """The result of `work`; EngineBusy, answered to nobody, when the client hangs up first."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0] not in done:
-            raise EngineBusy("the client has gone")
-        return await tasks[0]  # pyright: ignore[reportReturnType]
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 async def _refuse(request: HttpRequest, error: Exception) -> Response:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from embedft.encode import Encoder
 
 GATHER_SECONDS = 0.002  # how long the first of several embedding requests waits for others
+FULL_INPUTS = 64  # of so many nobody waits for more
 MAX_WAITING = 1024
 
 
@@ -49,6 +50,7 @@ class Worker:
         self.encoder = encoder
         self._inbox: queue.SimpleQueue[Row | _Embed | _Call] = queue.SimpleQueue()
         self._names: tuple[str, ...] = ()
+        self._company = False  # whether embedding requests came together, or one while another ran
         threading.Thread(target=self._run, name="model", daemon=True).start()
 
     @property
@@ -119,7 +121,10 @@ class Worker:
                     del self.batches[group]
 
     def _drain(self) -> list[_Embed]:
-        """Take in all that waits; block only when there is nothing to do. Embedding requests gather for 2 ms."""
+        """Take in all that waits; block only when there is nothing to do.
+
+        Embedding requests gather for GATHER_SECONDS where others may be on their way, as some were of late.
+        """
         embeds: list[_Embed] = []
         until: float | None = None
         while True:
@@ -135,8 +140,9 @@ class Worker:
             if isinstance(item, Row):
                 self._queue(item)
             elif isinstance(item, _Embed):
-                until = until or time.monotonic() + GATHER_SECONDS
                 embeds.append(item)
+                full = sum(len(embed.ids) for embed in embeds) >= FULL_INPUTS
+                until = 0.0 if full or not self._company else until or time.monotonic() + GATHER_SECONDS
             else:
                 item.done(self._outcome(item.function))
                 self._names = tuple(self.bank.names)
@@ -161,6 +167,7 @@ class Worker:
     def _embed(self, requests: list[_Embed]) -> None:
         """All requests of a group in one batch, adapters mixed. Each gets its own vectors, or its own error."""
         groups: dict[Group, list[_Embed]] = {}
+        self._company = len(requests) > 1
         for request in requests:
             try:
                 groups.setdefault(self.bank.group(request.adapter), []).append(request)
@@ -183,6 +190,7 @@ class Worker:
             for request in requests:
                 request.done(EngineFailed(f"the model failed: {error}"))
             return
+        self._company = self._company or not self._inbox.empty()  # before anyone is answered, who may ask again
         start = 0
         for request in requests:
             own = vectors[start : start + len(request.ids)]
