@@ -4,7 +4,8 @@
     python -m benchmarks.soak --engine vllm --seconds 480 --kill-every 100000 --out benchmarks/results/soak-vllm-undisturbed.json
 
 An answer is right when it equals what the adapter that the response names gives alone, in transformers + PEFT (vectors at cosine 0.9999
-and nearer to no other adapter's; greedy tokens equal up to one whose lead is within 2 bf16 steps). The report goes to results/.
+and nearer to no other adapter's; greedy tokens equal up to one whose lead is within 2 bf16 steps). These bounds are float32's, in which
+all of it computes unless EMBEDFT_DTYPE says otherwise. The report goes to results/.
 """
 
 import argparse
@@ -76,6 +77,7 @@ def main() -> int:
     parser.add_argument("--kill-every", type=float, default=300)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    os.environ.setdefault("EMBEDFT_DTYPE", "float32")
     with tempfile.TemporaryDirectory(prefix="soak-") as home:
         embedding, language = base_folder(BaseSpec("minilm")), base_folder(BaseSpec("seed-lm"))
         world = make_world(Path(home), embedding=embedding, language=language, count=arguments.adapters)

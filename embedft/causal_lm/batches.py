@@ -8,21 +8,24 @@ import torch
 from torch.utils.data import Sampler
 
 from embedft.causal_lm.template import IGNORED, Example
+from embedft.training.shapes import rounded
+
+SHAPES = 8  # lengths of a batch between one power of two and the next, in bf16
 
 
 class Collate:
     """Examples → {input_ids, attention_mask, position_ids: (batch, length), labels: (batch, kept), logits_to_keep: kept}.
 
     Answers stand at the right edge, so only the last `kept` positions need logits: the longest learnt tail and the token
-    before it. For a short answer that spares most of the output layer's work.
+    before it. For a short answer that spares most of the output layer's work. `dtype` is what the model computes in.
     """
 
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
+    def __init__(self, pad_id: int, dtype: torch.dtype) -> None:
+        self._pad_id, self._dtype = pad_id, dtype
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        length = max(len(example.ids) for example in examples)
-        kept = min(length, 1 + max(learnt_tail(example) for example in examples))
+        length = rounded(max(len(example.ids) for example in examples), self._dtype, steps=SHAPES)
+        kept = min(length, rounded(1 + max(learnt_tail(example) for example in examples), self._dtype, steps=SHAPES))
         ids = torch.tensor([[self._pad_id] * (length - len(e.ids)) + list(e.ids) for e in examples])
         mask = torch.tensor([[0] * (length - len(e.ids)) + [1] * len(e.ids) for e in examples])
         labels = torch.tensor([([IGNORED] * (length - len(e.ids)) + list(e.labels))[length - kept :] for e in examples])
@@ -71,14 +74,14 @@ def _packed(members: Sequence[Example]) -> Pack:
 class PackedCollate:
     """Packs → {input_ids, position_ids, labels: (batch, length), attention_mask: (batch, 1, length, length) bool}.
 
-    A token sees those before it in its own example and no other; positions begin anew with each example.
+    A token sees those before it in its own example and no other; positions begin anew with each example. `dtype` as for Collate.
     """
 
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
+    def __init__(self, pad_id: int, dtype: torch.dtype) -> None:
+        self._pad_id, self._dtype = pad_id, dtype
 
     def __call__(self, packs: Sequence[Pack]) -> dict[str, Any]:
-        length = max(len(pack.ids) for pack in packs)
+        length = rounded(max(len(pack.ids) for pack in packs), self._dtype, steps=SHAPES)
         rest = [length - len(pack.ids) for pack in packs]
         ids = torch.tensor([[*pack.ids, *[self._pad_id] * n] for pack, n in zip(packs, rest, strict=True)])
         labels = torch.tensor([[*pack.labels, *[IGNORED] * n] for pack, n in zip(packs, rest, strict=True)])

@@ -107,7 +107,7 @@ def answer_bits(model: Any, template: Template, rows: Sequence[Row], *, batch: i
     from embedft.causal_lm.batches import Collate
 
     examples = [_scored(template, row, max_length) for row in rows]
-    collate = Collate(pad_token(template.tokenizer))
+    collate = Collate(pad_token(template.tokenizer), model.dtype)
     bits = [0.0] * len(rows)
     for chosen in _by_length([example.ids for example in examples], batch):
         inputs = collate([examples[i] for i in chosen])

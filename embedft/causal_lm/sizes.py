@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from embedft.base import BaseSpec, config_folder, source_folder
-from embedft.causal_lm.batches import LengthGrouped, learnt_tail, pack
+from embedft.base import BaseSpec, compute_dtype, config_folder, source_folder
+from embedft.causal_lm.batches import SHAPES, LengthGrouped, learnt_tail, pack
 from embedft.causal_lm.template import template_of
 from embedft.model_folder import lengths, read_json
 from embedft.plan import Batch
 from embedft.recipe import CausalLMRecipe
 from embedft.training.arguments import steps_an_epoch, total_steps
+from embedft.training.shapes import rounded
 
 
 def largest_batch(recipe: CausalLMRecipe) -> Batch:
@@ -32,7 +33,7 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
     order = list(LengthGrouped(sizes, batch=settings.batch, seed=settings.seed))
     batches = [order[i : i + settings.batch] for i in range(0, len(order), settings.batch)]
     largest = max(batches, key=lambda batch: len(batch) * max(sizes[i] for i in batch))
-    length = max(sizes[i] for i in largest)
-    kept = length if settings.packing else min(length, 1 + max(tails[i] for i in largest))
+    length = rounded(max(sizes[i] for i in largest), compute_dtype(), steps=SHAPES)
+    kept = length if settings.packing else min(length, rounded(1 + max(tails[i] for i in largest), compute_dtype(), steps=SHAPES))
     steps = total_steps(settings, steps_an_epoch(len(rows), settings))
     return Batch(len(largest), (length,), kept, steps, sum(len(b) * max(sizes[i] for i in b) for b in batches) / len(batches))

@@ -140,11 +140,11 @@ def build_trainer(
 
     rows: list[Any] = list(examples)
     held_out: list[Any] = list(validation)
-    collate: Any = Collate(pad_token(base.tokenizer))
+    collate: Any = Collate(pad_token(base.tokenizer), base.model.dtype)
     _check_together(model, settings)
     if settings.packing:
         rows, held_out = (pack(part, length=settings.max_length) for part in (rows, held_out))
-        collate = PackedCollate(pad_token(base.tokenizer))
+        collate = PackedCollate(pad_token(base.tokenizer), base.model.dtype)
 
     class LmTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002
@@ -188,7 +188,7 @@ def _seeded_adapter(base: Base, examples: Sequence[Example], recipe: CausalLMRec
     from embedft.causal_lm.batches import Collate
 
     torch.manual_seed(recipe.train.seed)
-    collate, size = Collate(pad_token(base.tokenizer)), recipe.train.batch
+    collate, size = Collate(pad_token(base.tokenizer), base.model.dtype), recipe.train.batch
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.train.seed)).tolist()
     starts = range(0, min(len(order), size * START_BATCHES), size)
     batches = [collate([examples[i] for i in order[start : start + size]]) for start in starts]

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedft.embedding.packed_ops import Groups, Layer, Norm, Projection
+from embedft.embedding.packed_ops import Groups, Layer, Norm, Projection, rows_of
 from embedft.encode import EncodeSettings, finish
+from embedft.training.shapes import rounded
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 _PARTS = (
@@ -44,6 +45,9 @@ def unpackable(model: Any) -> str | None:
         return None if [*_layers(model)] else "it has no layers"
     except _Unknown as reason:
         return str(reason)
+
+
+SHAPES = 32  # tokens of a batch, all its texts together, between one power of two and the next, in bf16
 
 
 class _Unknown(Exception):
@@ -119,7 +123,7 @@ class PackedEncoder:
         """`below`: the states of `lower` for each text, which saves the layers under the first adapted one."""
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         groups = _groups([len(ids[index]) for index in order])
-        x = torch.cat([below[index] for index in order]) if below else self._lower([ids[index] for index in order], groups)
+        x = self._filled(torch.cat([below[index] for index in order])) if below else self._lower([ids[index] for index in order], groups)
         for layer in self.layers[self.first_adapted :]:
             x = layer(x, groups)
         vectors = finish(self._pool(x, groups), self.settings)
@@ -129,15 +133,19 @@ class PackedEncoder:
         """The states that enter the first adapted layer: (length, d) for each text."""
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         lengths = [len(ids[index]) for index in order]
-        states = self._lower([ids[index] for index in order], _groups(lengths)).split(lengths)
+        states = self._lower([ids[index] for index in order], _groups(lengths))[: sum(lengths)].split(lengths)
         return [states[place] for place in _inverse(order)]
 
     def _lower(self, ids: Sequence[Sequence[int]], groups: Groups) -> Tensor:
         with torch.no_grad():
-            x = self._embed(ids)
+            x = self._filled(self._embed(ids))
             for layer in self.layers[: self.first_adapted]:
                 x = layer(x, groups)
         return x
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """(T, d) → (T or a little more, d), the rest zeros, which no text sees."""
+        return torch.nn.functional.pad(x, (0, 0, 0, rounded(len(x), self.dtype, steps=SHAPES) - len(x)))
 
     def _embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
         parts = self._embeddings
@@ -148,7 +156,7 @@ class PackedEncoder:
 
     def _pool(self, x: Tensor, groups: Groups) -> Tensor:
         """(T, d) → (n, d) float32."""
-        pieces = x.split([texts * length for texts, length in groups])
+        pieces = rows_of(x, groups)
         shaped = [piece.view(texts, length, -1) for (texts, length), piece in zip(groups, pieces, strict=True)]
         if self.settings.pooling == "mean":
             return torch.cat([piece.float().mean(1) for piece in shaped])

@@ -1,7 +1,7 @@
 """One encoder layer over packed tokens, forward and backward by hand. Knows no model class, no text and no loss.
 
 Packed: the tokens of all texts in one (T, d) matrix without padding, texts of equal length beside each other. `groups` lists
-(texts, length) in that order, so attention runs on views, with neither mask nor copy.
+(texts, length) in that order, so attention runs on views, with neither mask nor copy. Rows after the last group belong to no text.
 
 LoRA without dropout is a change of the weight: the forward and the gradient of the input are one product each with
 W + s·B·A, and A and B get their gradients from products that are r wide; the whole dW never exists (Hu et al. 2021, arXiv 2106.09685).
@@ -104,11 +104,23 @@ def _norm_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm
     return backward(dy, x, (x.shape[-1],), mean, rstd, norm.weight, norm.bias, [True, False, False])[0]
 
 
+def rows_of(x: Tensor, groups: Groups) -> Sequence[Tensor]:
+    """(T, d) → each group's rows of it."""
+    sizes = [texts * length for texts, length in groups]
+    return x[: sum(sizes)].split(sizes)
+
+
+def _blank(like: Tensor, groups: Groups) -> Tensor:
+    """Room for every text's rows; those of no text are 0."""
+    made = torch.empty_like(like)
+    made[sum(texts * length for texts, length in groups) :] = 0
+    return made
+
+
 def _heads(qkv: Tensor, groups: Groups, heads: int, parts: int) -> list[tuple[Tensor, ...]]:
     """Views of (T, parts·d) for each group: `parts` tensors (texts, heads, length, d / heads)."""
     views: list[tuple[Tensor, ...]] = []
-    pieces = qkv.split([texts * length for texts, length in groups])
-    for (texts, length), piece in zip(groups, pieces, strict=True):
+    for (texts, length), piece in zip(groups, rows_of(qkv, groups), strict=True):
         shaped = piece.view(texts, length, parts, heads, -1)
         views.append(tuple(part.transpose(1, 2) for part in shaped.unbind(2)))
     return views
@@ -121,7 +133,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: Layer, groups: Groups, *lora: Tensor | None) -> Tensor:
         qkv_weight, out_weight, _, _ = layer.weights()
         qkv = _affine(x, qkv_weight, layer.qkv_bias)
-        mixed = torch.empty_like(x)
+        mixed = _blank(x, groups)
         sums: list[Tensor] = []
         for (q, k, v), (out,) in zip(_heads(qkv, groups, layer.heads, 3), _heads(mixed, groups, layer.heads, 1), strict=True):
             attended, total = _flash(q, k, v)
@@ -143,7 +155,7 @@ class _Attention(torch.autograd.Function):
         dsum = _norm_backward(outputs[0].contiguous(), summed, mean, rstd, layer.norms[0])
         dout = _gradients(output, mixed, dsum)
         dmixed = dsum @ out_weight
-        dqkv = torch.empty_like(qkv)
+        dqkv = _blank(qkv, groups)
         views = zip(*(_heads(t, groups, layer.heads, n) for t, n in ((qkv, 3), (mixed, 1), (dmixed, 1), (dqkv, 3))), strict=True)
         for ((q, k, v), (attended,), (grad,), targets), total in zip(views, sums, strict=True):
             wide = (tensor.float() for tensor in (grad, q, k, v, attended))  # torch's bf16 kernel takes seven times as long

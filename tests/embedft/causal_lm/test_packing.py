@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, load_base
@@ -26,8 +27,6 @@ def parts(tiny_base: Path, tmp_path: Path) -> Any:
 
 def losses(model: Any, batch: dict[str, Any]) -> Any:
     """(batch, length) loss of each token, 0 where there is none."""
-    import torch
-
     labels = batch["labels"]
     with torch.no_grad():
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
@@ -35,18 +34,17 @@ def losses(model: Any, batch: dict[str, Any]) -> Any:
     return each.view(len(labels), -1)
 
 
-@pytest.mark.parametrize("inputs", [False, True])
-def test_in_a_pack_each_examples_loss_equals_its_loss_alone(parts: Any, inputs: bool) -> None:
-    import torch
-
+@pytest.mark.parametrize(("inputs", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
+def test_in_a_pack_each_examples_loss_equals_its_loss_alone(parts: Any, inputs: bool, dtype: torch.dtype) -> None:
+    """In bf16 batches are a little longer than what is in them."""
     recipe, base, _ = parts
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_inputs": inputs})})
     examples = tokenized(read_split(recipe).train, template_of(base.tokenizer), recipe)[:24]
     packs = pack(examples, length=96)
     assert len(packs) < len(examples) / 2
-    batch = PackedCollate(base.tokenizer.pad_token_id)(packs)
+    batch = PackedCollate(base.tokenizer.pad_token_id, dtype)(packs)
     packed = losses(base.model, batch)
-    alone = Collate(base.tokenizer.pad_token_id)
+    alone = Collate(base.tokenizer.pad_token_id, dtype)
     by_ids = {example.ids: float(losses(base.model, alone([example])).sum()) for example in examples}
     found = 0
     for row, made in enumerate(packs):
@@ -60,11 +58,22 @@ def test_in_a_pack_each_examples_loss_equals_its_loss_alone(parts: Any, inputs: 
     assert found == len(examples)
 
 
-def test_a_mask_without_segments_would_let_examples_see_each_other(parts: Any) -> None:
-    import torch
-
+def test_a_batch_in_bf16_is_a_little_longer_and_no_loss_is_another(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedft.causal_lm.batches.SHAPES", 1)  # up to a power of two
     _, base, examples = parts
-    batch = PackedCollate(base.tokenizer.pad_token_id)(pack(examples[:24], length=96))
+    plain, filled = (Collate(base.tokenizer.pad_token_id, dtype) for dtype in (torch.float32, torch.bfloat16))
+    longer = 0
+    for start in range(0, 24, 4):
+        chosen = examples[start : start + 4]
+        one, other = plain(chosen), filled(chosen)
+        longer += other["input_ids"].shape[1] - one["input_ids"].shape[1]
+        assert torch.allclose(losses(base.model, one).sum(1), losses(base.model, other).sum(1), rtol=1e-4, atol=1e-4)
+    assert longer > 0
+
+
+def test_a_mask_without_segments_would_let_examples_see_each_other(parts: Any) -> None:
+    _, base, examples = parts
+    batch = PackedCollate(base.tokenizer.pad_token_id, base.model.dtype)(pack(examples[:24], length=96))
     causal = torch.ones_like(batch["attention_mask"]).tril()
     assert not torch.allclose(losses(base.model, batch), losses(base.model, batch | {"attention_mask": causal}), atol=1e-2)
 
@@ -94,8 +103,6 @@ def test_a_packed_run_learns_the_task(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_changes_no_gradient(parts: Any, tmp_path: Path, tiny_base: Path) -> None:
-    import torch
-
     recipe, _, examples = parts
     trained: list[Any] = []
     for checkpointing in (False, True):
@@ -110,8 +117,6 @@ def test_gradient_checkpointing_changes_no_gradient(parts: Any, tmp_path: Path, 
 
 def test_the_best_step_is_published_and_waiting_ends(tiny_base: Path, tmp_path: Path) -> None:
     """Validation rows that contradict the training rows: the loss on them is least at the first evaluation."""
-    import torch
-
     answers = list(dict.fromkeys(row["completion"] for row in planted_rows(6)))
     others = [row | {"completion": answers[(answers.index(row["completion"]) + 1) % 6]} for row in planted_rows(24, start=500)]
     write_jsonl(tmp_path / "validation.jsonl", others)

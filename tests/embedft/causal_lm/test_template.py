@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from embedft.causal_lm.batches import Collate, LengthGrouped
 from embedft.causal_lm.data import Message, Row
@@ -90,10 +91,9 @@ def test_long_rows_are_cut_and_rows_without_room_for_an_answer_dropped() -> None
 
 
 def test_a_batch_keeps_logits_for_the_learnt_tail_alone_and_loses_no_label() -> None:
-    import torch
 
     examples = [Example((1, 2, 3, 4), (IGNORED, IGNORED, 3, 4)), Example((5, 6), (IGNORED, 6))]
-    batch = Collate(pad_id=0)(examples)
+    batch = Collate(pad_id=0, dtype=torch.float32)(examples)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]

@@ -71,6 +71,22 @@ def test_vectors_and_gradients_are_those_of_the_padded_forward(quantization: str
         assert_same(gradients(model, packed.encode(ids)), gradients(model, packed.encode(ids, below)))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def test_what_fills_a_bf16_batch_up_is_seen_by_no_text(pooling: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedft.embedding.packed.SHAPES", 1)  # filled up to a power of two
+    base, model = adapted(tiny_encoder(root / f"filled-{pooling}", pooling="mean"))
+    settings = EncodeSettings(pooling, True, 16)  # type: ignore[arg-type]
+    ids, packed = ids_of(base, settings)[1:], PackedEncoder(model, settings)
+    plain, below = packed.encode(ids), packed.lower(ids)
+    expected = gradients(model, plain)
+    packed.dtype = torch.bfloat16  # and so filled, in float32
+    assert len(packed._filled(torch.zeros(sum(map(len, ids)), 64))) > sum(map(len, ids))
+    for vectors in (packed.encode(ids), packed.encode(ids, below)):
+        assert torch.allclose(vectors, plain, atol=2e-6)
+        assert_same(gradients(model, vectors), expected)
+    assert all(torch.allclose(one, other, atol=2e-6) for one, other in zip(packed.lower(ids), below, strict=True))
+
+
 def test_a_roberta_counts_its_positions_from_after_the_padding(root: Path) -> None:
     from transformers import RobertaConfig, RobertaModel
 

@@ -75,7 +75,7 @@ def _lm(folder: Path, base: Base, adapter: dict[str, Any], train: dict[str, Any]
     content = {"task": "causal_lm", "name": "c", "base": {"model": base.spec.model}, "adapter": adapter, "data": data, "train": train}
     recipe: Any = parse_recipe(content)
     examples = tokenized(read_split(recipe).train, template_of(base.tokenizer), recipe)
-    collate = Collate(base.tokenizer.pad_token_id)
+    collate = Collate(base.tokenizer.pad_token_id, base.model.dtype)
     fixed = collate(examples[:12])
 
     def outputs(model: Any) -> Any:
