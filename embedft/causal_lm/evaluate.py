@@ -76,7 +76,8 @@ def greedy(model: Any, template: Template, rows: Sequence[Row], *, max_new_token
 
     stops = stop_tokens(template.tokenizer)
     pad = pad_token(template.tokenizer)
-    prompts = [template.prompt_ids(row)[-max_length:] for row in rows]
+    room = _room(model, max_length, max_new_tokens)
+    prompts = [template.prompt_ids(row)[-room:] for row in rows]
     answers = [""] * len(rows)
     for chosen in _by_length(prompts, batch):
         length = max(len(prompts[i]) for i in chosen)
@@ -106,7 +107,7 @@ def answer_bits(model: Any, template: Template, rows: Sequence[Row], *, batch: i
 
     from embedft.causal_lm.batches import Collate
 
-    examples = [_scored(template, row, max_length) for row in rows]
+    examples = [_scored(template, row, model, max_length) for row in rows]
     collate = Collate(pad_token(template.tokenizer), model.dtype)
     bits = [0.0] * len(rows)
     for chosen in _by_length([example.ids for example in examples], batch):
@@ -123,8 +124,15 @@ def answer_bits(model: Any, template: Template, rows: Sequence[Row], *, batch: i
     return bits
 
 
-def _scored(template: Template, row: Row, max_length: int) -> Example:
-    prompt, answer = template.prompt_ids(row)[-max_length:], template.answer_ids(row)
+def _room(model: Any, max_length: int, answer: int) -> int:
+    """Tokens of a prompt that is followed by `answer` tokens: at most `max_length`, and prompt and answer within the base's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length + answer
+    return max(1, min(max_length, positions - answer))
+
+
+def _scored(template: Template, row: Row, model: Any, max_length: int) -> Example:
+    answer = template.answer_ids(row)
+    prompt = template.prompt_ids(row)[-_room(model, max_length, len(answer)) :]
     return Example(tuple(prompt + answer), tuple([IGNORED] * len(prompt) + answer))
 
 

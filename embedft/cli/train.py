@@ -66,13 +66,14 @@ def _train(arguments: argparse.Namespace) -> int:
     if isinstance(outcome, DryRunReport):
         show(arguments, dataclasses.asdict(outcome), title=f"one step of {outcome.name}")
         return 0
+    reason = refused_here(Path(outcome.path), base=recipe.base.model)
     if arguments.json:
-        print(json.dumps(outcome.as_json()))
+        print(json.dumps(outcome.as_json() | {"served here": reason or "yes"}))
         return 0
     show_scores(outcome.metrics, title=f"{outcome.name}@{outcome.generation[:12]}")
     print(f"trained in {outcome.seconds:.0f} s, {outcome.trainable:,} parameters, {outcome.peak_bytes / 2**20:.0f} MiB at the peak")
     print(f"stored in {outcome.path}")
-    if reason := refused_here(Path(outcome.path), base=recipe.base.model):
+    if reason:
         print(f"this machine's engines will refuse it: {reason}")
     else:
         print("serve it with: embedft serve")

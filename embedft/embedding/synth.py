@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedft.embedding.beir import is_beir
 from embedft.embedding.near import words
 from embedft.errors import DataError
 from embedft.files import expect_jsonl, hash_json, write_jsonl, write_text
 from embedft.records import read_records, sample
+
+if TYPE_CHECKING:
+    from embedft.encode import EncodeSettings
 
 PROMPT = (
     "Write {count} different questions, one a line and nothing else, that a person might ask to find the following passage. "
@@ -84,6 +87,8 @@ def synthesize(
     expect_jsonl(out)
     if out.exists():
         raise DataError([f"{out} exists already: name a new file"])
+    if base is not None:
+        _settings(base, quantization, max_length)  # it refuses what cannot be, before a query is paid for
     passages = sample(read_passages(corpus), synth.limit, key=lambda passage: passage.identifier)
     generate = from_text(synth) if synth.generator == "text" else from_server(synth)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -299,13 +304,10 @@ def _ranks(
         found = bm25_top([query for query, _, _ in pairs], texts, depth=depth)
         yield from (rows.index(place) if place in rows else len(texts) for rows, (_, _, place) in zip(found, pairs, strict=True))
         return
-    from embedft.base import BaseSpec, base_folder, load_model
-    from embedft.encode import Encoder, EncodeSettings
-    from embedft.model_folder import describe
+    from embedft.base import load_model
+    from embedft.encode import Encoder
 
-    folder = base_folder(BaseSpec(base, quantization))
-    info = describe(folder)
-    settings = EncodeSettings(info.pooling, True, min(max_length, info.max_length))
+    folder, settings = _settings(base, quantization, max_length)
     encoder = Encoder(load_model(folder, task="embedding"), folder, settings)
     corpus = encoder.encode(texts)
     queries = encoder.encode([query for query, _, _ in pairs])
@@ -314,3 +316,16 @@ def _ranks(
         scores = corpus @ query
         scores[place] = -np.inf
         yield int((scores > document @ query).sum())
+
+
+def _settings(base: str, quantization: str, max_length: int) -> "tuple[Path, EncodeSettings]":
+    """Folder of `base` and how its vectors are made. UsageError where `max_length` has no room for a text."""
+    from embedft.base import BaseSpec, base_folder
+    from embedft.encode import EncodeSettings, TextPreparer
+    from embedft.model_folder import describe
+
+    folder = base_folder(BaseSpec(base, quantization))
+    info = describe(folder)
+    settings = EncodeSettings(info.pooling, True, min(max_length, info.max_length))
+    TextPreparer(folder, settings)
+    return folder, settings

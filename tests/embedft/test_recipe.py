@@ -80,6 +80,12 @@ def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, key: str, value:
         load_recipe(written(tmp_path, MINIMAL), [f"{key}={value}"])
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "101", "1e38"])
+def test_a_rate_that_no_training_survives_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(RecipeError, match=r"train\.lr"):
+        load_recipe(written(tmp_path, MINIMAL), [f"train.lr={value}"])
+
+
 @pytest.mark.parametrize("override", ["train.lr", "=3", "name.first=x"])
 def test_an_override_that_is_no_assignment_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(RecipeError):

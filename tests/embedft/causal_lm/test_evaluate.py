@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,24 @@ def test_bits_are_the_likelihood_of_the_answer_given_the_prompt(tiny_base: Path)
             logits = base.model(torch.tensor([prompt + answer])).logits[0].float().log_softmax(-1)
         expected = -sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)) / math.log(2)
         assert value == pytest.approx(expected, rel=1e-3)
+
+
+def test_prompt_and_answer_stay_within_the_bases_positions(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    template, seen = template_of(base.tokenizer), list[int]()
+    forward = base.model.forward
+
+    def watched(*given: Any, **named: Any) -> Any:
+        seen.append(int(named["attention_mask"].sum(1).max()))
+        return forward(*given, **named)
+
+    monkeypatch.setattr(base.model, "forward", watched)
+    monkeypatch.setattr(base.model.config, "max_position_embeddings", 24)
+    row = Row("long", (Message("user", "find the note " * 20), Message("assistant", "stop")))
+    greedy(base.model, template, [row], max_new_tokens=5, batch=1, max_length=256)
+    answer_bits(base.model, template, [row], batch=1, max_length=256)
+    assert len(seen) >= 2
+    assert max(seen) <= 24
 
 
 def test_a_gain_is_positive_where_fewer_bits_are_better(tiny_base: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from embedft.cli import main
 from embedft.embedding.synth import Synth, read_passages, synthesize
-from embedft.errors import DataError, EngineFailed
+from embedft.errors import DataError, EngineFailed, UsageError
 from embedft.records import read_records
 from tests.fixtures_embedding import write_rows
 
@@ -181,6 +181,14 @@ def test_a_server_that_is_busy_is_asked_again(tmp_path: Path, server: Server, mo
     report = synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=Synth(generator=server.url), base=None)
     assert report.made == 8
     assert len(server.asked) == 5
+
+
+def test_a_length_without_room_for_a_text_is_refused_before_a_query_is_paid_for(tmp_path: Path, server: Server) -> None:
+    asked = len(server.asked)
+    with pytest.raises(UsageError, match="max_length of 2"):
+        synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=Synth(generator=server.url), base="minilm", max_length=2)
+    assert len(server.asked) == asked
+    assert not [*tmp_path.glob("out.jsonl*")]
 
 
 def test_a_limit_draws_from_the_whole_corpus_and_keeps_its_order(tmp_path: Path) -> None:
