@@ -72,9 +72,11 @@ def _packed(members: Sequence[Example]) -> Pack:
 
 
 class PackedCollate:
-    """Packs → {input_ids, position_ids, labels: (batch, length), attention_mask: (batch, 1, length, length) bool}.
+    """Packs → {input_ids, position_ids: (batch, length), attention_mask: (batch, 1, length, length) bool, logits_to_keep: (kept,),
+    labels, shift_labels: (batch, kept)}.
 
-    A token sees those before it in its own example and no other; positions begin anew with each example. `dtype` as for Collate.
+    A token sees those before it in its own example and no other; positions begin anew with each example. Only the places before a
+    learnt token of some row need logits: `logits_to_keep` names them, and `labels` are what comes after. `dtype` as for Collate.
     """
 
     def __init__(self, pad_id: int, dtype: torch.dtype) -> None:
@@ -90,7 +92,17 @@ class PackedCollate:
         begins = torch.cat([torch.ones(len(packs), 1, dtype=torch.bool), segments[:, 1:] != segments[:, :-1]], dim=1)
         positions = places - torch.where(begins, places, 0).cummax(1).values
         seen = (segments[:, :, None] == segments[:, None, :]) & (places[:, None] >= places[None, :])
-        return {"input_ids": ids, "attention_mask": seen[:, None], "position_ids": positions, "labels": labels}
+        kept = learnt_places(packs)
+        more = rounded(len(kept), self._dtype, steps=SHAPES) - len(kept)
+        after = torch.cat([labels[:, [place + 1 for place in kept]], labels.new_full((len(packs), more), IGNORED)], dim=1)
+        logits = torch.tensor(kept + kept[:1] * more)
+        batch = {"input_ids": ids, "attention_mask": seen[:, None], "position_ids": positions, "logits_to_keep": logits}
+        return batch | {"labels": after, "shift_labels": after}
+
+
+def learnt_places(packs: Sequence[Pack]) -> list[int]:
+    """Where the next token is learnt in one of `packs` or more; [0] where none is."""
+    return sorted({place - 1 for pack in packs for place, label in enumerate(pack.labels) if label != IGNORED}) or [0]
 
 
 def learnt_tail(example: Example) -> int:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from embedft.base import BaseSpec, compute_dtype, config_folder, source_folder
-from embedft.causal_lm.batches import SHAPES, LengthGrouped, learnt_tail, pack
+from embedft.causal_lm.batches import SHAPES, LengthGrouped, learnt_places, learnt_tail, pack
 from embedft.causal_lm.template import template_of
 from embedft.model_folder import lengths, read_json
 from embedft.plan import Batch
@@ -28,12 +28,14 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
     tokenizer = AutoTokenizer.from_pretrained(folder if any(folder.glob("tokenizer*")) else source_folder(spec))
     examples = tokenized(read_split(recipe).train, template_of(tokenizer, recipe.data.template), recipe)
     tails = [learnt_tail(example) for example in examples]
-    rows = pack(examples, length=settings.max_length) if settings.packing else examples
+    packs = pack(examples, length=settings.max_length) if settings.packing else []
+    rows = packs or examples
     sizes = [len(row.ids) for row in rows]
     order = list(LengthGrouped(sizes, batch=settings.batch, seed=settings.seed))
     batches = [order[i : i + settings.batch] for i in range(0, len(order), settings.batch)]
     largest = max(batches, key=lambda batch: len(batch) * max(sizes[i] for i in batch))
     length = rounded(max(sizes[i] for i in largest), compute_dtype(), steps=SHAPES)
-    kept = length if settings.packing else min(length, rounded(1 + max(tails[i] for i in largest), compute_dtype(), steps=SHAPES))
+    learnt = len(learnt_places([packs[i] for i in largest])) if packs else 1 + max(tails[i] for i in largest)
+    kept = min(length, rounded(learnt, compute_dtype(), steps=SHAPES))
     steps = total_steps(settings, steps_an_epoch(len(rows), settings))
     return Batch(len(largest), (length,), kept, steps, sum(len(b) * max(sizes[i] for i in b) for b in batches) / len(batches))

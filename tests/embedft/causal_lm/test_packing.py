@@ -26,10 +26,13 @@ def parts(tiny_base: Path, tmp_path: Path) -> Any:
 
 
 def losses(model: Any, batch: dict[str, Any]) -> Any:
-    """(batch, length) loss of each token, 0 where there is none."""
+    """(batch, length) loss of what comes after each token, 0 where there is none."""
     labels = batch["labels"]
     with torch.no_grad():
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        logits = model(**{key: value for key, value in batch.items() if not key.endswith("labels")}).logits
+    if "shift_labels" in batch:
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return torch.zeros(batch["input_ids"].shape).index_add_(1, batch["logits_to_keep"], each.view(len(labels), -1))
     each = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none")
     return each.view(len(labels), -1)
 
@@ -69,6 +72,20 @@ def test_a_batch_in_bf16_is_a_little_longer_and_no_loss_is_another(parts: Any, m
         longer += other["input_ids"].shape[1] - one["input_ids"].shape[1]
         assert torch.allclose(losses(base.model, one).sum(1), losses(base.model, other).sum(1), rtol=1e-4, atol=1e-4)
     assert longer > 0
+
+
+def test_a_packed_batch_has_logits_only_before_what_is_learnt_and_the_loss_of_all(parts: Any) -> None:
+    _, base, examples = parts
+    packs = pack(examples[:24], length=96)
+    batch = PackedCollate(base.tokenizer.pad_token_id, torch.float32)(packs)
+    kept = batch["logits_to_keep"]
+    assert len(kept) < 0.8 * batch["input_ids"].shape[1]
+    whole = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
+    labels = torch.tensor([[*made.labels, *[IGNORED] * (batch["input_ids"].shape[1] - len(made.labels))] for made in packs])
+    with torch.no_grad():
+        loss, every = base.model(**batch).loss, base.model(**whole, labels=labels).loss
+    assert float(loss) == pytest.approx(float(every), rel=1e-5)
+    assert (batch["labels"] != IGNORED).sum() == (labels != IGNORED).sum()
 
 
 def test_a_mask_without_segments_would_let_examples_see_each_other(parts: Any) -> None:
