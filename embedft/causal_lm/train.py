@@ -135,6 +135,7 @@ def build_trainer(
     """transformers' Trainer with our checkpoints, batches and data order; `validation` is what its `evaluate` takes the loss of."""
     from transformers import Trainer, TrainingArguments
 
+    from embedft.causal_lm.attention import install
     from embedft.causal_lm.batches import Collate, LengthGrouped, PackedCollate, pack
     from embedft.training.interrupt import AdapterCheckpoints
 
@@ -142,6 +143,7 @@ def build_trainer(
     held_out: list[Any] = list(validation)
     collate: Any = Collate(pad_token(base.tokenizer), base.model.dtype)
     _check_together(model, settings)
+    install(base.model.dtype, base.model.device.type)
     if settings.packing:
         rows, held_out = (pack(part, length=settings.max_length) for part in (rows, held_out))
         collate = PackedCollate(pad_token(base.tokenizer), base.model.dtype)
