@@ -87,7 +87,7 @@ def soak_text(reports: dict[str, dict[str, Any]]) -> str:
 def _memory_of(soaked: dict[str, Any]) -> str:
     """A slope, or, where no engine was killed and began to fill its slots anew, how the filling ends."""
     if soaked["done"].get("kill"):
-        return f"memory grew by {soaked['memory_slope_mib_a_minute']:.1f} MiB a minute"
+        return f"memory {soaked['memory_slope_mib_a_minute']:+.1f} MiB a minute"
     minutes = " ".join(map(str, soaked["memory_mib_by_minute"]))
     return f"memory by the minute, in MiB, while slots and caches fill: {minutes}"
 
