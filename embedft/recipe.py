@@ -117,7 +117,7 @@ class TrainSection(Section):
     max_steps: PositiveInt | None = None
     batch: PositiveInt = 32
     accumulate: PositiveInt = 1
-    lr: Annotated[float, Field(gt=0, le=100)] = 2e-4
+    lr: Annotated[float, Field(gt=0, le=1e30)] = 2e-4  # more than that is no float32 after a step
     max_length: PositiveInt = 128
     seed: int = 7
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
