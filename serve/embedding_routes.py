@@ -1,6 +1,5 @@
 """/v1/embeddings, and TEI's /embed."""
 
-import asyncio
 import base64
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -16,7 +15,7 @@ from serve.config import Limits
 from serve.direct import DirectRoute
 from serve.embedding import Preparers, Vectors, Way, embed, way_of
 from serve.gateway import Gateway
-from serve.leaving import unless_gone
+from serve.leaving import together, unless_gone
 from serve.openapi import described
 from serve.routing import asked, choose
 from serve.schemas import EmbeddingRequest, EmbedRequest
@@ -109,18 +108,6 @@ async def _all(
             return vectors
 
     return dict(zip(ways, await together([one(name) for name in ways]), strict=True))
-
-
-async def together(calls: Sequence[Any]) -> list[Any]:
-    """Await all; at the first failure cancel the rest and raise it."""
-    if len(calls) == 1:
-        return [await calls[0]]
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _answer(

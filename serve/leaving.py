@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -28,6 +28,18 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task
+
+
+async def together(calls: Sequence[Any]) -> list[Any]:
+    """Await all; at the first failure cancel the rest and raise it."""
+    if len(calls) == 1:
+        return [await calls[0]]
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _hung_up(request: Request) -> None:

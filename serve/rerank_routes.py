@@ -17,10 +17,10 @@ from serve.admission import guessed
 from serve.body import read_body
 from serve.direct import DirectRoute
 from serve.embedding import Preparers, embed, unit, way_of
-from serve.embedding_routes import check_size, together
+from serve.embedding_routes import check_size
 from serve.engine import BASE, Engine
 from serve.gateway import Gateway
-from serve.leaving import unless_gone
+from serve.leaving import together, unless_gone
 from serve.openapi import described
 from serve.routing import asked, choose
 from serve.schemas import RerankRequest

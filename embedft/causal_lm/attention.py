@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateUsage]
-_flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # pyright: ignore[reportPrivateUsage]
+from embedft.training.flash import flash, flash_backward
 
 SHORT = 192  # tokens; from there on the bf16 kernel is no slower
 
@@ -56,7 +55,7 @@ def _additive(mask: Tensor | None) -> Tensor | None:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-        made, sums = _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        made, sums = flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
         ctx.save_for_backward(query, key, value, made, sums, mask)
         ctx.causal, ctx.scale = causal, scale
         return made
@@ -64,6 +63,5 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
         *given, mask = ctx.saved_tensors
-        query, key, value, made, sums = (tensor.float() for tensor in given)
-        grads = _flash_backward(outputs[0].float(), query, key, value, made, sums, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
+        grads = flash_backward(outputs[0], *given, causal=ctx.causal, attn_mask=mask, scale=ctx.scale)
         return (*(grad.to(outputs[0].dtype) for grad in grads), None, None, None)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embedft.training.flash import flash, flash_backward
+
 Groups = Sequence[tuple[int, int]]
-_flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateUsage]
-_flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # pyright: ignore[reportPrivateUsage]
 
 
 class Projection:
@@ -136,7 +136,7 @@ class _Attention(torch.autograd.Function):
         mixed = _blank(x, groups)
         sums: list[Tensor] = []
         for (q, k, v), (out,) in zip(_heads(qkv, groups, layer.heads, 3), _heads(mixed, groups, layer.heads, 1), strict=True):
-            attended, total = _flash(q, k, v)
+            attended, total = flash(q, k, v)
             out.copy_(attended)
             sums.append(total)
         summed = _affine(mixed, out_weight, layer.projections[3].bias).add_(x)
@@ -158,8 +158,7 @@ class _Attention(torch.autograd.Function):
         dqkv = _blank(qkv, groups)
         views = zip(*(_heads(t, groups, layer.heads, n) for t, n in ((qkv, 3), (mixed, 1), (dmixed, 1), (dqkv, 3))), strict=True)
         for ((q, k, v), (attended,), (grad,), targets), total in zip(views, sums, strict=True):
-            wide = (tensor.float() for tensor in (grad, q, k, v, attended))  # torch's bf16 kernel takes seven times as long
-            for target, part in zip(targets, _flash_backward(*wide, total.float(), 0.0, False), strict=True):
+            for target, part in zip(targets, flash_backward(grad, q, k, v, attended, total), strict=True):
                 target.copy_(part)
         inner = [_gradients(p, x, d) for p, d in zip((query, key, value), dqkv.chunk(3, dim=1), strict=True)]
         dx = dsum.addmm_(dqkv, qkv_weight) if ctx.needs_input_grad[0] else None

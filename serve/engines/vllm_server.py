@@ -77,7 +77,10 @@ def _vectors_by_the_short_way() -> None:
 
     module: Any = plugins
     stock = module.load_endpoint_plugins
-    module.load_endpoint_plugins = lambda tasks=None: [*stock(tasks), *([VectorsEndpoint()] if "embed" in (tasks or ()) else [])]
+    module.load_endpoint_plugins = lambda tasks=None: [
+        *stock(tasks),
+        *([VectorsEndpoint()] if {*VectorsEndpoint.required_tasks} & {*(tasks or ())} else []),
+    ]
 
 
 def _every_module_of_an_adapter_must_match() -> None:

@@ -3,8 +3,6 @@
 Ids go to the engine as the input that vLLM's own routes make of them, with the pooling parameters that they would have.
 """
 
-import asyncio
-import itertools
 import uuid
 from typing import Any
 
@@ -14,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve.engines.vectors import MEDIA_TYPE, PATH, VectorsRequest, packed
-from serve.leaving import ClientGone, unless_gone
+from serve.leaving import ClientGone, together, unless_gone
 
 
 class VectorsEndpoint:
@@ -33,8 +31,6 @@ class VectorsEndpoint:
         self._engine, self._models = engine_client, state.openai_serving_models
         self._params = PoolingParams(task="embed")
         self._params.verify(engine_client.model_config)
-        self._numbers = itertools.count()
-        self._name = uuid.uuid4().hex[:8]
 
     async def answer(self, request: Request) -> Response:
         from vllm.exceptions import VLLMValidationError
@@ -52,14 +48,8 @@ class VectorsEndpoint:
         import torch
 
         adapter = self._adapter(asked.model)
-        number = next(self._numbers)
-        names = (f"vectors-{self._name}-{number}-{place}" for place in itertools.count())
-        tasks = [asyncio.ensure_future(self._one(ids, name, adapter)) for ids, name in zip(asked.input, names, strict=False)]
-        try:
-            rows = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        name = uuid.uuid4().hex
+        rows = await together([self._one(ids, f"vectors-{name}-{place}", adapter) for place, ids in enumerate(asked.input)])
         return packed(torch.stack(rows).float().numpy())
 
     def _adapter(self, model: str) -> Any:
