@@ -1,5 +1,6 @@
 """One JSON line a request: who, what, how long, how it ended. Texts are in it only where the server was told to log them. Pure ASGI."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -55,16 +56,18 @@ class AccessLog:
                 sent += len(message.get("body", b""))
             await send(message)
 
+        def write(took: float) -> None:
+            self._write(line(scope, record, status=status, milliseconds=took * 1000, sent=sent))
+            if self._trace:
+                shown = {name: value for name, value in record.fields.items() if name != "body"}
+                route = getattr(scope.get("route"), "path", "unknown")
+                self._trace(f"{scope['method']} {route}", at, at + int(took * 1e9), {"id": record.identity, "status": status, **shown})
+
         try:
             await self._app(scope, receive, told)
         finally:
-            took = time.perf_counter() - began
             if scope["path"] not in QUIET or status >= 500:
-                self._write(line(scope, record, status=status, milliseconds=took * 1000, sent=sent))
-                if self._trace:
-                    shown = {name: value for name, value in record.fields.items() if name != "body"}
-                    route = getattr(scope.get("route"), "path", "unknown")
-                    self._trace(f"{scope['method']} {route}", at, at + int(took * 1e9), {"id": record.identity, "status": status, **shown})
+                asyncio.get_running_loop().call_soon(write, time.perf_counter() - began)  # in the next turn: the answer leaves in this one
 
 
 def line(scope: Scope, record: Record, *, status: int, milliseconds: float, sent: int) -> str:

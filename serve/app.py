@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from embedft.errors import EmbedftError
 from serve.access import AccessLog
 from serve.admin_routes import admin_routes
+from serve.direct import DirectRoute
 from serve.door import Door
 from serve.embedding_routes import embedding_routes
 from serve.errors import NotReady, as_envelope, envelope, headers_of, status_of
@@ -42,6 +43,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         from serve.rag_routes import rag_routes  # FAISS and BM25 are loaded only where there is something to search
 
         app.include_router(rag_routes(gateway), dependencies=asked_by, responses=responses)
+    app.router.routes.sort(key=lambda route: not isinstance(route, DirectRoute))  # the most asked for are found first
     _errors(app, gateway)
     complete(app)
     app.add_middleware(Door, config=gateway.config)

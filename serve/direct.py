@@ -5,12 +5,23 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
 
 Endpoint = Callable[[Request], Coroutine[Any, Any, Any]]
 
 
 class DirectRoute(APIRoute):
-    """Its dependencies too are functions of the request alone, and are called in their order."""
+    """Its dependencies too are functions of the request alone, and are called in their order. Errors are the app's to show."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        handle = self.get_route_handler()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await handle(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        self.app = app
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         checks: list[Endpoint] = [dependency.dependency for dependency in self.dependencies if dependency.dependency]

@@ -68,5 +68,6 @@ class Gateway:
         """End every engine and remove the folder of their sockets."""
         engines = list(self.lifecycle.engines.values())
         await asyncio.gather(*(engine.supervisor.stop() for engine in engines), return_exceptions=True)
-        await asyncio.gather(*(engine.client.close() for engine in engines), return_exceptions=True)
+        for engine in engines:
+            engine.client.close()
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)

@@ -1,9 +1,10 @@
 """/v1/chat/completions and /v1/completions: what the engine speaks passes through; `model` becomes the public name."""
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -18,7 +19,7 @@ from serve.direct import DirectRoute
 from serve.engine import BASE
 from serve.errors import as_envelope
 from serve.gateway import Gateway
-from serve.leaving import unless_gone
+from serve.leaving import ClientGone, unless_gone
 from serve.lifecycle import Resident
 from serve.openapi import described
 from serve.routing import Choice, asked, choose
@@ -129,7 +130,9 @@ class OwnedStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._owned:
-            await super().__call__(scope, receive, send)
+            with suppress(ClientGone):
+                await unless_gone(Request(scope, receive), self.stream_response(send))
+            await asyncio.sleep(0)  # uvloop sends at the end of a turn: the last bytes first, then what is left to be done
 
 
 def check_template(resident: Resident) -> None:

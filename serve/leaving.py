@@ -1,7 +1,6 @@
 """Work that nobody waits for any more is given up. Of the gateway and of the engines."""
 
 import asyncio
-import contextlib
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -15,19 +14,31 @@ class ClientGone(Exception):
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """`work`, cancelled as soon as the client hangs up. The body must have been read. Raises ClientGone."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
+    """`work`, cancelled as soon as the client hangs up. The body must have been read. Raises ClientGone.
+
+    It runs in the task that awaits it, as under asyncio.timeout: a task of its own would answer two turns of the loop later.
+    """
+    task, left = asyncio.current_task(), False
+    assert task is not None
+
+    def leave(_: object) -> None:
+        nonlocal left
+        left = True
+        task.cancel()
+
+    gone = asyncio.ensure_future(_hung_up(request))
+    gone.add_done_callback(leave)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if left and task.cancelling() == 1:  # by nobody else
+            raise ClientGone from None
+        raise
     finally:
+        gone.remove_done_callback(leave)
         gone.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+        if left:
+            task.uncancel()
 
 
 async def together(calls: Sequence[Any]) -> list[Any]:

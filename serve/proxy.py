@@ -1,17 +1,16 @@
-"""Calls to one engine over its Unix socket: whole answers, streams, load and unload. Turns every failure into one of our errors.
+"""Calls to one engine over its link: whole answers, streams, load and unload. Turns every failure into one of our errors.
 
-Knows vLLM's HTTP and nothing of names, generations or tenants.
+Knows vLLM's routes and nothing of names, generations or tenants.
 """
 
 import asyncio
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import from_json, to_json
@@ -19,13 +18,11 @@ from pydantic_core import from_json, to_json
 from embedft.errors import AdapterInvalid, EngineBusy, EngineFailed
 from serve.engines import vectors
 from serve.errors import EngineRejected, NotReady
+from serve.link.gateway import Link, Reply
 
 LOAD_SECONDS = 300.0
 UNLOAD_SECONDS = 10.0
-CONNECT_SECONDS = 5.0
-KEPT_SECONDS = 2.0  # engines close after 5
-UNLIMITED = aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS)
-FAILURES = (aiohttp.ClientError, OSError)  # a TimeoutError is an OSError
+HEALTH_SECONDS = 5.0
 _CODE = re.compile(r"[a-z][a-z0-9_]{2,63}")
 
 
@@ -34,33 +31,20 @@ class EngineLacks(EngineBusy):
 
 
 class EngineClient:
-    """Connections to the engine at `socket`. `name` is the base's, for messages. Use it from one event loop."""
+    """Calls to the engine at `socket`. `name` is the base's, for messages. Use it from one event loop."""
 
     def __init__(self, name: str, socket: Path, key: str) -> None:
         self.name = name
-        self._socket, self._key = str(socket), key
-        self._http: aiohttp.ClientSession | None = None
+        self._link = Link(str(socket), key)
 
-    def _session(self) -> aiohttp.ClientSession:
-        if self._http is None:  # not before a loop runs
-            self._http = aiohttp.ClientSession(
-                "http://engine",
-                connector=aiohttp.UnixConnector(self._socket, limit=0, keepalive_timeout=KEPT_SECONDS),
-                headers={"authorization": f"Bearer {self._key}", "content-type": "application/json"},
-                timeout=UNLIMITED,
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
-        return self._http
-
-    async def close(self) -> None:
-        if self._http is not None:
-            await self._http.close()
+    def close(self) -> None:
+        self._link.close()
 
     async def healthy(self) -> bool:
         try:
-            async with self._session().get("/health", timeout=aiohttp.ClientTimeout(5.0)) as response:
-                return response.status == 200
-        except FAILURES:
+            async with asyncio.timeout(HEALTH_SECONDS), self._link.call("/health", b"", method="GET") as reply:
+                return reply.status == 200
+        except OSError:  # a TimeoutError is one
             return False
 
     async def call(self, path: str, body: Mapping[str, Any], *, timeout: float | None = None) -> Any:
@@ -103,41 +87,41 @@ class EngineClient:
         await self._answer(path, body, LOAD_SECONDS)
 
     async def _answer(self, path: str, body: Mapping[str, Any], timeout: float | None) -> bytes:
-        limit = aiohttp.ClientTimeout(timeout, sock_connect=CONNECT_SECONDS)
         try:
-            async with self._session().post(path, data=to_json(body), timeout=limit) as response:
-                status, content = response.status, await response.read()
+            async with asyncio.timeout(timeout), self._link.call(path, to_json(body)) as reply:
+                status, content = reply.status, await reply.read()
         except TimeoutError:
             raise EngineFailed(f"the engine of base {self.name!r} did not answer in time") from None
-        except FAILURES:
-            raise NotReady(f"the engine of base {self.name!r} went away: try again shortly") from None
+        except OSError:
+            raise self._away() from None
         self._check(status, content)
         return content
 
     @asynccontextmanager
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[bytes]]:
         """The answer's server-sent events (`data: ` cut off). Leaving the block cancels what runs upstream."""
-        try:
-            response = await self._session().post(path, data=to_json(body), timeout=UNLIMITED)
-        except FAILURES:
-            raise NotReady(f"the engine of base {self.name!r} went away: try again shortly") from None
-        try:
-            if response.status != 200:
-                self._check(response.status, await response.read())
-            yield self._events(response)
-        finally:
-            response.close()  # the connection with it, unless all was read
+        async with AsyncExitStack() as stack:
+            try:
+                reply = await stack.enter_async_context(self._link.call(path, to_json(body)))
+                if reply.status != 200:
+                    self._check(reply.status, await reply.read())
+            except OSError:
+                raise self._away() from None
+            yield self._events(reply)
 
-    async def _events(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    async def _events(self, reply: Reply) -> AsyncIterator[bytes]:
         rest = b""
         try:
-            async for chunk in response.content.iter_any():
-                *lines, rest = (rest + chunk).split(b"\n")  # bytes: a str would also split at U+2028 inside JSON
+            async for part in reply.parts():
+                *lines, rest = (rest + part).split(b"\n")  # bytes: a str would also split at U+2028 inside JSON
                 for line in lines:
                     if line.startswith(b"data:"):
                         yield line[5:].strip()
-        except FAILURES:
+        except OSError:
             raise NotReady(f"the engine of base {self.name!r} went away in mid-answer") from None
+
+    def _away(self) -> NotReady:
+        return NotReady(f"the engine of base {self.name!r} went away: try again shortly")
 
     def _check(self, status: int, content: bytes) -> None:
         if status == 200:

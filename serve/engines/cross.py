@@ -93,13 +93,12 @@ def main() -> None:
     without_unused()
     if arguments.cores:
         os.sched_setaffinity(0, parse_cores(arguments.cores))
-    import uvicorn
-
     from embedft.model_folder import describe
+    from serve.link.engine import serve
 
     longest = describe(arguments.folder).max_length
     encoder = CrossEncoder(arguments.folder, max_length=min(arguments.max_length or longest, longest))
-    uvicorn.run(create_app(encoder, key=os.environ.pop(KEY, "")), uds=str(arguments.socket), log_level="warning", access_log=False)
+    serve(create_app(encoder, key=os.environ.pop(KEY, "")), arguments.socket, grace=10)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
 from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -27,6 +26,7 @@ from starlette.routing import Route
 from embedft.adapters.probes import read_probes
 from embedft.errors import EmbedftError
 from serve.engines import vectors
+from serve.link.engine import serve
 
 Ids = tuple[int, ...]
 
@@ -224,7 +224,7 @@ def main() -> None:
     arguments = parser.parse_args()
     engine = FakeEngine(key=os.environ["EMBEDFT_ENGINE_KEY"], dimension=int(os.environ.get("EMBEDFT_HIDDEN_SIZE", "32")))
     engine.event("start", task=arguments.task)
-    uvicorn.run(engine.app(), uds=arguments.socket, log_level="warning", timeout_graceful_shutdown=2)
+    serve(engine.app(), Path(arguments.socket), grace=2)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 `python -m serve.engines.vllm_server` takes vLLM's arguments. Everywhere, an adapter is refused whose modules the model
 lacks: vLLM would load it and apply nothing. (Names saved from a bare decoder, without `model.`, are matched first.) Int8 bases
 compute as in training (embedft.int8). An answer ends where evaluation ends it, at the end of a turn too, which is not every base's eos.
-The gateway's own route to vectors is there (serve.engines.vllm_vectors).
+The gateway's own route to vectors is there (serve.engines.vllm_vectors), and its own way of asking (serve.link).
 On a CPU:
 
 1. Children are forked, the worker lives in the engine process, and a new kind of model is looked at in this one (elsewhere that would
@@ -27,6 +27,7 @@ from embedft.model_folder import stop_tokens
 from serve import vllm_cpu_lora
 from serve.engines.settings import parse_cores
 from serve.engines.vllm_vectors import VectorsEndpoint
+from serve.link.engine import LinkOrHttp
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     _every_module_of_an_adapter_must_match()
     _answers_end_as_in_training()
     _vectors_by_the_short_way()
+    _asked_by_link_too()
     _bitsandbytes_as_the_trainer_has_it(on_cpu=current_platform.is_cpu())
     if current_platform.is_cpu():
         _one_process_for_engine_and_worker(type(current_platform))
@@ -81,6 +83,12 @@ def _vectors_by_the_short_way() -> None:
         *stock(tasks),
         *([VectorsEndpoint()] if {*VectorsEndpoint.required_tasks} & {*(tasks or ())} else []),
     ]
+
+
+def _asked_by_link_too() -> None:
+    from uvicorn.config import HTTP_PROTOCOLS
+
+    HTTP_PROTOCOLS["auto"] = f"{LinkOrHttp.__module__}:{LinkOrHttp.__name__}"
 
 
 def _every_module_of_an_adapter_must_match() -> None:

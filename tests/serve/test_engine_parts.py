@@ -275,8 +275,8 @@ class Held(Encoder):
         return super().encode_ids(ids, **more)
 
 
-def test_an_embedding_waits_for_others_only_where_there_may_be_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.engines.peft.worker.GATHER_SECONDS", 2.0)
+def test_embeddings_wait_for_as_many_as_there_were_but_not_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.engines.peft.worker.GATHER_SHARE", 4.0)
     base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
     encoder = Held(base.model, base.folder, EncodeSettings("mean", True, 16))
     worker = Worker(base, encoder)
@@ -286,17 +286,25 @@ def test_an_embedding_waits_for_others_only_where_there_may_be_any(tmp_path: Pat
         await worker.embed(None, [[1, 5, 9, 2]] * rows)
         return time.perf_counter() - began
 
-    async def run() -> None:
+    async def two_while_one_runs() -> list[asyncio.Task[float]]:
+        encoder.gate.clear()
+        passes = len(encoder.batches)
         lone = asyncio.create_task(asked())
-        while not encoder.batches:
+        while len(encoder.batches) == passes:
             await asyncio.sleep(0.01)
         others = [asyncio.create_task(asked()) for _ in range(2)]
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.4)  # so long a pass takes, then
         encoder.gate.set()
-        assert await lone < 1.0
-        assert min(await asyncio.gather(*others)) > 1.9  # a third might have come
+        await lone
+        return others
+
+    async def run() -> None:
+        others = await two_while_one_runs()
+        assert max(await asyncio.gather(asked(), *others)) < 1.2  # the third came back: nobody waits for more
+        others = await two_while_one_runs()
+        assert min(await asyncio.gather(*others)) > 1.8  # it did not
         assert await asked(rows=64) < 1.0  # a full batch
         assert await asked() < 1.0
 
     asyncio.run(run())
-    assert encoder.batches == [1, 2, 64, 1]
+    assert encoder.batches == [1, 3, 1, 2, 64, 1]

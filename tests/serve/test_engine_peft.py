@@ -123,7 +123,7 @@ def test_an_unload_waits_for_what_nobody_reads_any_more(server: EngineProcess, a
         assert not going.done()
         await asyncio.to_thread(long.close)
         await going
-        await client.close()
+        client.close()
 
     asyncio.run(unload())
     server.load("a", adapters["a"])

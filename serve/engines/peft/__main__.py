@@ -15,12 +15,11 @@ def main() -> None:
     without_unused()
     if arguments.cores:
         os.sched_setaffinity(0, parse_cores(arguments.cores))
-    import uvicorn
-
     from embedft.base import BaseSpec, load_base
     from embedft.encode import Encoder, EncodeSettings
     from serve.engines.peft.http import create_app
     from serve.engines.peft.worker import Worker
+    from serve.link.engine import serve
 
     base = load_base(BaseSpec(str(arguments.folder.resolve())), task=arguments.task)
     context = base.info.takes(arguments.max_length)
@@ -29,7 +28,7 @@ def main() -> None:
     app = create_app(Worker(base, encoder), key=os.environ.pop(KEY, ""), context=context)
     signal.signal(signal.SIGTERM, _leave)  # uvicorn puts it back after its own shutdown and raises the signal again
     arguments.socket.unlink(missing_ok=True)
-    uvicorn.run(app, uds=str(arguments.socket), log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+    serve(app, arguments.socket, grace=10)
 
 
 def _leave(*_: object) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from embedft.base import Base
     from embedft.encode import Encoder
 
-GATHER_SECONDS = 0.002  # how long the first of several embedding requests waits for others
+GATHER_SHARE = 0.5  # of the last pass: how long embedding requests wait until they are as many again
 FULL_INPUTS = 64  # of so many nobody waits for more
 MAX_WAITING = 1024
 
@@ -50,7 +50,7 @@ class Worker:
         self.encoder = encoder
         self._inbox: queue.SimpleQueue[Row | _Embed | _Call] = queue.SimpleQueue()
         self._names: tuple[str, ...] = ()
-        self._company = False  # whether embedding requests came together, or one while another ran
+        self._company, self._pass_seconds = 1, 0.0  # embedding requests that were here at one time of late, and what a pass took
         threading.Thread(target=self._run, name="model", daemon=True).start()
 
     @property
@@ -123,7 +123,8 @@ class Worker:
     def _drain(self) -> list[_Embed]:
         """Take in all that waits; block only when there is nothing to do.
 
-        Embedding requests gather for GATHER_SECONDS where others may be on their way, as some were of late.
+        Embedding requests wait for as many as there were of late, as clients who ask again do so at about the same time: a pass over
+        eight short texts takes little longer than one over four. Nobody waits longer than GATHER_SHARE of a pass.
         """
         embeds: list[_Embed] = []
         until: float | None = None
@@ -141,8 +142,8 @@ class Worker:
                 self._queue(item)
             elif isinstance(item, _Embed):
                 embeds.append(item)
-                full = sum(len(embed.ids) for embed in embeds) >= FULL_INPUTS
-                until = 0.0 if full or not self._company else until or time.monotonic() + GATHER_SECONDS
+                enough = len(embeds) >= self._company or sum(len(embed.ids) for embed in embeds) >= FULL_INPUTS
+                until = 0.0 if enough else until or time.monotonic() + GATHER_SHARE * self._pass_seconds
             else:
                 item.done(self._outcome(item.function))
                 self._names = tuple(self.bank.names)
@@ -167,19 +168,20 @@ class Worker:
     def _embed(self, requests: list[_Embed]) -> None:
         """All requests of a group in one batch, adapters mixed. Each gets its own vectors, or its own error."""
         groups: dict[Group, list[_Embed]] = {}
-        self._company = len(requests) > 1
+        self._company = 1
         for request in requests:
             try:
                 groups.setdefault(self.bank.group(request.adapter), []).append(request)
             except AdapterError as error:
                 request.done(error)
         for group, members in groups.items():
-            self._embed_group(group, members)
+            self._embed_group(group, members, here=len(requests))
 
-    def _embed_group(self, group: Group, requests: list[_Embed]) -> None:
+    def _embed_group(self, group: Group, requests: list[_Embed], *, here: int) -> None:
         import numpy as np
 
         assert self.encoder is not None
+        began = time.monotonic()
         ids = [row for request in requests for row in request.ids]
         adapters = [request.adapter for request in requests for _ in request.ids]
         encoder = copy.copy(self.encoder)
@@ -190,7 +192,8 @@ class Worker:
             for request in requests:
                 request.done(EngineFailed(f"the model failed: {error}"))
             return
-        self._company = self._company or not self._inbox.empty()  # before anyone is answered, who may ask again
+        self._pass_seconds = time.monotonic() - began
+        self._company = max(self._company, here + self._inbox.qsize())  # before anyone is answered, who may ask again
         start = 0
         for request in requests:
             own = vectors[start : start + len(request.ids)]
