@@ -23,6 +23,7 @@ from serve.engines.peft.bank import AdapterBank
 from serve.engines.peft.batch import Batch, Row, Step
 from serve.engines.peft.sampling import Sampling, adjusted, choose, token_logprobs
 from serve.engines.peft.text import Detokenizer
+from serve.engines.peft.threads import AGAIN, TRIED, Threads
 from serve.engines.peft.worker import MAX_WAITING, Worker
 from serve.engines.settings import KEY, EngineSettings, parse_cores
 from serve.engines.vllm import check_base, lora_rank
@@ -308,3 +309,40 @@ def test_embeddings_wait_for_as_many_as_there_were_but_not_long(tmp_path: Path, 
 
     asyncio.run(run())
     assert encoder.batches == [1, 3, 1, 2, 64, 1]
+
+
+def test_a_pass_takes_as_many_threads_as_were_fastest_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, number, taken = [0.0], [0], list[int]()
+    monkeypatch.setattr("serve.engines.peft.threads.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("torch.set_num_threads", lambda wanted: number.__setitem__(0, wanted))
+    threads = Threads(4)
+
+    def passes(kind: str, tokens: int, count: int, seconds: dict[int, float]) -> list[int]:
+        taken.clear()
+        for _ in range(count):
+            with threads.of(kind, tokens):
+                taken.append(number[0])
+                clock[0] += seconds[number[0]]
+        return taken
+
+    assert passes("decode", 1, 6, {1: 1.7, 4: 3.0}).count(4) == TRIED
+    assert passes("decode", 1, AGAIN, {1: 1.7, 4: 3.0}).count(4) == 1  # a look at what the others would take, now and then
+    assert set(passes("embed", 1024, 40, {1: 66.0, 4: 41.0})[2 * TRIED :]) == {4}
+    later = passes("decode", 1, 10 * AGAIN, {1: 9.0, 4: 3.0})  # another engine took the core of one
+    assert later[-1] == later[-2] == 4
+    with pytest.raises(RuntimeError, match="planted"), threads.of("prefill", 8):
+        raise RuntimeError("planted")
+    assert passes("prefill", 8, 6, {1: 1.0, 4: 1.0}).count(1) == TRIED  # a pass that failed tells nothing
+    number[0] = 7
+    with Threads(1).of("decode", 1):
+        assert number[0] == 7
+
+
+def test_every_pass_of_the_model_chooses_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
+    used: list[tuple[str, int]] = []
+    real = Threads.of
+    monkeypatch.setattr(Threads, "of", lambda self, kind, tokens: used.append((kind, tokens)) or real(self, kind, tokens))
+    worker = Worker(base, Encoder(base.model, base.folder, EncodeSettings("mean", True, 16)))
+    asyncio.run(worker.embed(None, [[1, 5, 9, 2], [1, 2]]))
+    assert used == [("embed", 6)]

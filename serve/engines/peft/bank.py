@@ -14,6 +14,7 @@ from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound
 from embedft.methods import METHODS, load_adapter
 from embedft.methods.prompts import key_values
 from serve.engines.peft.sharing import sharing_copy
+from serve.engines.peft.threads import Threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,7 @@ class AdapterBank:
         self._prefixes: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._apart: dict[str, Any] = {}
         self._next = 0
+        self.threads = Threads(_threads(base))
 
     @property
     def names(self) -> list[str]:
@@ -167,3 +169,10 @@ def read(name: str, folder: Path) -> Content:
         return Content(folder, config, None)
     config.init_lora_weights = True  # drawn cheaply, then overwritten; PiSSA and its like would rewrite base tensors
     return Content(folder, config, load_file(str(folder / WEIGHTS)))
+
+
+def _threads(base: "Base") -> int:
+    """That may work on it."""
+    import torch
+
+    return torch.get_num_threads() if base.model.device.type == "cpu" else 1

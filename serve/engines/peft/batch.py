@@ -167,7 +167,8 @@ class Batch:
         """(rows, n) tokens → (rows, n or 1, vocabulary) logits; `cache` grows by n."""
         import torch
 
-        with torch.inference_mode():
+        kind = "decode" if tokens.shape[1] == 1 else "prefill"
+        with torch.inference_mode(), self.bank.threads.of(kind, tokens.numel()):
             return self.bank.model_of(self.group)(
                 input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
                 use_cache=True, logits_to_keep=keep, **self.bank.rows([row.adapter for row in rows]),

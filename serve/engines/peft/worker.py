@@ -187,7 +187,8 @@ class Worker:
         encoder = copy.copy(self.encoder)
         encoder.model = self.bank.model_of(group)
         try:
-            vectors = encoder.encode_ids(ids, **self.bank.rows(adapters))
+            with self.bank.threads.of("embed", sum(map(len, ids))):
+                vectors = encoder.encode_ids(ids, **self.bank.rows(adapters))
         except Exception as error:
             for request in requests:
                 request.done(EngineFailed(f"the model failed: {error}"))
