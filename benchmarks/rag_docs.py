@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.rag import ROOT, record
+from benchmarks.rag_record import ROOT, record
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
 from embedft.rag.answer import messages_of, sources_of

@@ -35,7 +35,7 @@ def rag_text(rag: dict[str, Any]) -> str:
         f"Indexing runs at {rag['indexing']['indexing_of_engine']:.2f} of the embedding engine's own speed. A million vectors are built in",
         f"{million['build_peak_bytes'] / 2**30:.1f} GiB and served in {million['serving']['resident_bytes'] / 2**30:.1f} GiB. "
         "From [rag.json](benchmarks/results/rag.json), made by",
-        "`benchmarks/rag.py` and `benchmarks/rag_docs.py`.",
+        "`benchmarks/rag.py`, `rag_indexes.py` and `rag_docs.py` beside it.",
     ]
     return "\n".join(lines)
 
