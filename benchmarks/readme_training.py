@@ -56,6 +56,9 @@ def _dtype(report: dict[str, Any]) -> str:
     return f"Both in fp32 ({has})"
 
 
+OURS = {"ours_same": "their targets", "ours": "every linear layer", "ours_last2": "of the last two layers", "ours_query": "query-only"}
+
+
 def _speed_table(report: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = []
     for length, part in sorted(report["lengths"].items(), key=lambda item: int(item[0])):
@@ -63,9 +66,8 @@ def _speed_table(report: dict[str, Any]) -> str:
         stock = f"{sides['stock']['pairs_per_second']:.1f} pairs/s, {sides['stock']['peak_bytes'] / 2**20:,.0f} MiB"
         if "stock_bf16" in sides:
             stock += f"; {sides['stock_bf16']['pairs_per_second']:.1f}, {sides['stock_bf16']['peak_bytes'] / 2**20:,.0f} MiB"
-        ours = (_beside(sides[side]) for side in ("ours", "ours_last2", "ours_query"))
-        rows.append((f"{length} tokens", stock, *ours))
-    return table(("longest text", "SentenceTransformerTrainer", "ours, every layer", "ours, the last two layers", "ours, query-only"), rows)
+        rows.append((f"{length} tokens", stock, *(_beside(sides[side]) if side in sides else "–" for side in OURS)))
+    return table(("longest text", "SentenceTransformerTrainer", *(f"ours, {what}" for what in OURS.values())), rows)
 
 
 def _beside(side: dict[str, Any]) -> str:
@@ -76,7 +78,7 @@ def _beside(side: dict[str, Any]) -> str:
 def speed_text(reports: dict[str, dict[str, Any]]) -> str:
     settings = next(iter(reports.values()))["settings"]
     parts = [part for report in reports.values() for part in report["lengths"].values()]
-    sides = [part["sides"][side] for part in parts for side in ("ours", "ours_last2", "ours_query")]
+    sides = [part["sides"][side] for part in parts for side in OURS if side in part["sides"]]
     kept = "in every cell the interval of nDCG@10 against theirs reaches zero or lies above it"
     lost = f"{sum(not side['quality_kept'] for side in sides)} of {len(sides)} cells are below theirs in nDCG@10"
     return (

@@ -12,6 +12,8 @@ def recipe(job: dict[str, Any]) -> Any:
     from embedft.recipe import parse_recipe
 
     adapter: dict[str, Any] = {"r": RANK, "alpha": ALPHA, "side": "query" if job["side"] == "ours_query" else "both"}
+    if job["side"] == "ours_same":
+        adapter["targets"] = ["query", "value"]
     if job["side"].startswith("ours_last"):
         adapter["layers"] = int(job["side"][-1])
     return parse_recipe(
@@ -22,7 +24,7 @@ def recipe(job: dict[str, Any]) -> Any:
             "adapter": adapter,
             "data": {"train": job["data"], "eval": job["data"], "limit": job["pairs"] * 2},
             "loss": {"scale": SCALE},
-            "train": {"epochs": job["epochs"], "batch": job["batch"], "lr": LR, "max_length": job["length"]},
+            "train": {"epochs": job["epochs"], "batch": job["batch"], "lr": LR, "max_length": job["length"], "seed": job["seed"]},
             "eval": {"queries": job["queries"], "documents": job["documents"]},
         }
     )
