@@ -62,7 +62,8 @@ def gateway_text(reports: dict[str, dict[str, Any]]) -> str:
             *rows,
             "",
             "The same requests to the same engine process, by turns. Below 0 and above 1: the gateway has its own way to vectors,",
-            "past OpenAI's schemas. From `benchmarks/results/gateway-*.json`, made by `benchmarks/gateway.py`.",
+            "past OpenAI's schemas, and one connection for all it asks.",
+            "From `benchmarks/results/gateway-*.json`, made by `benchmarks/gateway.py`.",
         ]
     )
 

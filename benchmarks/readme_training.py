@@ -56,18 +56,19 @@ def _dtype(report: dict[str, Any]) -> str:
     return f"Both in fp32 ({has})"
 
 
-OURS = {"ours_same": "their targets", "ours": "every linear layer", "ours_last2": "of the last two layers", "ours_query": "query-only"}
+OURS = {"ours_same": "their targets", "ours": "every linear layer", "ours_last2": "the last two layers", "ours_query": "query-only"}
 
 
 def _speed_table(report: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = []
+    shown = {side: what for side, what in OURS.items() if all(side in part["sides"] for part in report["lengths"].values())}
     for length, part in sorted(report["lengths"].items(), key=lambda item: int(item[0])):
         sides = part["sides"]
         stock = f"{sides['stock']['pairs_per_second']:.1f} pairs/s, {sides['stock']['peak_bytes'] / 2**20:,.0f} MiB"
         if "stock_bf16" in sides:
             stock += f"; {sides['stock_bf16']['pairs_per_second']:.1f}, {sides['stock_bf16']['peak_bytes'] / 2**20:,.0f} MiB"
-        rows.append((f"{length} tokens", stock, *(_beside(sides[side]) if side in sides else "–" for side in OURS)))
-    return table(("longest text", "SentenceTransformerTrainer", *(f"ours, {what}" for what in OURS.values())), rows)
+        rows.append((f"{length} tokens", stock, *(_beside(sides[side]) for side in shown)))
+    return table(("longest text", "SentenceTransformerTrainer", *(f"ours, {what}" for what in shown.values())), rows)
 
 
 def _beside(side: dict[str, Any]) -> str:
