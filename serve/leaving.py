@@ -18,13 +18,14 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
 
     It runs in the task that awaits it, as under asyncio.timeout: a task of its own would answer two turns of the loop later.
     """
-    task, left = asyncio.current_task(), False
+    task, here, left = asyncio.current_task(), True, False
     assert task is not None
 
     def leave(_: object) -> None:
         nonlocal left
-        left = True
-        task.cancel()
+        if here:  # a callback that is under way cannot be taken back
+            left = True
+            task.cancel()
 
     gone = asyncio.ensure_future(_hung_up(request))
     gone.add_done_callback(leave)
@@ -35,7 +36,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
             raise ClientGone from None
         raise
     finally:
-        gone.remove_done_callback(leave)
+        here = False
         gone.cancel()
         if left:
             task.uncancel()
