@@ -3,7 +3,7 @@
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
@@ -15,21 +15,14 @@ class DirectRoute(APIRoute):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        handle = self.get_route_handler()
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            response = await handle(Request(scope, receive, send))
-            await response(scope, receive, send)
-
-        self.app = app
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         checks: list[Endpoint] = [dependency.dependency for dependency in self.dependencies if dependency.dependency]
         endpoint: Endpoint = self.endpoint
 
-        async def handle(request: Request) -> Response:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            request = Request(scope, receive, send)
             for check in checks:
                 await check(request)
-            return await endpoint(request)
+            response = await endpoint(request)
+            await response(scope, receive, send)
 
-        return handle
+        self.app = app

@@ -92,13 +92,12 @@ class _Call:
         self._method, _, path = line.partition(b" ")
         self._path, _, self._query = path.partition(b"?")
         self._body: bytes | None = body
-        self._ended = False
-        self._gone, self._going = asyncio.Event(), asyncio.Event()
+        self._over, self._going = asyncio.Event(), asyncio.Event()  # answered, or nobody waits for it; not told to pause
         self._going.set()
 
     def told(self, kind: int) -> None:
         if kind == CANCEL:
-            self._gone.set()
+            self._over.set()
         if kind == PAUSE:
             self._going.clear()
         if kind in (CANCEL, RESUME):
@@ -110,7 +109,7 @@ class _Call:
         except Exception:
             log.exception("Exception in ASGI application")
         finally:
-            if not self._ended and not self._gone.is_set():
+            if not self._over.is_set():
                 self._calls.end.write(self._number, LAST | BROKEN)
             self._calls.done(self._number)
 
@@ -136,20 +135,19 @@ class _Call:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        if not self._ended:
-            await self._gone.wait()
+        await self._over.wait()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
         await self._calls.end.drained()
         await self._going.wait()
-        if self._gone.is_set():
+        if self._over.is_set():
             await asyncio.sleep(0)  # a turn for whoever is to end this
             return
         if message["type"] == "http.response.start":
             self._calls.end.write(self._number, FIRST, STATUS.pack(message["status"]))
             return
-        self._ended = not message.get("more_body", False)
-        self._calls.end.write(self._number, LAST if self._ended else 0, message.get("body", b""))
-        if self._ended:
-            self._gone.set()
+        last = not message.get("more_body", False)
+        self._calls.end.write(self._number, LAST if last else 0, message.get("body", b""))
+        if last:
+            self._over.set()

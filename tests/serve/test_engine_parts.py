@@ -338,11 +338,15 @@ def test_a_pass_takes_as_many_threads_as_were_fastest_for_its_size(monkeypatch: 
         assert number[0] == 7
 
 
-def test_every_pass_of_the_model_chooses_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pass_of_the_model_chooses_its_threads(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
     used: list[tuple[str, int]] = []
     real = Threads.of
     monkeypatch.setattr(Threads, "of", lambda self, kind, tokens: used.append((kind, tokens)) or real(self, kind, tokens))
-    worker = Worker(base, Encoder(base.model, base.folder, EncodeSettings("mean", True, 16)))
-    asyncio.run(worker.embed(None, [[1, 5, 9, 2], [1, 2]]))
+    embedder = Worker(base, Encoder(base.model, base.folder, EncodeSettings("mean", True, 16)))
+    asyncio.run(embedder.embed(None, [[1, 5, 9, 2], [1, 2]]))
     assert used == [("embed", 6)]
+    (row, steps), *_ = rows(worker, 1)  # a prompt of two tokens, four to be generated
+    worker.generate([row])
+    ended(steps)
+    assert used[1:] == [("prefill", 2), *[("decode", 1)] * 3]
