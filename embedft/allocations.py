@@ -2,14 +2,15 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter  # pyright: ignore[reportPrivateImportUsage]
+
+from embedft.steady import steady
 
 COLLECT_EVERY = 50  # operations
 _PRODUCTS = frozenset({"mm", "addmm", "bmm"})
@@ -91,23 +92,9 @@ def trace_step(
         }
         made |= {name: mode.from_tensor(value) for name, value in whole.named_buffers()}
         counted = Allocations(made, {f"model.{name}": size for name, size in unpacked.items()})
-        with _quick_collections(), flops, counted:
+        with steady(), flops, counted:
             functional_call(whole, made, ())
     return Trace(counted.peak, counted.written, counted.operations, int(flops.get_total_flops()))
-
-
-@contextmanager
-def _quick_collections() -> Generator[None]:
-    """What is there already is not looked through for garbage inside the block: all of torch is."""
-    frozen = gc.get_freeze_count()
-    if not frozen:
-        gc.collect()
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if not frozen:
-            gc.unfreeze()
 
 
 class _Step(torch.nn.Module):

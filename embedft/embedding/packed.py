@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedft.embedding.packed_ops import Groups, Layer, Norm, Projection, rows_of
+from embedft.embedding.packed_ops import Layer, Norm, Projection
 from embedft.encode import EncodeSettings, finish
+from embedft.training.attention import Groups, rows_of
 from embedft.training.shapes import rounded
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")

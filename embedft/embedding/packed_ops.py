@@ -1,7 +1,7 @@
 """One encoder layer over packed tokens, forward and backward by hand. Knows no model class, no text and no loss.
 
 Packed: the tokens of all texts in one (T, d) matrix without padding, texts of equal length beside each other. `groups` lists
-(texts, length) in that order, so attention runs on views, with neither mask nor copy. Rows after the last group belong to no text.
+(texts, length) in that order, so attention needs neither mask nor padding. Rows after the last group belong to no text.
 
 LoRA without dropout is a change of the weight: the forward and the gradient of the input are one product each with
 W + s·B·A, and A and B get their gradients from products that are r wide; the whole dW never exists (Hu et al. 2021, arXiv 2106.09685).
@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedft.training.flash import flash, flash_backward
-
-Groups = Sequence[tuple[int, int]]
+from embedft.training.attention import Groups, attention, attention_backward
 
 
 class Projection:
@@ -104,28 +102,6 @@ def _norm_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm
     return backward(dy, x, (x.shape[-1],), mean, rstd, norm.weight, norm.bias, [True, False, False])[0]
 
 
-def rows_of(x: Tensor, groups: Groups) -> Sequence[Tensor]:
-    """(T, d) → each group's rows of it."""
-    sizes = [texts * length for texts, length in groups]
-    return x[: sum(sizes)].split(sizes)
-
-
-def _blank(like: Tensor, groups: Groups) -> Tensor:
-    """Room for every text's rows; those of no text are 0."""
-    made = torch.empty_like(like)
-    made[sum(texts * length for texts, length in groups) :] = 0
-    return made
-
-
-def _heads(qkv: Tensor, groups: Groups, heads: int, parts: int) -> list[tuple[Tensor, ...]]:
-    """Views of (T, parts·d) for each group: `parts` tensors (texts, heads, length, d / heads)."""
-    views: list[tuple[Tensor, ...]] = []
-    for (texts, length), piece in zip(groups, rows_of(qkv, groups), strict=True):
-        shaped = piece.view(texts, length, parts, heads, -1)
-        views.append(tuple(part.transpose(1, 2) for part in shaped.unbind(2)))
-    return views
-
-
 class _Attention(torch.autograd.Function):
     """LayerNorm(x + W_o·attention(W_qkv·x)): x (T, d) → (T, d)."""
 
@@ -133,33 +109,23 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: Layer, groups: Groups, *lora: Tensor | None) -> Tensor:
         qkv_weight, out_weight, _, _ = layer.weights()
         qkv = _affine(x, qkv_weight, layer.qkv_bias)
-        mixed = _blank(x, groups)
-        sums: list[Tensor] = []
-        for (q, k, v), (out,) in zip(_heads(qkv, groups, layer.heads, 3), _heads(mixed, groups, layer.heads, 1), strict=True):
-            attended, total = flash(q, k, v)
-            out.copy_(attended)
-            sums.append(total)
+        mixed, sums = attention(qkv, groups, layer.heads)
         summed = _affine(mixed, out_weight, layer.projections[3].bias).add_(x)
         hidden, mean, rstd = _norm(summed, layer.norms[0])
         if any(ctx.needs_input_grad):
             ctx.layer, ctx.groups = layer, groups
-            ctx.save_for_backward(x, qkv, mixed, summed, mean, rstd, *sums)
+            ctx.save_for_backward(x, qkv, mixed, summed, mean, rstd, sums)
         return hidden
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
         layer, groups = ctx.layer, ctx.groups
-        x, qkv, mixed, summed, mean, rstd, *sums = ctx.saved_tensors
+        x, qkv, mixed, summed, mean, rstd, sums = ctx.saved_tensors
         qkv_weight, out_weight, _, _ = layer.weights()
         query, key, value, output = layer.projections[:4]
         dsum = _norm_backward(outputs[0].contiguous(), summed, mean, rstd, layer.norms[0])
         dout = _gradients(output, mixed, dsum)
-        dmixed = dsum @ out_weight
-        dqkv = _blank(qkv, groups)
-        views = zip(*(_heads(t, groups, layer.heads, n) for t, n in ((qkv, 3), (mixed, 1), (dmixed, 1), (dqkv, 3))), strict=True)
-        for ((q, k, v), (attended,), (grad,), targets), total in zip(views, sums, strict=True):
-            for target, part in zip(targets, flash_backward(grad, q, k, v, attended, total), strict=True):
-                target.copy_(part)
+        dqkv = attention_backward(dsum @ out_weight, qkv, mixed, sums, groups, layer.heads)
         inner = [_gradients(p, x, d) for p, d in zip((query, key, value), dqkv.chunk(3, dim=1), strict=True)]
         dx = dsum.addmm_(dqkv, qkv_weight) if ctx.needs_input_grad[0] else None
         return (dx, None, None, *(tensor for pair in (*inner, dout) for tensor in pair))

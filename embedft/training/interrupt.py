@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from embedft.errors import TrainingInterrupted
 from embedft.methods.companion import FROZEN, add_companion, drop_companion
+from embedft.steady import steady
 from embedft.training.method_steps import MethodSteps, adapted_model, method_steps
 from embedft.training.optimizers import method_optimizer
 from embedft.training.run import COMPLETE, FINISHED, Run, last_checkpoint
@@ -77,6 +78,10 @@ class AdapterCheckpoints:
         self.method_steps: MethodSteps | None = method_steps(self.model)
         if self.method_steps is not None:
             self.add_callback(self.method_steps)  # type: ignore[attr-defined]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with steady():
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None:

@@ -55,7 +55,7 @@ def open_run(recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash:
     Raises ResumeRefused where there is no complete checkpoint, or naming each setting that is no longer the same.
     """
     folder = root / ".training" / recipe.name
-    facts = {"recipe": recipe.model_dump(mode="json"), "data": data_hash, "base": base_fingerprint, "machine": _machine()}
+    facts = {"recipe": recipe.model_dump(mode="json"), "data": data_hash, "base": base_fingerprint, "machine": _machine(recipe.task)}
     if not resume:
         _set_aside(folder)
         folder.mkdir(parents=True)
@@ -95,15 +95,18 @@ def resume_command(recipe: EmbeddingRecipe | CausalLMRecipe) -> str:
     return f"embedft {command} RECIPE --resume   # RECIPE: that of {recipe.name!r}"
 
 
-def _machine() -> dict[str, Any]:
+def _machine(task: str) -> dict[str, Any]:
+    """Whatever decides, beside recipe, data and base, what a step computes."""
     import torch
 
+    from embedft.training.attention import kernels
+
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", str(compute_dtype()).removeprefix("torch.")
-    return {"torch": str(torch.__version__), **_versions(), "threads": torch.get_num_threads(), "device": device, "dtype": dtype}
+    found = {"torch": str(torch.__version__), **_versions(), "threads": torch.get_num_threads(), "device": device, "dtype": dtype}
+    return found | ({"attention": kernels()} if task == "embedding" else {})
 
 
 def _versions() -> dict[str, str | None]:
-    """Of whatever else decides what a step computes."""
     found: dict[str, str | None] = dict.fromkeys(("transformers", "peft", "tokenizers", "bitsandbytes", "sentence-transformers"))
     for name in found:
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Fast multi-LoRA for vLLM on a CPU. Knows only vLLM; imports nothing else of this repository, and vLLM only when called.
+"""Fast multi-LoRA for vLLM on a CPU. Knows only vLLM, which it imports only when called, and embedft.native, which compiles.
 
 vLLM finds `register` by the entry point `cpu_lora` of the group `vllm.general_plugins`, and calls it in each of its processes.
 """

@@ -1,0 +1,251 @@
+// Attention over packed rows, forward and backward: texts of any length after each other, all heads side by side, no mask.
+//
+// A text's head is one piece of work: its keys and values are widened to fp32 once and stay in the cache, queries come in blocks.
+// Sums are fp32 whatever the dtype. A piece's result depends on nothing else, so threads change no bit.
+// Without -fopenmp it is correct on one thread.
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define BLOCK 24  // queries at a time
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t bf16;
+
+// What both passes share. Text i is `lengths[i]` rows from row `starts[i]` on; rows are heads * size wide, those of qkv three times that.
+// `size` is a multiple of 2 * LANES.
+typedef struct {
+    const int64_t *starts, *lengths;
+    int64_t texts, longest, heads, size;
+    int32_t is_bf16, threads;
+} Texts;
+
+static inline int64_t padded(int64_t n) { return (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
+
+static inline vec most_of(vec a, vec b) {  // b where either is NaN
+    ivec larger = a > b;
+    return (vec)((larger & (ivec)a) | (~larger & (ivec)b));
+}
+
+typedef float half_vec __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
+
+static inline float sum_of(vec v) {
+    half_vec *halves = (half_vec *)&v, both = halves[0] + halves[1];
+    float sums[4] = {0};
+    for (int l = 0; l < LANES / 2; l++) sums[l % 4] += both[l];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+static inline float largest_of(vec v) {
+    half_vec *halves = (half_vec *)&v;
+    float most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    for (int l = 0; l < LANES / 2; l++) {
+        float here = halves[0][l] > halves[1][l] ? halves[0][l] : halves[1][l];
+        most[l % 4] = here > most[l % 4] ? here : most[l % 4];
+    }
+    float left = most[0] > most[1] ? most[0] : most[1], right = most[2] > most[3] ? most[2] : most[3];
+    return left > right ? left : right;
+}
+
+static inline vec exponential(vec x) {  // of x <= 0; 2 ulp
+    x = most_of((vec){} - 87.0f, x);
+    vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec y = ((((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r +
+              5.0000001201e-1f) * r) * r + r + 1.0f;
+    return (vec)((ivec)y + (((ivec)shifted) << 23));
+}
+
+static inline void widen(const void *rows, int is_bf16, int64_t at, int64_t n, float *to) {
+    if (!is_bf16) {
+        memcpy(to, (const float *)rows + at, n * sizeof(float));
+        return;
+    }
+    const bf16 *from = (const bf16 *)rows + at;
+    uint32_t *bits = (uint32_t *)to;
+    for (int64_t i = 0; i < n; i++) bits[i] = (uint32_t)from[i] << 16;
+}
+
+static inline void narrow(const float *from, int is_bf16, void *rows, int64_t at, int64_t n) {
+    if (!is_bf16) {
+        memcpy((float *)rows + at, from, n * sizeof(float));
+        return;
+    }
+    bf16 *to = (bf16 *)rows + at;
+    const uint32_t *bits = (const uint32_t *)from;
+    for (int64_t i = 0; i < n; i++) {  // to nearest, ties to even; NaN stays NaN
+        uint32_t u = bits[i], even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+        to[i] = (u & 0x7fffffffu) > 0x7f800000u ? (bf16)((u >> 16) | 0x40u) : (bf16)even;
+    }
+}
+
+// c (m, n) = or += a (m, k) b (k, n); element (i, l) of a at a + i * row + l * step. n is a multiple of 2 * LANES.
+#define PRODUCT_TILE(ROWS)                                                                                                      \
+    static inline __attribute__((always_inline)) void product_##ROWS(const float *a, int64_t row, int64_t step, const float *b,  \
+                                                                     int64_t ldb, int64_t k, float *c, int64_t ldc, int add) {   \
+        vec left[ROWS], right[ROWS];                                                                                            \
+        _Pragma("GCC unroll 6") for (int i = 0; i < ROWS; i++) {                                                                \
+            left[i] = add ? *(vec *)(c + i * ldc) : (vec){};                                                                    \
+            right[i] = add ? *(vec *)(c + i * ldc + LANES) : (vec){};                                                           \
+        }                                                                                                                       \
+        for (int64_t l = 0; l < k; l++) {                                                                                       \
+            vec low = *(const vec *)(b + l * ldb), high = *(const vec *)(b + l * ldb + LANES);                                  \
+            _Pragma("GCC unroll 6") for (int i = 0; i < ROWS; i++) {                                                            \
+                float f = a[i * row + l * step];                                                                                \
+                left[i] += f * low;                                                                                             \
+                right[i] += f * high;                                                                                           \
+            }                                                                                                                   \
+        }                                                                                                                       \
+        _Pragma("GCC unroll 6") for (int i = 0; i < ROWS; i++) {                                                                \
+            *(vec *)(c + i * ldc) = left[i];                                                                                    \
+            *(vec *)(c + i * ldc + LANES) = right[i];                                                                           \
+        }                                                                                                                       \
+    }
+PRODUCT_TILE(6)
+PRODUCT_TILE(3)
+PRODUCT_TILE(1)
+
+static void product(const float *a, int64_t row, int64_t step, const float *b, int64_t ldb, int64_t m, int64_t k, int64_t n, float *c,
+                    int64_t ldc, int add) {
+    for (int64_t j = 0; j < n; j += 2 * LANES) {
+        int64_t i = 0;
+        for (; i + 6 <= m; i += 6) product_6(a + i * row, row, step, b + j, ldb, k, c + i * ldc + j, ldc, add);
+        for (; i + 3 <= m; i += 3) product_3(a + i * row, row, step, b + j, ldb, k, c + i * ldc + j, ldc, add);
+        for (; i < m; i++) product_1(a + i * row, row, step, b + j, ldb, k, c + i * ldc + j, ldc, add);
+    }
+}
+
+// One text's one head of a column block of `rows`: (length, size) as it lies, and turned to (size, wide) with zeros after `length`.
+static void plain(const void *rows, int is_bf16, int64_t start, int64_t stride, int64_t column, int64_t length, int64_t size, float *to) {
+    for (int64_t i = 0; i < length; i++) {
+        int64_t at = (start + i) * stride + column;
+        __builtin_prefetch((const char *)rows + (at + size) * (is_bf16 ? 2 : 4));  // the next head's
+        widen(rows, is_bf16, at, size, to + i * size);
+    }
+}
+
+static void turned(const float *from, int64_t length, int64_t size, int64_t wide, float *to) {
+    for (int64_t k = 0; k < size; k++) {
+        float *row = to + k * wide;
+        for (int64_t j = 0; j < length; j++) row[j] = from[j * size + k];
+        for (int64_t j = length; j < wide; j++) row[j] = 0;
+    }
+}
+
+static int64_t room(const Texts *t) {  // floats of one thread's scratch
+    int64_t wide = padded(t->longest);
+    return 6 * wide * t->size + 2 * BLOCK * wide + 4 * BLOCK * t->size;
+}
+
+static void forward_one(const Texts *t, int64_t text, int64_t head, const void *qkv, void *out, float *sums, float *scratch) {
+    int64_t length = t->lengths[text], start = t->starts[text], size = t->size, width = t->heads * size, wide = padded(length);
+    float *values = scratch, *keys = values + wide * size, *turn = keys + wide * size;
+    float *scores = turn + wide * size, *queries = scores + BLOCK * wide, *made = queries + BLOCK * size;
+    float scale = 1.0f / sqrtf((float)size), totals[BLOCK], beyond[2 * LANES];
+    for (int64_t l = 0; l < 2 * LANES; l++) beyond[l] = wide - 2 * LANES + l < length ? 0 : -INFINITY;
+    plain(qkv, t->is_bf16, start, 3 * width, width + head * size, length, size, keys);
+    turned(keys, length, size, wide, turn);
+    plain(qkv, t->is_bf16, start, 3 * width, 2 * width + head * size, length, size, values);
+    for (int64_t first = 0; first < length; first += BLOCK) {
+        int64_t count = length - first < BLOCK ? length - first : BLOCK;
+        plain(qkv, t->is_bf16, start + first, 3 * width, head * size, count, size, queries);
+        for (int64_t i = 0; i < count * size; i++) queries[i] *= scale;
+        product(queries, size, 1, turn, wide, count, size, wide, scores, wide, 0);
+        for (int64_t i = 0; i < count; i++) {
+            float *row = scores + i * wide;
+            for (int64_t l = 0; l < 2 * LANES; l += LANES) *(vec *)(row + wide - 2 * LANES + l) += *(vec *)(beyond + l);
+            vec top = *(vec *)row, sum = {};
+            for (int64_t j = LANES; j < wide; j += LANES) top = most_of(*(vec *)(row + j), top);
+            float most = largest_of(top);
+            for (int64_t j = 0; j < wide; j += LANES) sum += *(vec *)(row + j) = exponential(*(vec *)(row + j) - most);
+            totals[i] = sum_of(sum);
+            sums[(start + first + i) * t->heads + head] = most + logf(totals[i]);
+        }
+        product(scores, wide, 1, values, size, count, length, size, made, size, 0);
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t k = 0; k < size; k += LANES) *(vec *)(made + i * size + k) /= totals[i];
+            narrow(made + i * size, t->is_bf16, out, (start + first + i) * width + head * size, size);
+        }
+    }
+}
+
+static void backward_one(const Texts *t, int64_t text, int64_t head, const void *grad, const void *qkv, const void *out,
+                         const float *sums, void *dqkv, float *scratch) {
+    int64_t length = t->lengths[text], start = t->starts[text], size = t->size, width = t->heads * size, wide = padded(length);
+    float *keys = scratch, *values = keys + wide * size, *turned_keys = values + wide * size, *turned_values = turned_keys + wide * size;
+    float *dkeys = turned_values + wide * size, *dvalues = dkeys + wide * size;
+    float *scores = dvalues + wide * size, *dscores = scores + BLOCK * wide;
+    float *queries = dscores + BLOCK * wide, *grads = queries + BLOCK * size, *made = grads + BLOCK * size, *dqueries = made + BLOCK * size;
+    float scale = 1.0f / sqrtf((float)size);
+    plain(qkv, t->is_bf16, start, 3 * width, width + head * size, length, size, keys);
+    plain(qkv, t->is_bf16, start, 3 * width, 2 * width + head * size, length, size, values);
+    turned(keys, length, size, wide, turned_keys);
+    turned(values, length, size, wide, turned_values);
+    memset(dkeys, 0, 2 * wide * size * sizeof(float));
+    for (int64_t first = 0; first < length; first += BLOCK) {
+        int64_t count = length - first < BLOCK ? length - first : BLOCK;
+        plain(qkv, t->is_bf16, start + first, 3 * width, head * size, count, size, queries);
+        plain(grad, t->is_bf16, start + first, width, head * size, count, size, grads);
+        plain(out, t->is_bf16, start + first, width, head * size, count, size, made);
+        for (int64_t i = 0; i < count * size; i++) queries[i] *= scale;
+        product(queries, size, 1, turned_keys, wide, count, size, wide, scores, wide, 0);
+        product(grads, size, 1, turned_values, wide, count, size, wide, dscores, wide, 0);
+        for (int64_t i = 0; i < count; i++) {
+            float *row = scores + i * wide, *drow = dscores + i * wide, total = sums[(start + first + i) * t->heads + head];
+            vec products = {};
+            for (int64_t k = 0; k < size; k += LANES) products += *(vec *)(grads + i * size + k) * *(vec *)(made + i * size + k);
+            float both = sum_of(products);
+            for (int64_t j = 0; j < wide; j += LANES) {
+                vec p = exponential(*(vec *)(row + j) - total);
+                *(vec *)(row + j) = p;
+                *(vec *)(drow + j) = p * (*(vec *)(drow + j) - both);
+            }
+        }
+        product(scores, 1, wide, grads, size, length, count, size, dvalues, size, 1);
+        product(dscores, 1, wide, queries, size, length, count, size, dkeys, size, 1);
+        product(dscores, wide, 1, keys, size, count, length, size, dqueries, size, 0);
+        for (int64_t i = 0; i < count * size; i++) dqueries[i] *= scale;
+        for (int64_t i = 0; i < count; i++)
+            narrow(dqueries + i * size, t->is_bf16, dqkv, (start + first + i) * 3 * width + head * size, size);
+    }
+    for (int64_t i = 0; i < length; i++) {
+        narrow(dkeys + i * size, t->is_bf16, dqkv, (start + i) * 3 * width + width + head * size, size);
+        narrow(dvalues + i * size, t->is_bf16, dqkv, (start + i) * 3 * width + 2 * width + head * size, size);
+    }
+}
+
+// qkv (T, 3 * width) -> out (T, width) and sums (T, heads): the logarithm of every query's sum of exponentials. 1: no memory, else 0.
+int attention(const Texts *t, const void *qkv, void *out, float *sums) {
+    int failed = 0;
+#pragma omp parallel num_threads(t->threads)
+    {
+        float *scratch = aligned_alloc(64, (room(t) * sizeof(float) + 63) / 64 * 64);
+        if (!scratch) failed = 1;
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t piece = 0; piece < t->texts * t->heads; piece++)
+            if (scratch) forward_one(t, t->texts - 1 - piece / t->heads, piece % t->heads, qkv, out, sums, scratch);
+        free(scratch);
+    }
+    return failed;
+}
+
+// What forward got and made, and grad (T, width) -> dqkv (T, 3 * width). 1: no memory, else 0.
+int attention_backward(const Texts *t, const void *qkv, const void *out, const float *sums, const void *grad, void *dqkv) {
+    int failed = 0;
+#pragma omp parallel num_threads(t->threads)
+    {
+        float *scratch = aligned_alloc(64, (room(t) * sizeof(float) + 63) / 64 * 64);
+        if (!scratch) failed = 1;
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t piece = 0; piece < t->texts * t->heads; piece++)
+            if (scratch) backward_one(t, t->texts - 1 - piece / t->heads, piece % t->heads, grad, qkv, out, sums, dqkv, scratch);
+        free(scratch);
+    }
+    return failed;
+}
