@@ -103,6 +103,7 @@ BLOCKS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "retrieval-text": ("README.md", "retrieval_*.json", training.retrieval_text),
     "speed-table": ("README.md", "train_embed_*.json", training.speed_tables),
     "speed-text": ("README.md", "train_embed_*.json", training.speed_text),
+    "attention-text": ("README.md", "packed_attention.json", training.attention_text),
     "plan-text": ("README.md", "plan.json", training.plan_text),
     "tasks-table": ("README.md", "lm_tasks.json", training.tasks_table),
     "tasks-text": ("README.md", "lm_tasks.json", training.tasks_text),

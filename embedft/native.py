@@ -21,14 +21,19 @@ def library(source: Path, *, off: str) -> ctypes.CDLL | None:
     return None if os.environ.get(off) == "0" else _library(source)
 
 
+def compiler() -> str | None:
+    """$CC, or what there is."""
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
 @functools.cache
 def _library(source: Path) -> ctypes.CDLL | None:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    found = compiler()
+    if found is None:
         _log.info("%s: no C compiler, so torch computes it", source.stem)
         return None
     try:
-        return ctypes.CDLL(str(_compiled(source, compiler)))
+        return ctypes.CDLL(str(_compiled(source, found)))
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("%s: not built (%s), so torch computes it", source.stem, error)
         return None

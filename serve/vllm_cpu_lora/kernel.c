@@ -14,15 +14,15 @@
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint16_t bf16;
 
-// One projection. A is (slots, rank, slices, in): element (s, j, i, k) at a + s*a_slot + j*a_rank + i*a_slice + k.
-// B of slice i is (slots, max_rank, out_i), so that its rows run along the output.
+// One projection. A of a slot is (rank, slices, in): element (j, i, k) at a[slot] + j*a_rank + i*a_slice + k; no A: inputs are shrunk
+// already. B of slice i and a slot is (rank, out_i), so that its rows run along the output, at b[i*slots + slot].
 typedef struct {
-    const void *a;
-    int64_t a_slot, a_rank, a_slice, in;
+    const void *const *a;
+    int64_t a_rank, a_slice, in;
     const void *const *b;
     const int64_t *outs, *offsets;
     const int32_t *ranks;
-    int64_t slices, max_rank;
+    int64_t slices, slots;
     int32_t is_bf16;
 } Projection;
 
@@ -122,10 +122,10 @@ static void chunk_fp32(const Projection *p, const float *x, int64_t ldx, float *
     int64_t rank = p->ranks[slot];
     for (int64_t r = 0; r < count; r++) from[r] = x + (int64_t)rows[r] * ldx;
     for (int64_t i = 0; i < p->slices; i++) {
-        const float *b = (const float *)p->b[i] + slot * p->max_rank * p->outs[i];
+        const float *b = (const float *)p->b[i * p->slots + slot];
         for (int64_t r = 0; r < count; r++) to[r] = y + (int64_t)rows[r] * ldy + p->offsets[i];
         if (p->a)
-            shrink(from, count, (const float *)p->a + slot * p->a_slot + i * p->a_slice, p->a_rank, p->in, h, rank);
+            shrink(from, count, (const float *)p->a[slot] + i * p->a_slice, p->a_rank, p->in, h, rank);
         else
             for (int64_t r = 0; r < count; r++) memcpy(h + r * rank, from[r], rank * sizeof(float));
         expand(to, count, h, rank, b, p->outs[i]);
@@ -253,12 +253,12 @@ static void chunk_bf16(const Projection *p, const bf16 *x, int64_t ldx, bf16 *y,
     for (int64_t i = 0; i < p->slices; i++) {
         for (int64_t r = 0; r < count; r++) to[r] = y + (int64_t)rows[r] * ldy + p->offsets[i];
         if (p->a) {
-            shrink_pairs(from, count, (const bf16 *)p->a + slot * p->a_slot + i * p->a_slice, p->a_rank, p->in, h, rank);
+            shrink_pairs(from, count, (const bf16 *)p->a[slot] + i * p->a_slice, p->a_rank, p->in, h, rank);
             for (int64_t r = 0; r < count; r++)
                 for (int64_t j = 0; j < rank; j++) narrowed[r * even + j] = narrow(h[r * rank + j]);
         } else
             for (int64_t r = 0; r < count; r++) memcpy(narrowed + r * even, from[r], rank * sizeof(bf16));
-        expand_pairs(to, count, (const int32_t *)narrowed, rank, (const bf16 *)p->b[i] + slot * p->max_rank * p->outs[i], p->outs[i]);
+        expand_pairs(to, count, (const int32_t *)narrowed, rank, (const bf16 *)p->b[i * p->slots + slot], p->outs[i]);
     }
 }
 #else
@@ -285,9 +285,9 @@ static void chunk_bf16(const Projection *p, const bf16 *x, int64_t ldx, bf16 *y,
     }
     for (int64_t i = 0; i < p->slices; i++) {
         int64_t out = p->outs[i];
-        const bf16 *b = (const bf16 *)p->b[i] + slot * p->max_rank * out;
+        const bf16 *b = (const bf16 *)p->b[i * p->slots + slot];
         if (p->a) {
-            const bf16 *a = (const bf16 *)p->a + slot * p->a_slot + i * p->a_slice;
+            const bf16 *a = (const bf16 *)p->a[slot] + i * p->a_slice;
             for (int64_t j = 0; j < rank; j++) widen_all(weights + j * in, a + j * p->a_rank, in);
             shrink(from, count, weights, in, in, h, rank);
         } else

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serve.vllm_cpu_lora import native
+from serve.vllm_cpu_lora.native import Projection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,21 +33,21 @@ def add(y: "Tensor", x: "Tensor", slots: "Slots", plan: "Plan") -> None:
         return
     if min(len(x), len(y)) < plan.tokens:
         raise ValueError(f"a LoRA layer got {len(x)} rows, but the batch has {plan.tokens} tokens")
-    if not _add_natively(y, x, slots, plan):
+    if not add_natively(y, x, slots.projection, slots.b[0], plan):
         by_torch(y, x, slots, plan)
 
 
-def _add_natively(y: "Tensor", x: "Tensor", slots: "Slots", plan: "Plan") -> bool:
+def add_natively(y: "Tensor", x: "Tensor", projection: Projection, weights: "Tensor", plan: "Plan") -> bool:
+    """The same by the compiled kernel, False where it cannot or torch is faster. `weights`: any of the projection's."""
     import torch
 
-    weights = slots.b[0]
     if weights.dtype == torch.bfloat16 and len(plan.rows) >= SHORT_GROUP * len(plan.segments) and has_matrix_units():
         return False
     usable = weights.is_contiguous() and x.dtype == y.dtype == weights.dtype and weights.dtype in (torch.float32, torch.bfloat16)
     if not usable or y.stride(1) != 1 or (library := native.library()) is None:
         return False
     x = x if x.stride(1) == 1 else x.contiguous()
-    if library.lora_add(slots.projection, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), *plan.addresses):
+    if library.lora_add(projection, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), *plan.addresses):
         raise MemoryError("no memory for a LoRA product")
     return True
 

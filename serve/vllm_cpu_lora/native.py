@@ -15,7 +15,6 @@ class Projection(ctypes.Structure):
 
     _fields_ = (
         ("a", ctypes.c_void_p),
-        ("a_slot", ctypes.c_int64),
         ("a_rank", ctypes.c_int64),
         ("a_slice", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
@@ -24,7 +23,7 @@ class Projection(ctypes.Structure):
         ("offsets", ctypes.c_void_p),
         ("ranks", ctypes.c_void_p),
         ("slices", ctypes.c_int64),
-        ("max_rank", ctypes.c_int64),
+        ("slots", ctypes.c_int64),
         ("is_bf16", ctypes.c_int32),
     )
 

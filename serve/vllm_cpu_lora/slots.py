@@ -4,7 +4,6 @@ A of all slices lies together, (slots, rank, slices, in), so that they shrink in
 it is read along the output. vLLM writes through views of its own shape; rows past an adapter's rank are zero and never read.
 """
 
-import ctypes
 import weakref
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,6 @@ class Slots:
         self.ranks = np.zeros(count, dtype=np.int32)
         self.outs = np.array([part.shape[2] for part in b], dtype=np.int64)
         self.offsets = np.concatenate(([0], np.cumsum(self.outs)[:-1]))
-        self._b_pointers = (ctypes.c_void_p * len(b))(*(part.data_ptr() for part in b))
         self.projection = self._projection()
 
     @classmethod
@@ -67,14 +65,21 @@ class Slots:
         return any(self.ranks[segment.slot] for segment in plan.segments)
 
     def _projection(self) -> Projection:
-        a, b = self.a, self.b[0]
-        strides = (a.stride(0), a.stride(1), a.stride(2), a.shape[3]) if a is not None else (0, 0, 0, 0)
         import torch
 
+        a, count = self.a, len(self.ranks)
+        self._a_pointers = _of_slots(a) if a is not None else None
+        self._b_pointers = np.concatenate([_of_slots(part) for part in self.b])
+        strides = (a.stride(1), a.stride(2), a.shape[3]) if a is not None else (0, 0, 0)
         return Projection(
-            a.data_ptr() if a is not None else None, *strides, ctypes.addressof(self._b_pointers), self.outs.ctypes.data,
-            self.offsets.ctypes.data, self.ranks.ctypes.data, len(self.b), self.max_rank, b.dtype == torch.bfloat16,
+            self._a_pointers.ctypes.data if self._a_pointers is not None else None, *strides, self._b_pointers.ctypes.data,
+            self.outs.ctypes.data, self.offsets.ctypes.data, self.ranks.ctypes.data, len(self.b), count, self.b[0].dtype == torch.bfloat16,
         )  # fmt: skip
+
+
+def _of_slots(stacked: "Tensor") -> "np.ndarray":
+    """Where each slot's weights begin."""
+    return stacked.data_ptr() + np.arange(len(stacked), dtype=np.int64) * stacked.stride(0) * stacked.element_size()
 
 
 # By the address of the first tensor that vLLM hands to its operations: those know neither layer nor adapter.

@@ -157,4 +157,5 @@ def test_the_doctor_finds_this_machine_well(capsys: pytest.CaptureFixture[str]) 
     assert checks["torch"]["ok"] is True
     assert checks["bf16 matmul"]["ok"] is True
     assert checks["NF4"]["ok"] is True
+    assert checks["C compiler"]["ok"] is True
     assert all(check["mend"] for check in checks.values() if check["ok"] is False)

@@ -1,11 +1,12 @@
-"""One base in memory and the adapters on it. Called by one thread only; knows no request.
+"""One base in memory and the adapters on it. Knows no request. But for `read`, it is called by one thread only.
 
-Plain LoRA adapters sit on one model and mix row by row. Virtual tokens of a language model are keys and values in front of a row's
-own, so they mix with those. Every other method has a model of its own: other modules, the same weights, a batch apart.
+Plain LoRA adapters sit on one model and mix row by row (mixed.py). Virtual tokens of a language model are keys and values in front of
+a row's own, so they mix with those. Every other method has a model of its own: other modules, the same weights, a batch apart.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +21,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from embedft.base import Base
+    from serve.engines.peft.mixed import MixedLinear, Pair
 
 HARMLESS_INITS = ("gaussian", "eva", "orthogonal")  # PiSSA, OLoRA, LoftQ and CorDA subtract what they start from
-BASE = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
+ADAPTER = "adapter"  # its name inside PEFT
 Group = str | None  # None: rows that mix; else the name of an adapter that runs apart
 
 
 class AdapterBank:
-    """`model` is the base itself while no plain LoRA is loaded, else the PeftModel around it."""
+    """`model` is the base, with whatever plain LoRA its rows are asked to have."""
 
     def __init__(self, base: "Base") -> None:
+        from serve.engines.peft.mixed import Mix, Mixed
+
         self.base = base
-        self.model: Any = base.model
-        self._bare: Any = sharing_copy(base.model)  # never adapted: what models apart are copied from
-        self._slots: dict[str, str] = {}  # adapter's name → its name inside PEFT, where a dot is not allowed
+        self._bare: Any = sharing_copy(base.model)  # never adapted: what others are copied from
+        self._mix = Mix()
+        self.model: Any = Mixed(base.model, self._mix)
+        self._slots: dict[str, int] = {}  # of those that mix
+        self._layers: dict[str, MixedLinear] = {}
         self._prefixes: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._apart: dict[str, Any] = {}
-        self._next = 0
         self.threads = Threads(_threads(base))
 
     @property
@@ -45,29 +50,38 @@ class AdapterBank:
 
     def load(self, name: str, folder: Path) -> None:
         """Put the adapter of `folder` on the base. All or nothing. Raises AdapterExists, AdapterInvalid."""
-        self.put(name, read(name, folder))
+        self.put(name, self.read(name, folder))
 
-    def put(self, name: str, content: "Content") -> None:
-        """The same with what `read` gave, which any thread may call."""
-        if name in self.names:
-            raise AdapterExists(f"adapter {name!r} is already loaded: unload it first, or load it under another name")
+    def read(self, name: str, folder: Path) -> "Content":
+        """What `put` takes. Any thread may call it while others use the base: this is what takes time. Raises AdapterInvalid."""
         try:
-            if content.tensors is not None:
-                self._mix(name, content.config, content.tensors)
-            elif content.config.is_prompt_learning and content.config.task_type == "CAUSAL_LM":
-                self._prefixes[name] = key_values(load_adapter(sharing_copy(self._bare), content.folder))
-            else:
-                self._apart[name] = load_adapter(sharing_copy(self._bare), content.folder)
+            return _read(name, folder, self._bare)
         except AdapterInvalid as error:
             raise AdapterInvalid(name, error.reason) from error
         except Exception as error:
             raise AdapterInvalid(name, str(error).splitlines()[0][:300]) from error
 
+    def put(self, name: str, content: "Content") -> None:
+        """The same with what `read` gave. Raises AdapterExists."""
+        if name in self.names:
+            raise AdapterExists(f"adapter {name!r} is already loaded: unload it first, or load it under another name")
+        if content.pairs is not None:
+            slot = next(slot for slot in count() if slot not in self._slots.values())
+            for module, pair in content.pairs.items():
+                self._layer(module).put(slot, pair)
+            self._slots[name] = slot
+        elif content.prefix is not None:
+            self._prefixes[name] = content.prefix
+        else:
+            self._apart[name] = content.model
+
     def unload(self, name: str) -> None:
         """Take it off and free its tensors. Raises AdapterNotFound."""
         self._known(name)
         if name in self._slots:
-            self._detach(self._slots.pop(name))
+            slot = self._slots.pop(name)
+            for layer in self._layers.values():
+                layer.drop(slot)
         self._prefixes.pop(name, None)
         self._apart.pop(name, None)
 
@@ -85,7 +99,7 @@ class AdapterBank:
         groups = {self.group(name) for name in names}
         if not self._slots or groups != {None}:
             return {}
-        return {"adapter_names": [self._slots.get(name, BASE) if name else BASE for name in names]}
+        return {"slots": [self._slots.get(name, -1) if name else -1 for name in names]}
 
     def prefix(self, name: str | None) -> "list[tuple[Tensor, Tensor]] | None":
         """Keys and values, each (heads, tokens, size), a layer: what stands before a row of this adapter."""
@@ -95,61 +109,33 @@ class AdapterBank:
         if name not in self.names:
             raise AdapterNotFound(name, self.names)
 
-    def _mix(self, name: str, config: Any, tensors: dict[str, Any]) -> None:
-        config.base_model_name_or_path = self.base.model.name_or_path  # else PEFT warns that it differs
-        slot = f"a{self._next}"
-        self._next += 1
-        try:
-            self._attach(slot, config)
-            self._fill(slot, name, tensors)
-        except Exception:
-            self._detach(slot)
-            raise
-        self._slots[name] = slot
+    def _layer(self, name: str) -> "MixedLinear":
+        """The base's linear layer of this name, once it is adapted."""
+        from serve.engines.peft.mixed import MixedLinear
 
-    def _attach(self, slot: str, config: Any) -> None:
-        from peft import get_peft_model
-
-        if self.model is self.base.model:
-            self.model = get_peft_model(self.base.model, config, adapter_name=slot)
-        else:
-            self.model.add_adapter(slot, config)
-        self.model.eval()
-        self.model.requires_grad_(False)
-
-    def _fill(self, slot: str, name: str, tensors: dict[str, Any]) -> None:
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-        wanted = get_peft_model_state_dict(self.model, adapter_name=slot, save_embedding_layers=False)
-        for key in sorted(set(wanted) | set(tensors)):
-            shapes = [tuple(found[key].shape) if key in found else "none" for found in (wanted, tensors)]
-            if shapes[0] != shapes[1]:
-                raise AdapterInvalid(name, f"tensor {key}: the base expects {shapes[0]}, the file has {shapes[1]}")
-        set_peft_model_state_dict(self.model, tensors, adapter_name=slot)
-
-    def _detach(self, slot: str) -> None:
-        if self.model is self.base.model or slot not in self.model.peft_config:
-            return
-        if len(self.model.peft_config) > 1:
-            self.model.delete_adapter(slot)
-            return
-        self.model.unload()  # the last one: the base's own layers come back
-        self.model = self.base.model
+        if name not in self._layers:
+            parent, _, child = name.rpartition(".")
+            owner = self.base.model.get_submodule(parent)
+            self._layers[name] = MixedLinear(getattr(owner, child), self._mix)
+            setattr(owner, child, self._layers[name])
+        return self._layers[name]
 
 
 @dataclass(frozen=True)
 class Content:
-    """What an adapter's folder holds. `tensors` of plain LoRA only: what mixes row by row."""
+    """What an adapter's folder holds: `pairs` by layer of one that mixes, a `prefix`, or a `model` of its own."""
 
-    folder: Path
-    config: Any
-    tensors: dict[str, Any] | None
+    pairs: "dict[str, Pair] | None" = None
+    prefix: "list[tuple[Tensor, Tensor]] | None" = None
+    model: Any = None
 
 
-def read(name: str, folder: Path) -> Content:
+def _read(name: str, folder: Path, bare: Any) -> Content:
     """AdapterInvalid for a method that is not in the table, or one that would write to the base."""
     from peft import PeftConfig
     from safetensors.torch import load_file
+
+    from serve.engines.peft.mixed import pairs_of
 
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise AdapterInvalid(name, f"its folder lacks {CONFIG} or {WEIGHTS}")
@@ -165,10 +151,31 @@ def read(name: str, folder: Path) -> Content:
     if not isinstance(start, bool) and start not in HARMLESS_INITS:
         raise AdapterInvalid(name, f"{start} starts from a changed base, which other rows would see: convert it to LoRA")
     config.inference_mode = True
+    if config.is_prompt_learning and config.task_type == "CAUSAL_LM":
+        return Content(prefix=key_values(load_adapter(sharing_copy(bare), folder)))
     if config.peft_type.value != "LORA" or config.use_dora or config.modules_to_save:
-        return Content(folder, config, None)
+        return Content(model=load_adapter(sharing_copy(bare), folder))
     config.init_lora_weights = True  # drawn cheaply, then overwritten; PiSSA and its like would rewrite base tensors
-    return Content(folder, config, load_file(str(folder / WEIGHTS)))
+    model = _filled(name, sharing_copy(bare), config, load_file(str(folder / WEIGHTS)))
+    pairs = pairs_of(model, ADAPTER, bare.dtype)
+    return Content(model=model) if pairs is None else Content(pairs=pairs)
+
+
+def _filled(name: str, base: Any, config: Any, tensors: dict[str, Any]) -> Any:
+    """The PeftModel of plain LoRA with these weights; AdapterInvalid where they are of another base."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config.base_model_name_or_path = base.name_or_path  # else PEFT warns that it differs
+    model: Any = get_peft_model(base, config, adapter_name=ADAPTER)
+    wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    for key in sorted(set(wanted) | set(tensors)):
+        shapes = [tuple(found[key].shape) if key in found else "none" for found in (wanted, tensors)]
+        if shapes[0] != shapes[1]:
+            raise AdapterInvalid(name, f"tensor {key}: the base expects {shapes[0]}, the file has {shapes[1]}")
+    set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
+    model.eval()
+    model.requires_grad_(False)
+    return model
 
 
 def _threads(base: "Base") -> int:

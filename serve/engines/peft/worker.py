@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.errors import AdapterError, EngineBusy, EngineFailed, InputInvalid
-from serve.engines.peft.bank import AdapterBank, Group, read
+from serve.engines.peft.bank import AdapterBank, Group
 from serve.engines.peft.batch import NOT_FINITE, Batch, Row, Step
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Worker:
         return self._names
 
     async def load(self, name: str, folder: Path) -> None:
-        content = await asyncio.to_thread(read, name, folder)  # the disk's time is not the model's
+        content = await asyncio.to_thread(self.bank.read, name, folder)  # the model goes on meanwhile
         await self._call(lambda: self.bank.put(name, content))
 
     async def unload(self, name: str) -> None:
@@ -147,8 +147,6 @@ class Worker:
             else:
                 item.done(self._outcome(item.function))
                 self._names = tuple(self.bank.names)
-                if self.encoder is not None:
-                    self.encoder.model = self.bank.model  # and so lets go of what was unloaded
 
     def _queue(self, row: Row) -> None:
         try:
