@@ -53,13 +53,14 @@ static inline float largest_of(vec v) {
     return left > right ? left : right;
 }
 
-static inline vec exponential(vec x) {  // of x <= 0; 2 ulp
+static inline vec exponential(vec x) {  // of x <= 0, to 2 ulp; NaN stays NaN
+    ivec number = x == x;
     x = most_of((vec){} - 87.0f, x);
     vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec y = ((((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r +
               5.0000001201e-1f) * r) * r + r + 1.0f;
-    return (vec)((ivec)y + (((ivec)shifted) << 23));
+    return (vec)((number & ((ivec)y + ((ivec)shifted << 23))) | (~number & (ivec)x));
 }
 
 static inline void widen(const void *rows, int is_bf16, int64_t at, int64_t n, float *to) {

@@ -97,12 +97,13 @@ def test_scores_of_any_size_and_numbers_that_are_none() -> None:
     exact, dexact = textbook(qkv, grad, [(2, 20)], 2)
     assert off_by(made, exact) <= 1e-4
     assert off_by(dqkv, dexact) <= 1e-3
-    qkv[3, 5] = torch.nan
-    made, dqkv = both(qkv, grad, [(2, 20)], 2)
-    assert made[3, :32].isnan().all()  # the first text's first head
-    assert dqkv[:20, :32].isnan().any()
-    assert not made[20:].isnan().any()
-    assert not dqkv[20:].isnan().any()
+    for nan in (0x7FC00000, 0x7F8001FF, -0x00000155):  # as hardware makes it, and of other bits
+        qkv[3, 5] = torch.tensor(nan, dtype=torch.int32).view(torch.float32)
+        made, dqkv = both(qkv, grad, [(2, 20)], 2)
+        assert made[3, :32].isnan().all()  # the first text's first head
+        assert dqkv[:20, :32].isnan().any()
+        assert not made[20:].isnan().any()
+        assert not dqkv[20:].isnan().any()
 
 
 def test_what_the_compiled_way_cannot_do_torch_does(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
