@@ -45,7 +45,7 @@ def main() -> None:
 def measured(longest: int, dtype: Any, *, turns: int) -> dict[str, Any]:
     import torch
 
-    from embedft.training import attention
+    from embedft import attention
 
     lengths = sorted([QUERY] * TEXTS + [longest - place % max(longest // 4, 1) for place in range(TEXTS)])
     groups = [(lengths.count(length), length) for length in sorted(set(lengths))]

@@ -97,26 +97,43 @@ class Encoder:
         """(n,) texts → (n, dimensions) float32, in input order."""
         return self.encode_ids(self.preparer.prepare(texts, input_type).ids, batch_size=batch_size)
 
-    def encode_ids(self, ids: Sequence[Sequence[int]], *, batch_size: int = 64, **forward: Any) -> "np.ndarray":
-        """Token ids → (n, dimensions) float32, in input order. `forward` goes to the model (PEFT's adapter_names)."""
+    def encode_ids(self, ids: Sequence[Sequence[int]], *, batch_size: int = 64, slots: Sequence[int] | None = None) -> "np.ndarray":
+        """Token ids → (n, dimensions) float32, in input order. `slots`: one for each text, for a model that knows such."""
         import numpy as np
         import torch
 
-        order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+        from embedft import unpadded
+
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         vectors: list[Tensor] = []
-        device = next(self.model.parameters()).device
+        run = self._unpadded if unpadded.usable(self.model) else self._padded
         with _evaluating(self.model), torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                input_ids, mask = pad([ids[row] for row in rows])
-                extra = {key: [value[row] for row in rows] for key, value in forward.items()}
-                hidden = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), **extra).last_hidden_state
-                vectors.append(finish(pool(hidden, mask.to(device), self.settings.pooling), self.settings).cpu())
+                found = run([ids[row] for row in rows], None if slots is None else [slots[row] for row in rows])
+                vectors.append(finish(found, self.settings).cpu())
         if not vectors:
             return np.zeros((0, 0), dtype=np.float32)
         result = torch.empty_like(torch.cat(vectors))
         result[order] = torch.cat(vectors)
         return result.numpy()
+
+    def _padded(self, ids: Sequence[Sequence[int]], slots: Sequence[int] | None) -> "Tensor":
+        """Any model on any device; texts of like lengths → (n, d) float32."""
+        device = next(self.model.parameters()).device
+        input_ids, mask = (part.to(device) for part in pad(ids))
+        named: dict[str, Any] = {} if slots is None else {"slots": slots}
+        return pool(self.model(input_ids=input_ids, attention_mask=mask, **named).last_hidden_state, mask, self.settings.pooling)
+
+    def _unpadded(self, ids: Sequence[Sequence[int]], slots: Sequence[int] | None) -> "Tensor":
+        """The same, the shortest text first, where the model can do without padding."""
+        from embedft import unpadded
+
+        named: dict[str, Any] = {}
+        if slots is not None:
+            rest = unpadded.filling(ids, unpadded.inner(self.model).dtype)
+            named = {"slots": [slot for row, slot in zip(ids, slots, strict=True) for _ in row] + [-1] * rest}
+        return unpadded.pooled(*unpadded.run(self.model, ids, **named), self.settings.pooling)
 
 
 def pad(ids: Sequence[Sequence[int]]) -> "tuple[Tensor, Tensor]":

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedft.training.flash import flash, flash_backward
+from embedft.attention import flash, flash_backward
 
 SHORT = 192  # tokens; from there on the bf16 kernel is no slower
 

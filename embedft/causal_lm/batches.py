@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Sampler
 
 from embedft.causal_lm.template import IGNORED, Example
-from embedft.training.shapes import rounded
+from embedft.shapes import rounded
 
 SHAPES = 8  # lengths of a batch between one power of two and the next, in bf16
 

@@ -8,8 +8,8 @@ from embedft.causal_lm.template import template_of
 from embedft.model_folder import lengths, read_json
 from embedft.plan import Batch
 from embedft.recipe import CausalLMRecipe
+from embedft.shapes import rounded
 from embedft.training.arguments import steps_an_epoch, total_steps
-from embedft.training.shapes import rounded
 
 
 def largest_batch(recipe: CausalLMRecipe) -> Batch:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embedft.attention import Groups
 from embedft.embedding.packed_ops import Layer, Norm, Projection
 from embedft.encode import EncodeSettings, finish
-from embedft.training.attention import Groups, rows_of
-from embedft.training.shapes import rounded
+from embedft.shapes import rounded
+from embedft.unpadded import FAMILIES, SHAPES, groups_of, pooled
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 _PARTS = (
     "attention.self.query",
     "attention.self.key",
@@ -46,9 +46,6 @@ def unpackable(model: Any) -> str | None:
         return None if [*_layers(model)] else "it has no layers"
     except _Unknown as reason:
         return str(reason)
-
-
-SHAPES = 32  # tokens of a batch, all its texts together, between one power of two and the next, in bf16
 
 
 class _Unknown(Exception):
@@ -123,18 +120,18 @@ class PackedEncoder:
     def encode(self, ids: Sequence[Sequence[int]], below: Sequence[Tensor] | None = None) -> Tensor:
         """`below`: the states of `lower` for each text, which saves the layers under the first adapted one."""
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        groups = _groups([len(ids[index]) for index in order])
+        groups = groups_of([len(ids[index]) for index in order])
         x = self._filled(torch.cat([below[index] for index in order])) if below else self._lower([ids[index] for index in order], groups)
         for layer in self.layers[self.first_adapted :]:
             x = layer(x, groups)
-        vectors = finish(self._pool(x, groups), self.settings)
+        vectors = finish(pooled(x, groups, self.settings.pooling), self.settings)
         return vectors[torch.tensor(_inverse(order))]
 
     def lower(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """The states that enter the first adapted layer: (length, d) for each text."""
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         lengths = [len(ids[index]) for index in order]
-        states = self._lower([ids[index] for index in order], _groups(lengths))[: sum(lengths)].split(lengths)
+        states = self._lower([ids[index] for index in order], groups_of(lengths))[: sum(lengths)].split(lengths)
         return [states[place] for place in _inverse(order)]
 
     def _lower(self, ids: Sequence[Sequence[int]], groups: Groups) -> Tensor:
@@ -154,23 +151,6 @@ class PackedEncoder:
         positions = torch.cat([torch.arange(len(row)) for row in ids]) + self._offset
         x = parts.word_embeddings(tokens) + parts.token_type_embeddings.weight[0]
         return parts.LayerNorm(x + parts.position_embeddings(positions))
-
-    def _pool(self, x: Tensor, groups: Groups) -> Tensor:
-        """(T, d) → (n, d) float32."""
-        pieces = rows_of(x, groups)
-        shaped = [piece.view(texts, length, -1) for (texts, length), piece in zip(groups, pieces, strict=True)]
-        if self.settings.pooling == "mean":
-            return torch.cat([piece.float().mean(1) for piece in shaped])
-        place = 0 if self.settings.pooling == "cls" else -1
-        return torch.cat([piece[:, place].float() for piece in shaped])
-
-
-def _groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Sorted lengths → (texts, length) of each run."""
-    counts: dict[int, int] = {}
-    for length in lengths:
-        counts[length] = counts.get(length, 0) + 1
-    return [(texts, length) for length, texts in counts.items()]
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

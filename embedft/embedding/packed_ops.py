@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedft.training.attention import Groups, attention, attention_backward
+from embedft.attention import Groups, attention, attention_backward
 
 
 class Projection:

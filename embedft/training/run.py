@@ -99,7 +99,7 @@ def _machine(task: str) -> dict[str, Any]:
     """Whatever decides, beside recipe, data and base, what a step computes."""
     import torch
 
-    from embedft.training.attention import kernels
+    from embedft.attention import kernels
 
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", str(compute_dtype()).removeprefix("torch.")
     found = {"torch": str(torch.__version__), **_versions(), "threads": torch.get_num_threads(), "device": device, "dtype": dtype}

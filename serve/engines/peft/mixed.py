@@ -21,7 +21,7 @@ FIRST_SLOTS = 8
 
 
 class Mix:
-    """Which adapter each row of this pass has, by its slot: -1 is the base."""
+    """Which adapter each row of this pass has, or each token, by its slot: -1 is the base."""
 
     def __init__(self) -> None:
         self._slots: np.ndarray | None = None
@@ -49,11 +49,15 @@ class Mix:
 
 
 class Mixed(nn.Module):
-    """A model whose linear layers may be MixedLinear: `slots` says with which adapter each row runs."""
+    """A model whose linear layers may be MixedLinear: `slots` says with which adapter each row runs, or each token of a single row."""
 
     def __init__(self, model: Any, mix: Mix) -> None:
         super().__init__()
         self.model, self._mix = model, mix
+
+    def get_base_model(self) -> Any:
+        """As a PeftModel has it."""
+        return self.model
 
     def forward(self, *args: Any, slots: Sequence[int] | None = None, **named: Any) -> Any:
         with self._mix.of(slots):
@@ -135,7 +139,7 @@ def pairs_of(model: Any, adapter: str, dtype: torch.dtype) -> dict[str, Pair] | 
 
     found: dict[str, Pair] = {}
     for name, module in model.base_model.model.named_modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer) or name.startswith("pooler."):  # whose output nobody reads
             continue
         layer: Any = module
         base = layer.get_base_layer()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedft.training.shapes import rounded
+from embedft.shapes import rounded
 
 
 @given(length=st.integers(1, 100_000), steps=st.sampled_from([4, 8, 32]))

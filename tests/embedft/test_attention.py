@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedft.training import attention
-from embedft.training.attention import Groups
+from embedft import attention
+from embedft.attention import Groups
 
 MIXED = [(3, 1), (2, 5), (4, 17), (2, 33), (1, 64), (1, 150)]
 

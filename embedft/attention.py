@@ -1,5 +1,5 @@
-"""Attention over packed rows on a CPU, forward and backward apart: attention.c where it compiles, else torch's flash kernels, a call for
-every length of text. Knows no model class.
+"""Attention on a CPU, forward and backward apart: over packed texts by attention.c where it compiles, else by torch's flash kernels, a call
+for every length of text. Knows no model class.
 
 torch's kernels are made for long rows: on texts of 15 to 64 tokens they take three times as long, and widths of bf16 are copied about them.
 """
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from embedft.native import library
-from embedft.training.flash import flash, flash_backward
+
+flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateUsage]
+_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # pyright: ignore[reportPrivateUsage]
 
 Groups = Sequence[tuple[int, int]]  # (texts, length) in the order of the rows; rows after the last group belong to no text
 SOURCE = Path(__file__).with_name("attention.c")
@@ -127,3 +129,11 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
         function.argtypes = [ctypes.c_void_p, *[ctypes.c_void_p] * tensors]
         function.restype = ctypes.c_int
     return loaded
+
+
+def flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, made: Tensor, sums: Tensor, *, causal: bool = False, **more: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in float32 whatever these are: in bf16 the kernel takes several times as long on short rows."""
+    wide = (tensor.float() for tensor in (grad, query, key, value, made, sums))
+    return _backward(*wide, 0.0, causal, **more)
