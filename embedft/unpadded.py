@@ -27,7 +27,8 @@ def usable(model: Any) -> bool:
         return False
     if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
         return False
-    if any(peft.is_prompt_learning for peft in getattr(model, "peft_config", {}).values()):
+    prompted = any(peft.is_prompt_learning for peft in getattr(model, "peft_config", {}).values())
+    if prompted and not getattr(model, "_adapters_disabled", False):
         return False
     return inner(model).device.type == "cpu" and attention.kernels() == "compiled" and _attends(inner(model))
 

@@ -95,6 +95,9 @@ def test_where_it_cannot_be_the_padded_forward_serves(tmp_path: Path, monkeypatc
     folder = tiny_encoder(tmp_path / "base", pooling="mean")
     made = encoder(folder, adapter={"method": "prompt_tuning", "r": 4})
     assert not unpadded.usable(made.model)
+    with made.model.disable_adapter():  # then it is the base, to the bit
+        assert unpadded.usable(made.model)
+        assert np.array_equal(made.encode(TEXTS), encoder(folder).encode(TEXTS))
     eager = load_base(BaseSpec(str(folder)), task="embedding").model
     eager.set_attn_implementation("eager")
     assert not unpadded.usable(eager)
