@@ -100,6 +100,17 @@ def test_more_adapters_than_there_was_room_for_and_places_that_became_free(folde
     assert torch.allclose(answered(bank, ["a6", "again"]), wanted, atol=1e-5)
 
 
+def test_an_adapter_of_few_layers_beside_many_of_all(folders: dict[str, Path]) -> None:
+    """Its place is beyond the tables of the layers that it leaves alone."""
+    bank = bank_of(folders)
+    bank.load("some alone", folders["some"])
+    wanted = answered(bank, ["some alone", None])
+    for number in range(FIRST_SLOTS - 1):
+        bank.load(f"a{number}", folders["odd"])
+    bank.load("some", folders["some"])
+    assert torch.allclose(answered(bank, ["some", None, "a0"])[:2], wanted, atol=1e-5)
+
+
 def test_what_is_unloaded_is_freed_and_the_base_is_the_base_again(folders: dict[str, Path]) -> None:
     bank = bank_of(folders)
     before = answered(bank, [None])

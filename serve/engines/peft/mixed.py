@@ -84,8 +84,7 @@ class MixedLinear(nn.Module):
 
     def put(self, slot: int, pair: Pair) -> None:
         """Both of one dtype, contiguous, on the layer's device."""
-        if slot >= len(self._ranks):
-            self._lay_out(max(2 * len(self._ranks), slot + 1))
+        self._make_room(slot)
         self._pairs[slot] = pair
         self._point(slot)
 
@@ -98,8 +97,10 @@ class MixedLinear(nn.Module):
         """(…, in) → (…, out)."""
         y = self.base_layer(x)
         plan = self._mix.plan(x.numel() // x.shape[-1]) if self._pairs else None
-        if plan is not None and any(self._ranks[segment.slot] for segment in plan.segments):
-            self._add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), plan)
+        if plan is not None:
+            self._make_room(plan.segments[-1].slot)
+            if any(self._ranks[segment.slot] for segment in plan.segments):
+                self._add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), plan)
         return y
 
     def _add(self, y: Tensor, x: Tensor, plan: Plan) -> None:
@@ -110,6 +111,11 @@ class MixedLinear(nn.Module):
             if (pair := self._pairs.get(segment.slot)) is not None:
                 rows = plan.row_tensor[segment.first : segment.last].to(y.device)
                 y.index_add_(0, rows, (x[rows].to(pair[0].dtype) @ pair[0].T @ pair[1]).to(y.dtype))
+
+    def _make_room(self, slot: int) -> None:
+        """The tables reach to `slot`, be it of an adapter that leaves this layer alone."""
+        if slot >= len(self._ranks):
+            self._lay_out(max(2 * len(self._ranks), slot + 1))
 
     def _lay_out(self, slots: int) -> None:
         """Tables with room for so many slots."""
