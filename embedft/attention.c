@@ -221,31 +221,23 @@ static void backward_one(const Texts *t, int64_t text, int64_t head, const void 
     }
 }
 
-// qkv (T, 3 * width) -> out (T, width) and sums (T, heads): the logarithm of every query's sum of exponentials. 1: no memory, else 0.
-int attention(const Texts *t, const void *qkv, void *out, float *sums) {
+// Without `grad`: qkv (T, 3 * width) -> out (T, width) and sums (T, heads), the logarithm of every query's sum of exponentials.
+// With it (T, width), and what was got and made then: dqkv (T, 3 * width). 1: no memory, else 0.
+int attention(const Texts *t, const void *qkv, void *out, float *sums, const void *grad, void *dqkv) {
     int failed = 0;
 #pragma omp parallel num_threads(t->threads)
     {
         float *scratch = aligned_alloc(64, (room(t) * sizeof(float) + 63) / 64 * 64);
-        if (!scratch) failed = 1;
+        if (!scratch) {
+#pragma omp atomic write
+            failed = 1;
+        }
 #pragma omp for schedule(dynamic, 4)
-        for (int64_t piece = 0; piece < t->texts * t->heads; piece++)
-            if (scratch) forward_one(t, t->texts - 1 - piece / t->heads, piece % t->heads, qkv, out, sums, scratch);
-        free(scratch);
-    }
-    return failed;
-}
-
-// What forward got and made, and grad (T, width) -> dqkv (T, 3 * width). 1: no memory, else 0.
-int attention_backward(const Texts *t, const void *qkv, const void *out, const float *sums, const void *grad, void *dqkv) {
-    int failed = 0;
-#pragma omp parallel num_threads(t->threads)
-    {
-        float *scratch = aligned_alloc(64, (room(t) * sizeof(float) + 63) / 64 * 64);
-        if (!scratch) failed = 1;
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t piece = 0; piece < t->texts * t->heads; piece++)
-            if (scratch) backward_one(t, t->texts - 1 - piece / t->heads, piece % t->heads, grad, qkv, out, sums, dqkv, scratch);
+        for (int64_t piece = 0; piece < t->texts * t->heads; piece++) {
+            int64_t text = t->texts - 1 - piece / t->heads, head = piece % t->heads;  // the longest are begun first
+            if (scratch && grad) backward_one(t, text, head, grad, qkv, out, sums, dqkv, scratch);
+            else if (scratch) forward_one(t, text, head, qkv, out, sums, scratch);
+        }
         free(scratch);
     }
     return failed;

@@ -41,7 +41,7 @@ def attention(qkv: Tensor, groups: Groups, heads: int) -> tuple[Tensor, Tensor]:
     made = _blank(qkv, groups, parts=3)
     if loaded is not None:
         sums = qkv.new_empty(len(qkv), heads, dtype=torch.float32)
-        _compute(loaded.attention, groups, heads, qkv, made, sums)
+        _compute(loaded, groups, heads, qkv, made, sums)
         return made, sums
     totals: list[Tensor] = []
     for (q, k, v), (out,) in zip(_heads(qkv, groups, heads, 3), _heads(made, groups, heads, 1), strict=True):
@@ -56,7 +56,7 @@ def attention_backward(grad: Tensor, qkv: Tensor, made: Tensor, sums: Tensor, gr
     loaded = _loaded(qkv, heads)
     dqkv = _blank(qkv, groups)
     if loaded is not None:
-        _compute(loaded.attention_backward, groups, heads, qkv, made, sums, grad.contiguous(), dqkv)
+        _compute(loaded, groups, heads, qkv, made, sums, grad.contiguous(), dqkv)
         return dqkv
     totals = sums.split([texts * heads * length for texts, length in groups])
     views = zip(*(_heads(t, groups, heads, n) for t, n in ((qkv, 3), (made, 1), (grad, 1), (dqkv, 3))), strict=True)
@@ -97,8 +97,9 @@ class _Texts(ctypes.Structure):
     )
 
 
-def _compute(function: Any, groups: Groups, heads: int, qkv: Tensor, *tensors: Tensor) -> None:
-    """`function` of attention.c over these tensors. Those without data, by which memory is planned, it leaves alone."""
+def _compute(loaded: ctypes.CDLL, groups: Groups, heads: int, qkv: Tensor, *tensors: Tensor) -> None:
+    """attention.c over these tensors: made and sums, or with the gradient and where to put its own. Those without data, by which memory
+    is planned, it leaves alone."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     if isinstance(qkv, FakeTensor):
@@ -108,7 +109,8 @@ def _compute(function: Any, groups: Groups, heads: int, qkv: Tensor, *tensors: T
     size, longest = qkv.shape[1] // (3 * heads), max(length for _, length in groups)
     about = (len(lengths), longest, heads, size, int(qkv.dtype == torch.bfloat16), torch.get_num_threads())
     texts = _Texts(starts.data_ptr(), lengths.data_ptr(), *about)
-    if function(ctypes.byref(texts), *(tensor.data_ptr() for tensor in (qkv, *tensors))):
+    addresses = [tensor.data_ptr() for tensor in (qkv, *tensors)]
+    if loaded.attention(ctypes.byref(texts), *addresses, *[None] * (5 - len(addresses))):
         raise MemoryError("no memory for attention over packed rows")
 
 
@@ -125,9 +127,8 @@ def _compiled() -> ctypes.CDLL | None:
 
 @functools.cache
 def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    for function, tensors in ((loaded.attention, 3), (loaded.attention_backward, 5)):
-        function.argtypes = [ctypes.c_void_p, *[ctypes.c_void_p] * tensors]
-        function.restype = ctypes.c_int
+    loaded.attention.argtypes = [ctypes.POINTER(_Texts), *[ctypes.c_void_p] * 5]
+    loaded.attention.restype = ctypes.c_int
     return loaded
 
 

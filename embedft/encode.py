@@ -129,11 +129,7 @@ class Encoder:
         """The same, the shortest text first, where the model can do without padding."""
         from embedft import unpadded
 
-        named: dict[str, Any] = {}
-        if slots is not None:
-            rest = unpadded.filling(ids, unpadded.inner(self.model).dtype)
-            named = {"slots": [slot for row, slot in zip(ids, slots, strict=True) for _ in row] + [-1] * rest}
-        return unpadded.pooled(*unpadded.run(self.model, ids, **named), self.settings.pooling)
+        return unpadded.pooled(*unpadded.run(self.model, ids, slots), self.settings.pooling)
 
 
 def pad(ids: Sequence[Sequence[int]]) -> "tuple[Tensor, Tensor]":

@@ -14,18 +14,18 @@ _AFTER = 64 << 20
 def steady() -> Generator[None]:
     """Inside, glibc keeps what is freed, where it would give it back and get it anew, page by page, in every step; and the garbage
     collector leaves alone what was there before, which is every library's. Elsewhere than on glibc only the second.
-    One inside another does nothing."""
-    if gc.get_freeze_count():
-        yield
-        return
+    What others froze stays frozen."""
+    frozen = gc.get_freeze_count()
     _glibc(_MAP, _LARGEST)
     _glibc(_TRIM, _MOST)
-    gc.freeze()
+    if not frozen:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
-        _glibc(_TRIM, _AFTER)
+        if not frozen:
+            gc.unfreeze()
+            _glibc(_TRIM, _AFTER)
 
 
 def _glibc(option: int, value: int) -> None:

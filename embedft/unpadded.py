@@ -46,13 +46,16 @@ def groups_of(lengths: Sequence[int]) -> Groups:
     return [(texts, length) for length, texts in counts.items()]
 
 
-def run(model: Any, ids: Sequence[Sequence[int]], **named: Any) -> tuple[Tensor, Groups]:
-    """Texts' token ids, the shortest first → their last hidden states (T, d) and the groups they lie in. `named` goes to the model.
+def run(model: Any, ids: Sequence[Sequence[int]], slots: Sequence[int] | None = None) -> tuple[Tensor, Groups]:
+    """Texts' token ids, the shortest first → their last hidden states (T, d) and the groups they lie in.
 
-    In bf16 a few tokens of no text follow, so that there are few shapes of batches; their number is `filling`'s.
+    `slots`: one for each text, for a model that knows such. In bf16 a few tokens of no text follow, so that batches have few shapes.
     """
-    base = inner(model)
-    groups, rest = groups_of([len(row) for row in ids]), filling(ids, base.dtype)
+    base, total = inner(model), sum(map(len, ids))
+    groups, rest = groups_of([len(row) for row in ids]), rounded(total, base.dtype, steps=SHAPES) - total
+    named: dict[str, Any] = {}
+    if slots is not None:
+        named["slots"] = [slot for row, slot in zip(ids, slots, strict=True) for _ in row] + [-1] * rest
     offset = 0 if base.config.model_type == "bert" else base.embeddings.padding_idx + 1
     tokens = torch.tensor([[token for row in ids for token in row] + [0] * rest])
     positions = torch.tensor([[*(place + offset for row in ids for place in range(len(row))), *[offset] * rest]])
@@ -61,12 +64,6 @@ def run(model: Any, ids: Sequence[Sequence[int]], **named: Any) -> tuple[Tensor,
     if seen.layers != base.config.num_hidden_layers:
         raise RuntimeError(f"{seen.layers} of {base.config.num_hidden_layers} layers kept the texts apart: their vectors would be wrong")
     return hidden[0], groups
-
-
-def filling(ids: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
-    """How many tokens of no text `run` adds."""
-    total = sum(map(len, ids))
-    return rounded(total, dtype, steps=SHAPES) - total
 
 
 def pooled(x: Tensor, groups: Groups, how: str) -> Tensor:

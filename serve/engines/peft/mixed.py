@@ -121,8 +121,7 @@ class MixedLinear(nn.Module):
         """Tables with room for so many slots."""
         self._ranks = np.zeros(slots, dtype=np.int32)
         self._a, self._b = np.zeros(slots, dtype=np.int64), np.zeros(slots, dtype=np.int64)
-        bf16 = any(pair[0].dtype == torch.bfloat16 for pair in self._pairs.values())
-        self._projection = self._declared(bf16=bf16)
+        self._projection = self._declared()
         for slot in self._pairs:
             self._point(slot)
 
@@ -133,10 +132,11 @@ class MixedLinear(nn.Module):
         if a is not None:
             self._projection.is_bf16 = int(a.dtype == torch.bfloat16)
 
-    def _declared(self, *, bf16: bool) -> Projection:
+    def _declared(self) -> Projection:
+        """Without weights as yet, and so of no dtype."""
         width = int(self.base_layer.in_features)
         a, b, *tables = (table.ctypes.data for table in (self._a, self._b, self._outs, self._offsets, self._ranks))
-        return Projection(a, width, width, width, b, *tables, 1, len(self._ranks), bf16)
+        return Projection(a, width, width, width, b, *tables, 1, len(self._ranks), 0)
 
 
 def pairs_of(model: Any, adapter: str, dtype: torch.dtype) -> dict[str, Pair] | None:
