@@ -45,7 +45,7 @@ def main() -> None:
 def measured(longest: int, dtype: Any, *, turns: int) -> dict[str, Any]:
     import torch
 
-    from embedft import attention
+    from embedft import attention, native
 
     lengths = sorted([QUERY] * TEXTS + [longest - place % max(longest // 4, 1) for place in range(TEXTS)])
     groups = [(lengths.count(length), length) for length in sorted(set(lengths))]
@@ -55,7 +55,7 @@ def measured(longest: int, dtype: Any, *, turns: int) -> dict[str, Any]:
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for _ in range(turns):
         for way, switch in WAYS.items():
-            os.environ[attention.OFF] = switch
+            os.environ[native.OFF] = switch
             assert attention.kernels() == way, "no C compiler"
             began = time.perf_counter()
             made, sums = attention.attention(qkv, groups, HEADS)

@@ -3,20 +3,9 @@
 // A text's head is one piece of work: its keys and values are widened to fp32 once and stay in the cache, queries come in blocks.
 // Sums are fp32 whatever the dtype. A piece's result depends on nothing else, so threads change no bit.
 // Without -fopenmp it is correct on one thread.
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "lanes.h"
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
 #define BLOCK 24  // queries at a time
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t bf16;
 
 // What both passes share. Text i is `lengths[i]` rows from row `starts[i]` on; rows are heads * size wide, those of qkv three times that.
 // `size` is a multiple of 2 * LANES.
@@ -26,65 +15,11 @@ typedef struct {
     int32_t is_bf16, threads;
 } Texts;
 
+#ifdef BF16_PRODUCTS
+#include "attention_pairs.h"
+#endif
+
 static inline int64_t padded(int64_t n) { return (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
-
-static inline vec most_of(vec a, vec b) {  // b where either is NaN
-    ivec larger = a > b;
-    return (vec)((larger & (ivec)a) | (~larger & (ivec)b));
-}
-
-typedef float half_vec __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
-
-static inline float sum_of(vec v) {
-    half_vec *halves = (half_vec *)&v, both = halves[0] + halves[1];
-    float sums[4] = {0};
-    for (int l = 0; l < LANES / 2; l++) sums[l % 4] += both[l];
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-static inline float largest_of(vec v) {
-    half_vec *halves = (half_vec *)&v;
-    float most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-    for (int l = 0; l < LANES / 2; l++) {
-        float here = halves[0][l] > halves[1][l] ? halves[0][l] : halves[1][l];
-        most[l % 4] = here > most[l % 4] ? here : most[l % 4];
-    }
-    float left = most[0] > most[1] ? most[0] : most[1], right = most[2] > most[3] ? most[2] : most[3];
-    return left > right ? left : right;
-}
-
-static inline vec exponential(vec x) {  // of x <= 0, to 2 ulp; NaN stays NaN
-    ivec number = x == x;
-    x = most_of((vec){} - 87.0f, x);
-    vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec y = ((((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r +
-              5.0000001201e-1f) * r) * r + r + 1.0f;
-    return (vec)((number & ((ivec)y + ((ivec)shifted << 23))) | (~number & (ivec)x));
-}
-
-static inline void widen(const void *rows, int is_bf16, int64_t at, int64_t n, float *to) {
-    if (!is_bf16) {
-        memcpy(to, (const float *)rows + at, n * sizeof(float));
-        return;
-    }
-    const bf16 *from = (const bf16 *)rows + at;
-    uint32_t *bits = (uint32_t *)to;
-    for (int64_t i = 0; i < n; i++) bits[i] = (uint32_t)from[i] << 16;
-}
-
-static inline void narrow(const float *from, int is_bf16, void *rows, int64_t at, int64_t n) {
-    if (!is_bf16) {
-        memcpy((float *)rows + at, from, n * sizeof(float));
-        return;
-    }
-    bf16 *to = (bf16 *)rows + at;
-    const uint32_t *bits = (const uint32_t *)from;
-    for (int64_t i = 0; i < n; i++) {  // to nearest, ties to even; NaN stays NaN
-        uint32_t u = bits[i], even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-        to[i] = (u & 0x7fffffffu) > 0x7f800000u ? (bf16)((u >> 16) | 0x40u) : (bf16)even;
-    }
-}
 
 // c (m, n) = or += a (m, k) b (k, n); element (i, l) of a at a + i * row + l * step. n is a multiple of 2 * LANES.
 #define PRODUCT_TILE(ROWS)                                                                                                      \
@@ -140,11 +75,17 @@ static void turned(const float *from, int64_t length, int64_t size, int64_t wide
 }
 
 static int64_t room(const Texts *t) {  // floats of one thread's scratch
+#ifdef BF16_PRODUCTS
+    if (t->is_bf16) return pairs_room(t);
+#endif
     int64_t wide = padded(t->longest);
     return 6 * wide * t->size + 2 * BLOCK * wide + 4 * BLOCK * t->size;
 }
 
 static void forward_one(const Texts *t, int64_t text, int64_t head, const void *qkv, void *out, float *sums, float *scratch) {
+#ifdef BF16_PRODUCTS
+    if (t->is_bf16) return forward_pairs(t, text, head, qkv, out, sums, scratch);
+#endif
     int64_t length = t->lengths[text], start = t->starts[text], size = t->size, width = t->heads * size, wide = padded(length);
     float *values = scratch, *keys = values + wide * size, *turn = keys + wide * size;
     float *scores = turn + wide * size, *queries = scores + BLOCK * wide, *made = queries + BLOCK * size;
@@ -178,6 +119,9 @@ static void forward_one(const Texts *t, int64_t text, int64_t head, const void *
 
 static void backward_one(const Texts *t, int64_t text, int64_t head, const void *grad, const void *qkv, const void *out,
                          const float *sums, void *dqkv, float *scratch) {
+#ifdef BF16_PRODUCTS
+    if (t->is_bf16) return backward_pairs(t, text, head, grad, qkv, out, sums, dqkv, scratch);
+#endif
     int64_t length = t->lengths[text], start = t->starts[text], size = t->size, width = t->heads * size, wide = padded(length);
     float *keys = scratch, *values = keys + wide * size, *turned_keys = values + wide * size, *turned_values = turned_keys + wide * size;
     float *dkeys = turned_values + wide * size, *dvalues = dkeys + wide * size;
@@ -224,7 +168,10 @@ static void backward_one(const Texts *t, int64_t text, int64_t head, const void 
 // Without `grad`: qkv (T, 3 * width) -> out (T, width) and sums (T, heads), the logarithm of every query's sum of exponentials.
 // With it (T, width), and what was got and made then: dqkv (T, 3 * width). 1: no memory, else 0.
 int attention(const Texts *t, const void *qkv, void *out, float *sums, const void *grad, void *dqkv) {
+    int64_t pieces = t->texts * t->heads, together = pieces / (8 * t->threads);  // a text's heads lie in the same lines of the cache
     int failed = 0;
+    if (together > t->heads) together = t->heads;
+    if (together < 1) together = 1;
 #pragma omp parallel num_threads(t->threads)
     {
         float *scratch = aligned_alloc(64, (room(t) * sizeof(float) + 63) / 64 * 64);
@@ -232,8 +179,8 @@ int attention(const Texts *t, const void *qkv, void *out, float *sums, const voi
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t piece = 0; piece < t->texts * t->heads; piece++) {
+#pragma omp for schedule(dynamic, together)
+        for (int64_t piece = 0; piece < pieces; piece++) {
             int64_t text = t->texts - 1 - piece / t->heads, head = piece % t->heads;  // the longest are begun first
             if (scratch && grad) backward_one(t, text, head, grad, qkv, out, sums, dqkv, scratch);
             else if (scratch) forward_one(t, text, head, qkv, out, sums, scratch);

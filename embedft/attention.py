@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedft.native import library
+from embedft.native import OFF, library
 
 flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateUsage]
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # pyright: ignore[reportPrivateUsage]
 
 Groups = Sequence[tuple[int, int]]  # (texts, length) in the order of the rows; rows after the last group belong to no text
 SOURCE = Path(__file__).with_name("attention.c")
-OFF = "EMBEDFT_NATIVE"  # "0": torch's kernels
 STEP = 32  # a head's size is a multiple of it in attention.c
 
 

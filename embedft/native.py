@@ -13,6 +13,7 @@ from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
 LIBRARIES = ("-lm",)
+OFF = "EMBEDFT_NATIVE"  # "0": torch's kernels instead of ours
 _log = logging.getLogger("embedft.native")
 
 
@@ -41,7 +42,8 @@ def _library(source: Path) -> ctypes.CDLL | None:
 
 def _compiled(source: Path, compiler: str) -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedft" / "native"
-    key = hashlib.sha256("\0".join((source.read_text(), compiler, *FLAGS, _processor())).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]  # what it may include lies beside it
+    key = hashlib.sha256("\0".join((*texts, compiler, *FLAGS, _processor())).encode()).hexdigest()[:16]
     target = folder / f"{source.stem}-{key}.so"
     if target.exists():
         return target

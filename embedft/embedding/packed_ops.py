@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from embedft.attention import Groups, attention, attention_backward
+from embedft.gelu import gelu
 
 
 class Projection:
@@ -60,7 +61,11 @@ class Layer:
         query, key, value, *rest = projections
         size, width = query.frozen.shape
         self._qkv = torch.empty(3 * size, width, dtype=query.frozen.dtype)
-        self._rest = [torch.empty_like(projection.frozen) for projection in rest]
+        self._rest = [projection.frozen if projection.a is None else torch.empty_like(projection.frozen) for projection in rest]
+        parts = list(zip([*self._qkv.chunk(3), *self._rest], self.projections, strict=True))
+        for out, projection in parts[:3]:
+            out.copy_(projection.frozen)
+        self._adapted = [(out, projection) for out, projection in parts if projection.a is not None]
         biases = [projection.bias for projection in (query, key, value)]
         self.qkv_bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
         self._version: Any = None
@@ -70,7 +75,7 @@ class Layer:
         version = [projection.version for projection in self.projections]
         if version != self._version:
             with torch.no_grad():
-                for out, projection in zip([*self._qkv.chunk(3), *self._rest], self.projections, strict=True):
+                for out, projection in self._adapted:
                     projection.merged_into(out)
             self._version = version
         return self._qkv, self._rest[0], self._rest[1], self._rest[2]
@@ -83,14 +88,23 @@ class Layer:
         return result
 
 
-def _gradients(projection: Projection, x: Tensor, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """dA (r, in) and dB (out, r) from x (T, in) and dy (T, out): never a product wider than r."""
-    if projection.a is None or projection.b is None:
-        return None, None
-    a, b = projection.a.to(x.dtype), projection.b.to(x.dtype)
-    da = (dy @ b).t() @ x
-    db = dy.t() @ (x @ a.t())
-    return da.mul_(projection.scale).to(projection.a.dtype), db.mul_(projection.scale).to(projection.b.dtype)
+def _gradients(x: Tensor, given: Sequence[tuple[Projection, Tensor]]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """dA (r, in) and dB (out, r) of projections of one x (T, in), from it and each one's dy (T, out).
+
+    Never a product wider than r; x is read twice for all of them together, and dy twice.
+    """
+    adapted = [(p.a, p.b, p.scale, dy) for p, dy in given if p.a is not None and p.b is not None]
+    if not adapted:
+        return [(None, None)] * len(given)
+    ranks = [len(a) for a, _, _, _ in adapted]
+    outer = torch.cat([dy @ b.to(x.dtype) for _, b, _, dy in adapted], dim=1)
+    inner = (x @ torch.cat([a.to(x.dtype) for a, _, _, _ in adapted]).t()).split(ranks, dim=1)
+    das = (outer.t() @ x).split(ranks)
+    made = iter(
+        (da.mul(scale).to(a.dtype), (v.t() @ dy).t().mul(scale).to(b.dtype))
+        for (a, b, scale, dy), da, v in zip(adapted, das, inner, strict=True)
+    )
+    return [next(made) if p.a is not None else (None, None) for p, _ in given]
 
 
 def _norm(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +124,7 @@ class _Attention(torch.autograd.Function):
         qkv_weight, out_weight, _, _ = layer.weights()
         qkv = _affine(x, qkv_weight, layer.qkv_bias)
         mixed, sums = attention(qkv, groups, layer.heads)
-        summed = _affine(mixed, out_weight, layer.projections[3].bias).add_(x)
+        summed = _affine(mixed, out_weight, layer.projections[3].bias, plus=x)
         hidden, mean, rstd = _norm(summed, layer.norms[0])
         if any(ctx.needs_input_grad):
             ctx.layer, ctx.groups = layer, groups
@@ -124,9 +138,9 @@ class _Attention(torch.autograd.Function):
         qkv_weight, out_weight, _, _ = layer.weights()
         query, key, value, output = layer.projections[:4]
         dsum = _norm_backward(outputs[0].contiguous(), summed, mean, rstd, layer.norms[0])
-        dout = _gradients(output, mixed, dsum)
+        [dout] = _gradients(mixed, [(output, dsum)])
         dqkv = attention_backward(dsum @ out_weight, qkv, mixed, sums, groups, layer.heads)
-        inner = [_gradients(p, x, d) for p, d in zip((query, key, value), dqkv.chunk(3, dim=1), strict=True)]
+        inner = _gradients(x, list(zip((query, key, value), dqkv.chunk(3, dim=1), strict=True)))
         dx = dsum.addmm_(dqkv, qkv_weight) if ctx.needs_input_grad[0] else None
         return (dx, None, None, *(tensor for pair in (*inner, dout) for tensor in pair))
 
@@ -138,27 +152,33 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, layer: Layer, *lora: Tensor | None) -> Tensor:
         _, _, first_weight, last_weight = layer.weights()
         wide = _affine(hidden, first_weight, layer.projections[4].bias)
-        active = torch.nn.functional.gelu(wide)
-        summed = _affine(active, last_weight, layer.projections[5].bias).add_(hidden)
+        active, slope = gelu(wide, sloped=any(ctx.needs_input_grad))
+        summed = _affine(active, last_weight, layer.projections[5].bias, plus=hidden)
         result, mean, rstd = _norm(summed, layer.norms[1])
         if any(ctx.needs_input_grad):
             ctx.layer = layer
-            ctx.save_for_backward(hidden, wide, active, summed, mean, rstd)
+            ctx.save_for_backward(hidden, slope, active, summed, mean, rstd)
         return result
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
         layer = ctx.layer
-        hidden, wide, active, summed, mean, rstd = ctx.saved_tensors
+        hidden, slope, active, summed, mean, rstd = ctx.saved_tensors
         _, _, first_weight, last_weight = layer.weights()
-        gelu_backward: Any = torch.ops.aten.gelu_backward
         dsum = _norm_backward(outputs[0].contiguous(), summed, mean, rstd, layer.norms[1])
-        last = _gradients(layer.projections[5], active, dsum)
-        dwide = gelu_backward(dsum @ last_weight, wide)
-        first = _gradients(layer.projections[4], hidden, dwide)
+        [last] = _gradients(active, [(layer.projections[5], dsum)])
+        dwide = (dsum @ last_weight).mul_(slope)
+        [first] = _gradients(hidden, [(layer.projections[4], dwide)])
         dhidden = dsum.addmm_(dwide, first_weight) if ctx.needs_input_grad[0] else None
         return (dhidden, None, *first, *last)
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, *, plus: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + b + `plus`. In bf16 oneDNN adds them as it writes the product; by addmm they are written and read once more each."""
+    if x.dtype == torch.bfloat16 and _fused is not None:
+        return _fused(x, weight, bias, "none", [], "") if plus is None else _fused.binary(x, plus, weight, bias, "add")
+    product = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    return product if plus is None else product.add_(plus)
+
+
+_fused: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None

@@ -11,7 +11,7 @@ from embedft.errors import RecipeError
 from embedft.recipe import TrainSection
 
 OPTIMIZERS = {
-    "adamw": "adamw_torch",
+    "adamw": "adamw_torch_fused",  # one call for all parameters instead of a dozen for each
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",

@@ -13,7 +13,7 @@ def method_optimizer(model: Any, arguments: Any) -> Any:
     """
     adapted = adapted_model(model)
     wanted = adapted.embedft.method.optimizer if adapted is not None else None
-    if wanted == "paged" and str(getattr(arguments.optim, "value", arguments.optim)) == "adamw_torch":
+    if wanted == "paged" and str(getattr(arguments.optim, "value", arguments.optim)) == "adamw_torch_fused":
         from transformers.training_args import OptimizerNames
 
         arguments.optim = OptimizerNames.PAGED_ADAMW

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedft import attention, unpadded
+from embedft import native, unpadded
 from embedft.base import BaseSpec, load_base
 from embedft.encode import Encoder, EncodeSettings
 from embedft.methods import attach
@@ -102,7 +102,7 @@ def test_where_it_cannot_be_the_padded_forward_serves(tmp_path: Path, monkeypatc
     eager.set_attn_implementation("eager")
     assert not unpadded.usable(eager)
     plain = encoder(folder)
-    monkeypatch.setenv(attention.OFF, "0")
+    monkeypatch.setenv(native.OFF, "0")
     assert not unpadded.usable(plain.model)
     assert plain.model.config._attn_implementation == "sdpa"
     plain.encode(TEXTS)
