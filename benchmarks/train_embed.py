@@ -86,7 +86,7 @@ def _compare(arguments: argparse.Namespace, data: Path) -> None:
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in arguments.sides}
         load = os.getloadavg()[0]
         for repeat in range(arguments.repeats):
-            for side in (side for side in arguments.sides if repeat == 0 or side not in ("stock_bf16", "stock_last2")):
+            for side in (side for side in arguments.sides if repeat == 0 or side != "stock_last2"):
                 job = _job(arguments, data, side, length) | {"evaluate": True, "seed": repeat}
                 runs[side].append(_child(job, arguments.threads))
                 print(length, side, {k: v for k, v in runs[side][-1].items() if not isinstance(v, list)}, flush=True)
@@ -178,17 +178,21 @@ def _summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespac
     result["stock_gain_ci95"] = paired_bootstrap(base, stock)
     for side in (name for name in WINS if name in runs):
         interval = paired_bootstrap(stock, _scores(runs[side]))
-        ratios = [a / b for a, b in zip(sides[side]["each"], sides["stock"]["each"], strict=True)]
         sides[side] |= {
-            "times_stock": statistics.median(ratios),
+            "times_stock": _times(sides[side], sides["stock"]),
             "times_stock_cpu": sides[side]["pairs_per_cpu_second"] / sides["stock"]["pairs_per_cpu_second"],
             "ndcg_minus_stock_ci95": interval,
             "quality_kept": interval[1] >= 0,
             "memory_of_stock": sides[side]["peak_bytes"] / sides["stock"]["peak_bytes"],
         }
         if "stock_bf16" in sides:
-            sides[side]["times_stock_bf16"] = sides[side]["each"][0] / sides["stock_bf16"]["each"][0]
+            sides[side]["times_stock_bf16"] = _times(sides[side], sides["stock_bf16"])
     return result
+
+
+def _times(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many times as fast, by the median of the repeats' own ratios: what else the machine did falls on both sides of each."""
+    return statistics.median(a / b for a, b in zip(one["each"], other["each"], strict=True))
 
 
 def _scores(runs: list[dict[str, Any]]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from embedft.attention import Groups, attention, attention_backward
 from embedft.gelu import gelu
+from embedft.prepacked import Prepacked, affine, usable
 
 
 class Projection:
@@ -52,6 +53,28 @@ class Norm:
     eps: float
 
 
+class Weight:
+    """A matrix W (out, in) that rows are multiplied with forth, x·Wᵀ, and back, dy·W."""
+
+    def __init__(self, plain: Tensor, *, frozen: bool) -> None:
+        """`frozen`: nobody overwrites `plain`. Only then it is laid out: to do so after every step takes longer than that saves."""
+        self._plain, self._lies = plain, not (frozen and usable(plain))
+        self._forth: Prepacked | None = None
+        self._back: Prepacked | None = None
+
+    def forth(self, x: Tensor, bias: Tensor | None, *, plus: Tensor | None = None) -> Tensor:
+        if self._lies:
+            return affine(x, self._plain, bias, plus=plus)
+        self._forth = self._forth or Prepacked(self._plain)
+        return self._forth(x, bias, plus=plus)
+
+    def back(self, dy: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        if self._lies:
+            return affine(dy, self._plain.t(), None, plus=plus)
+        self._back = self._back or Prepacked(self._plain.t())
+        return self._back(dy, plus=plus)
+
+
 class Layer:
     """What one post-norm encoder layer computes with; `weights` are remade only after an optimizer step."""
 
@@ -60,17 +83,21 @@ class Layer:
         self.projections, self.norms, self.heads = tuple(projections), norms, heads
         query, key, value, *rest = projections
         size, width = query.frozen.shape
-        self._qkv = torch.empty(3 * size, width, dtype=query.frozen.dtype)
-        self._rest = [projection.frozen if projection.a is None else torch.empty_like(projection.frozen) for projection in rest]
-        parts = list(zip([*self._qkv.chunk(3), *self._rest], self.projections, strict=True))
+        qkv = torch.empty(3 * size, width, dtype=query.frozen.dtype)
+        others = [projection.frozen if projection.a is None else torch.empty_like(projection.frozen) for projection in rest]
+        parts = list(zip([*qkv.chunk(3), *others], self.projections, strict=True))
         for out, projection in parts[:3]:
             out.copy_(projection.frozen)
         self._adapted = [(out, projection) for out, projection in parts if projection.a is not None]
+        owners = ((query, key, value), *((projection,) for projection in rest))
+        self._weights = tuple(
+            Weight(plain, frozen=all(projection.a is None for projection in of)) for plain, of in zip((qkv, *others), owners, strict=True)
+        )
         biases = [projection.bias for projection in (query, key, value)]
         self.qkv_bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
         self._version: Any = None
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def weights(self) -> tuple[Weight, ...]:
         """qkv (3d, d), attention output (d, d), intermediate (m, d) and output (d, m), adapters merged in."""
         version = [projection.version for projection in self.projections]
         if version != self._version:
@@ -78,7 +105,7 @@ class Layer:
                 for out, projection in self._adapted:
                     projection.merged_into(out)
             self._version = version
-        return self._qkv, self._rest[0], self._rest[1], self._rest[2]
+        return self._weights
 
     def __call__(self, x: Tensor, groups: Groups) -> Tensor:
         """(T, d) → (T, d)."""
@@ -122,9 +149,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, groups: Groups, *lora: Tensor | None) -> Tensor:
         qkv_weight, out_weight, _, _ = layer.weights()
-        qkv = _affine(x, qkv_weight, layer.qkv_bias)
+        qkv = qkv_weight.forth(x, layer.qkv_bias)
         mixed, sums = attention(qkv, groups, layer.heads)
-        summed = _affine(mixed, out_weight, layer.projections[3].bias, plus=x)
+        summed = out_weight.forth(mixed, layer.projections[3].bias, plus=x)
         hidden, mean, rstd = _norm(summed, layer.norms[0])
         if any(ctx.needs_input_grad):
             ctx.layer, ctx.groups = layer, groups
@@ -139,9 +166,9 @@ class _Attention(torch.autograd.Function):
         query, key, value, output = layer.projections[:4]
         dsum = _norm_backward(outputs[0].contiguous(), summed, mean, rstd, layer.norms[0])
         [dout] = _gradients(mixed, [(output, dsum)])
-        dqkv = attention_backward(dsum @ out_weight, qkv, mixed, sums, groups, layer.heads)
+        dqkv = attention_backward(out_weight.back(dsum), qkv, mixed, sums, groups, layer.heads)
         inner = _gradients(x, list(zip((query, key, value), dqkv.chunk(3, dim=1), strict=True)))
-        dx = dsum.addmm_(dqkv, qkv_weight) if ctx.needs_input_grad[0] else None
+        dx = qkv_weight.back(dqkv, plus=dsum) if ctx.needs_input_grad[0] else None
         return (dx, None, None, *(tensor for pair in (*inner, dout) for tensor in pair))
 
 
@@ -151,9 +178,9 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, layer: Layer, *lora: Tensor | None) -> Tensor:
         _, _, first_weight, last_weight = layer.weights()
-        wide = _affine(hidden, first_weight, layer.projections[4].bias)
+        wide = first_weight.forth(hidden, layer.projections[4].bias)
         active, slope = gelu(wide, sloped=any(ctx.needs_input_grad))
-        summed = _affine(active, last_weight, layer.projections[5].bias, plus=hidden)
+        summed = last_weight.forth(active, layer.projections[5].bias, plus=hidden)
         result, mean, rstd = _norm(summed, layer.norms[1])
         if any(ctx.needs_input_grad):
             ctx.layer = layer
@@ -167,18 +194,7 @@ class _FeedForward(torch.autograd.Function):
         _, _, first_weight, last_weight = layer.weights()
         dsum = _norm_backward(outputs[0].contiguous(), summed, mean, rstd, layer.norms[1])
         [last] = _gradients(active, [(layer.projections[5], dsum)])
-        dwide = (dsum @ last_weight).mul_(slope)
+        dwide = last_weight.back(dsum).mul_(slope)
         [first] = _gradients(hidden, [(layer.projections[4], dwide)])
-        dhidden = dsum.addmm_(dwide, first_weight) if ctx.needs_input_grad[0] else None
+        dhidden = first_weight.back(dwide, plus=dsum) if ctx.needs_input_grad[0] else None
         return (dhidden, None, *first, *last)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, *, plus: Tensor | None = None) -> Tensor:
-    """x·Wᵀ + b + `plus`. In bf16 oneDNN adds them as it writes the product; by addmm they are written and read once more each."""
-    if x.dtype == torch.bfloat16 and _fused is not None:
-        return _fused(x, weight, bias, "none", [], "") if plus is None else _fused.binary(x, plus, weight, bias, "add")
-    product = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-    return product if plus is None else product.add_(plus)
-
-
-_fused: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
