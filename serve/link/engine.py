@@ -1,8 +1,11 @@
 """An engine's end: calls become requests to its ASGI app, as uvicorn makes them of HTTP, which goes on beside it on the same socket."""
 
 import asyncio
+import hmac
 import logging
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
@@ -14,14 +17,28 @@ log = logging.getLogger("uvicorn.error")
 PATIENCE = 4096  # bytes within which a hello must have ended
 
 
-def serve(app: Any, socket: Path, *, grace: int) -> None:
-    """Serve an ASGI app until SIGTERM, then for at most `grace` seconds what still runs."""
-    uvicorn.run(app, uds=str(socket), log_level="warning", access_log=False, timeout_graceful_shutdown=grace, http=LinkOrHttp)
+Straight = Mapping[str, Callable[[bytes], Coroutine[Any, Any, tuple[int, bytes]]]]
+
+
+def serve(app: Any, socket: Path, *, grace: int, straight: Straight | None = None, key: str = "") -> None:
+    """Serve an ASGI app until SIGTERM, then for at most `grace` seconds what still runs.
+
+    `straight`: by path, what answers a call of the link that came with `key` without the app: a body to a status and a body.
+    """
+    http = protocol(straight, key)
+    uvicorn.run(app, uds=str(socket), log_level="warning", access_log=False, timeout_graceful_shutdown=grace, http=http)
+
+
+def protocol(straight: Straight | None = None, key: str = "") -> Any:
+    """LinkOrHttp with what it answers straight."""
+    return type("StraightOrHttp", (LinkOrHttp,), {"straight": straight or {}, "key": key.encode()})
 
 
 class LinkOrHttp(HttpToolsProtocol):
     """uvicorn's protocol, but for a connection that begins with HELLO: that one is a Calls."""
 
+    straight: Straight = MappingProxyType({})
+    key = b""
     _begun = b""
     _is_http = False
 
@@ -50,8 +67,9 @@ class LinkOrHttp(HttpToolsProtocol):
 class Calls:
     """All calls of one connection. uvicorn keeps it among its connections: it waits for them when it shuts down."""
 
-    def __init__(self, http: HttpToolsProtocol, key: bytes) -> None:
+    def __init__(self, http: LinkOrHttp, key: bytes) -> None:
         self.http = http
+        self.straight = http.straight if hmac.compare_digest(key, http.key) else {}
         self.headers = [(b"host", b"engine"), (b"content-type", b"application/json"), (b"authorization", b"Bearer " + key)]
         self.end = Framed(self._received, self._lost)
         self._running: dict[int, _Call] = {}
@@ -105,6 +123,11 @@ class _Call:
 
     async def run(self) -> None:
         try:
+            if answer := self._calls.straight.get(self._path.decode("ascii")):
+                status, content = await answer(self._body or b"")
+                await self._send({"type": "http.response.start", "status": status})
+                await self._send({"type": "http.response.body", "body": content})
+                return
             await self._calls.http.app(self._scope(), self._receive, self._send)  # pyright: ignore[reportArgumentType]
         except Exception:
             log.exception("Exception in ASGI application")

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from serve.leaving import ClientGone, unless_gone
-from serve.link.engine import PATIENCE, LinkOrHttp
+from serve.link.engine import PATIENCE, protocol
 from serve.link.frames import HEAD, HELLO, LARGEST, Framed
 from serve.link.gateway import HELD, Link
 
@@ -93,9 +93,9 @@ class App:
 
 
 @asynccontextmanager
-async def serving(where: Path) -> AsyncGenerator[tuple[App, uvicorn.Server, asyncio.Task[None]]]:
-    app = App()
-    server = uvicorn.Server(uvicorn.Config(app.starlette(), uds=str(where), http=LinkOrHttp, log_level="critical", lifespan="off"))
+async def serving(where: Path, **answered: Any) -> AsyncGenerator[tuple[App, uvicorn.Server, asyncio.Task[None]]]:
+    app, http = App(), protocol(**answered)
+    server = uvicorn.Server(uvicorn.Config(app.starlette(), uds=str(where), http=http, log_level="critical", lifespan="off"))
     task = asyncio.create_task(server._serve())  # pyright: ignore[reportPrivateUsage]  # without its signal handlers
     while not server.started:
         await asyncio.sleep(0.01)
@@ -140,6 +140,32 @@ def test_a_call_is_the_request_that_http_would_make(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_what_is_answered_straight_is_so_for_who_has_the_key_and_for_nobody_else(tmp_path: Path) -> None:
+    asked: list[bytes] = []
+
+    async def short(body: bytes) -> tuple[int, bytes]:
+        asked.append(body)
+        if body == b"broken":
+            raise RuntimeError("planted")
+        return 207, body[::-1]
+
+    async def run() -> None:
+        where = tmp_path / "e.sock"
+        async with serving(where, straight={"/big": short}, key="secret"):
+            link, other = Link(str(where), "secret"), Link(str(where), "another")
+            async with link.call("/big", b"abc") as reply:
+                assert (reply.status, await reply.read()) == (207, b"cba")
+            with pytest.raises(ConnectionError, match="broke the answer off"):
+                await _read(link, "/big", b"broken")
+            assert await _read(link, "/words") == b"onetwothree"
+            assert await _read(other, "/big", b"abc") == b"abc"  # by the app, which looks at keys itself
+            assert asked == [b"abc", b"broken"]
+            link.close()
+            other.close()
+
+    asyncio.run(run())
+
+
 def test_calls_do_not_wait_for_each_other(tmp_path: Path) -> None:
     async def run() -> None:
         async with linked(tmp_path) as (app, link):
@@ -158,8 +184,8 @@ def test_calls_do_not_wait_for_each_other(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-async def _read(link: Link, path: str) -> bytes:
-    async with link.call(path, b"") as reply:
+async def _read(link: Link, path: str, body: bytes = b"") -> bytes:
+    async with link.call(path, body) as reply:
         return await reply.read()
 
 

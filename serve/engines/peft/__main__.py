@@ -25,10 +25,11 @@ def main() -> None:
     context = base.info.takes(arguments.max_length)
     settings = EncodeSettings(pooling=arguments.pooling or base.info.pooling, normalize=base.info.normalize, max_length=context)
     encoder = Encoder(base.model, base.folder, settings) if arguments.task == "embedding" else None
-    app = create_app(Worker(base, encoder), key=os.environ.pop(KEY, ""), context=context)
+    key = os.environ.pop(KEY, "")
+    app = create_app(Worker(base, encoder), key=key, context=context)
     signal.signal(signal.SIGTERM, _leave)  # uvicorn puts it back after its own shutdown and raises the signal again
     arguments.socket.unlink(missing_ok=True)
-    serve(app, arguments.socket, grace=10)
+    serve(app, arguments.socket, grace=10, straight=app.state.straight, key=key)
 
 
 def _leave(*_: object) -> None:
