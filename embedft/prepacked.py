@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FEW_ROWS = 128  # of more in bf16, a weight as it lies is no slower
+SHARE = 0.125  # of the memory that is free, for weights that are there twice
 _ops: Any = torch.ops.mkldnn
 _linear: Any = getattr(_ops, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _laid_out: Any = getattr(_ops, "_reorder_linear_weight", None)
@@ -42,6 +44,35 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, *, plus: Tensor | Non
         return _linear(x, weight, bias, "none", [], "") if plus is None else _linear.binary(x, plus, weight, bias, "add")
     product = torch.nn.functional.linear(x, weight, bias)
     return product if plus is None else product.add_(plus)
+
+
+class OneDnnLinear(torch.nn.Linear):
+    """A frozen layer of a model that only infers. What asks for a gradient, or comes in another dtype, is computed as ever."""
+
+    laid_out: Prepacked | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        if torch.is_grad_enabled() or input.dtype != self.weight.dtype:
+            return super().forward(input)
+        x = input.reshape(-1, self.in_features)
+        gains = self.laid_out is not None and (len(x) <= FEW_ROWS or x.dtype == torch.float32)
+        y = self.laid_out(x, self.bias) if gains and self.laid_out is not None else affine(x, self.weight, self.bias)
+        return y.view(*input.shape[:-1], self.out_features)
+
+
+def by_onednn(model: Any) -> None:
+    """Have the linear layers of a frozen model computed so from now on; their weights are laid out too while there is much memory."""
+    import psutil
+
+    left = psutil.virtual_memory().available * SHARE
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and usable(module.weight) and not module.weight.requires_grad:
+            layer: Any = module
+            layer.__class__ = OneDnnLinear
+            left -= module.weight.numel() * module.weight.element_size()
+            if left > 0:
+                layer.laid_out = Prepacked(module.weight)
 
 
 def _planned(x: Tensor) -> bool:

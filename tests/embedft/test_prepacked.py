@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from embedft.prepacked import Prepacked, affine, usable
+from embedft.prepacked import FEW_ROWS, OneDnnLinear, Prepacked, affine, by_onednn, usable
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
@@ -18,11 +18,8 @@ def test_it_is_the_product(dtype: torch.dtype, bound: float, shape: tuple[int, i
     before, exact = plus.clone(), x.double() @ weight.double().t()
     for given, more in ((None, None), (bias, None), (None, plus), (bias, plus)):
         wanted = exact + (0 if given is None else given.double()) + (0 if more is None else more.double())
-        for made in (
-            packed(x, given, plus=more),
-            affine(x, weight, given, plus=more),
-            affine(x, weight.t().contiguous().t(), given, plus=more),
-        ):
+        lying = [affine(x, way, given, plus=more) for way in (weight, weight.t().contiguous().t())]
+        for made in (packed(x, given, plus=more), *lying):
             assert made.dtype == dtype
             assert float((made.double() - wanted).norm() / wanted.norm()) <= bound
     assert torch.equal(plus, before), "what is added stays as it was"
@@ -34,3 +31,35 @@ def test_what_onednn_has_no_layout_for_is_told() -> None:
     assert not usable(torch.zeros(4, 4, dtype=torch.int8))
     assert not usable(torch.zeros(4))
     assert not usable(torch.zeros(4, 4, device="meta"))
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_a_frozen_model_infers_as_before_and_still_gives_gradients(rows: int, dtype: torch.dtype, bound: float) -> None:
+    model = (
+        torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.GELU(), torch.nn.Linear(64, 40, bias=False)).to(dtype).requires_grad_(False)
+    )
+    trained = torch.nn.Linear(40, 8).to(dtype)
+    x = torch.randn(2, rows, 48).to(dtype)
+    with torch.inference_mode():
+        before = model(x)
+    by_onednn(torch.nn.ModuleList([model, trained]))
+    with torch.inference_mode():
+        made = model(x)
+        assert model(x[:, :0]).shape == (2, 0, 40)
+    assert made.shape == before.shape == (2, rows, 40)
+    assert float((made - before).norm() / before.norm()) <= bound
+    assert [type(layer) for layer in (model[0], model[2], trained)] == [OneDnnLinear, OneDnnLinear, torch.nn.Linear]
+    assert model[0].laid_out is not None
+    x.requires_grad_()
+    trained(model(x)).sum().backward()
+    assert x.grad is not None
+    assert trained.weight.grad is not None
+
+
+def test_without_much_memory_no_weight_is_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedft.prepacked.SHARE", 0)
+    layer = torch.nn.Linear(48, 64).requires_grad_(False)
+    by_onednn(layer)
+    assert isinstance(layer, OneDnnLinear)
+    assert layer.laid_out is None

@@ -32,10 +32,12 @@ class AdapterBank:
     """`model` is the base, with whatever plain LoRA its rows are asked to have."""
 
     def __init__(self, base: "Base") -> None:
+        from embedft.prepacked import by_onednn
         from serve.engines.peft.mixed import Mix, Mixed
 
         self.base = base
         self._bare: Any = sharing_copy(base.model)  # never adapted: what others are copied from
+        by_onednn(base.model)
         self._mix = Mix()
         self.model: Any = Mixed(base.model, self._mix)
         self._slots: dict[str, int] = {}  # of those that mix
