@@ -115,13 +115,13 @@ class Layer:
         return result
 
 
-def _gradients(x: Tensor, given: Sequence[tuple[Projection, Tensor]]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """dA (r, in) and dB (out, r) of projections of one x (T, in), from it and each one's dy (T, out).
+def _gradients(x: Tensor | None, given: Sequence[tuple[Projection, Tensor]]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """dA (r, in) and dB (out, r) of projections of one x (T, in), from it and each one's dy (T, out). Without a LoRA there is no x to keep.
 
     Never a product wider than r; x is read twice for all of them together, and dy twice.
     """
     adapted = [(p.a, p.b, p.scale, dy) for p, dy in given if p.a is not None and p.b is not None]
-    if not adapted:
+    if x is None or not adapted:
         return [(None, None)] * len(given)
     ranks = [len(a) for a, _, _, _ in adapted]
     outer = torch.cat([dy @ b.to(x.dtype) for _, b, _, dy in adapted], dim=1)
@@ -184,7 +184,8 @@ class _FeedForward(torch.autograd.Function):
         result, mean, rstd = _norm(summed, layer.norms[1])
         if any(ctx.needs_input_grad):
             ctx.layer = layer
-            ctx.save_for_backward(hidden, slope, active, summed, mean, rstd)
+            first, last = (projection.a is not None for projection in layer.projections[4:])
+            ctx.save_for_backward(hidden if first else None, slope, active if last else None, summed, mean, rstd)
         return result
 
     @staticmethod
