@@ -4,6 +4,7 @@ A weight that lies row by row is laid out anew for every product, which is half 
 instead: on the AMD processor with AVX512 that this was measured on, it takes twice as long.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -18,8 +19,15 @@ _laid_out: Any = getattr(_ops, "_reorder_linear_weight", None)
 
 def usable(weight: Tensor) -> bool:
     """Whether there is such a layout for it: a matrix of fp32 or bf16 on a CPU whose torch was built with oneDNN."""
-    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu" and weight.dim() == 2
-    return known and _linear is not None and _laid_out is not None
+    if weight.device.type != "cpu" or weight.dim() != 2 or _linear is None or _laid_out is None:
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bf16())
+
+
+@functools.cache
+def _has_bf16() -> bool:
+    """Without the instructions for it oneDNN refuses bf16, where torch computes it some other way."""
+    return bool(_ops._is_mkldnn_bf16_supported())
 
 
 class Prepacked:

@@ -26,11 +26,17 @@ def test_it_is_the_product(dtype: torch.dtype, bound: float, shape: tuple[int, i
     assert float((back(plus).double() - plus.double() @ weight.double()).norm() / exact.norm()) <= 10 * bound
 
 
-def test_what_onednn_has_no_layout_for_is_told() -> None:
+def test_what_onednn_has_no_layout_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not usable(torch.zeros(4, 4, dtype=torch.float64))
     assert not usable(torch.zeros(4, 4, dtype=torch.int8))
     assert not usable(torch.zeros(4))
     assert not usable(torch.zeros(4, 4, device="meta"))
+    monkeypatch.setattr("embedft.prepacked._has_bf16", lambda: False)  # as on a processor without AVX512
+    weight = torch.randn(4, 6).bfloat16()
+    assert not usable(weight)
+    assert affine(torch.zeros(2, 6).bfloat16(), weight, None).shape == (2, 4)
+    by_onednn(layer := torch.nn.Linear(6, 4).bfloat16().requires_grad_(False))
+    assert type(layer) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
