@@ -12,11 +12,11 @@ from torch import Tensor
 
 from embedft import attention
 from embedft.attention import Groups, rows_of
-from embedft.shapes import rounded
+from embedft.shapes import few
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 NAME = "embedft_unpadded"
-SHAPES = 32  # tokens of a batch, all its texts together, between one power of two and the next, in bf16
+SHAPES = 32  # tokens of a batch, all its texts together, between one power of two and the next
 
 
 def usable(model: Any) -> bool:
@@ -49,10 +49,10 @@ def groups_of(lengths: Sequence[int]) -> Groups:
 def run(model: Any, ids: Sequence[Sequence[int]], slots: Sequence[int] | None = None) -> tuple[Tensor, Groups]:
     """Texts' token ids, the shortest first → their last hidden states (T, d) and the groups they lie in.
 
-    `slots`: one for each text, for a model that knows such. In bf16 a few tokens of no text follow, so that batches have few shapes.
+    `slots`: one for each text, for a model that knows such. A few tokens of no text follow, so that batches have few shapes.
     """
     base, total = inner(model), sum(map(len, ids))
-    groups, rest = groups_of([len(row) for row in ids]), rounded(total, base.dtype, steps=SHAPES) - total
+    groups, rest = groups_of([len(row) for row in ids]), few(total, steps=SHAPES) - total
     named: dict[str, Any] = {}
     if slots is not None:
         named["slots"] = [slot for row, slot in zip(ids, slots, strict=True) for _ in row] + [-1] * rest

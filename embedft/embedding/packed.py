@@ -14,7 +14,7 @@ from torch import Tensor
 from embedft.attention import Groups
 from embedft.embedding.packed_ops import Layer, Norm, Projection
 from embedft.encode import EncodeSettings, finish
-from embedft.shapes import rounded
+from embedft.shapes import few
 from embedft.unpadded import FAMILIES, SHAPES, groups_of, pooled
 
 _PARTS = (
@@ -143,7 +143,7 @@ class PackedEncoder:
 
     def _filled(self, x: Tensor) -> Tensor:
         """(T, d) → (T or a little more, d), the rest zeros, which no text sees."""
-        return torch.nn.functional.pad(x, (0, 0, 0, rounded(len(x), self.dtype, steps=SHAPES) - len(x)))
+        return torch.nn.functional.pad(x, (0, 0, 0, few(len(x), steps=SHAPES) - len(x)))
 
     def _embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
         parts = self._embeddings
