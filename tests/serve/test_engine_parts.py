@@ -7,11 +7,17 @@ import json
 import queue
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerFast
 
 from embedft.base import BaseSpec, load_base
 from embedft.encode import Encoder, EncodeSettings
@@ -255,6 +261,43 @@ def test_text_never_ends_inside_a_character_or_a_stop_string() -> None:
             break
     assert stopped
     assert told == "a € sign, then "
+
+
+def metaspace_tokenizer() -> Any:
+    """As a Llama's of old: a space stands before each word, and the first is not part of the text."""
+    words = ["<s>", "▁say", "▁no", "where", "▁", "s", "▁€", "<0xE2>", "<0x82>", "<0xAC>"]
+    model = tokenizers.models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=[], byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(parts)  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
+
+
+EURO_OF_BYTES = (7, 8, 9)  # where one byte is wrong, HF's decoder gives up those that stand beside it as well
+
+
+@pytest.mark.parametrize(("made", "units"), [(tiny_tokenizer, 400), (metaspace_tokenizer, 8)])
+@given(data=st.data())
+def test_pieces_of_text_are_what_all_tokens_are_decoded_to(made: Callable[[], Any], units: int, data: st.DataObject) -> None:
+    tokenizer, drawn = made(), data.draw(st.lists(st.integers(0, units - 1), min_size=1, max_size=30))
+    ids = [token for unit in drawn for token in (EURO_OF_BYTES if (made, unit) == (metaspace_tokenizer, 7) else (unit,))]
+    detokenizer = Detokenizer(tokenizer, ())
+    told = "".join(detokenizer.feed(token, last=place == len(ids) - 1)[0] for place, token in enumerate(ids))
+    assert told == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_long_answer_is_not_decoded_whole_for_every_token() -> None:
+    tokenizer, lengths = tiny_tokenizer(), list[int]()
+
+    class Counted:
+        def decode(self, ids: list[int], **more: Any) -> str:
+            lengths.append(len(ids))
+            return str(tokenizer.decode(ids, **more))
+
+    detokenizer = Detokenizer(Counted(), ("never",))
+    for token in tokenizer("one more word € " * 60)["input_ids"]:
+        detokenizer.feed(token, last=False)
+    assert max(lengths) < 12
 
 
 class Held(Encoder):

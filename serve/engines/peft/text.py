@@ -2,29 +2,45 @@
 
 from typing import Any
 
+INCOMPLETE = "\ufffd"  # what bytes of a character that is still to come are decoded to
+
 
 class Detokenizer:
-    """Feed it tokens; it gives the text that has become certain, and says when a stop string was met."""
+    """Feed it tokens; it gives the text that has become certain, and says when a stop string was met.
+
+    Each token is decoded with those since the last but one that ended with a whole character, so that a long answer's cost no more.
+    """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        self._tokens: list[int] = []
+        self._text = ""  # of the tokens up to _whole
+        self._tokens: list[int] = []  # decoded anew with each that comes: a few before _whole, which may change how others read, and since
+        self._whole = 0
         self._sent = 0
 
     def feed(self, token: int | None, *, last: bool) -> tuple[str, bool]:
         """(new text, a stop string was met). The stop string itself, and what follows it, is not in the text. None: no text."""
-        if token is not None:
-            self._tokens.append(token)
-        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        text = self._text if token is None and not self._tokens else self._decoded(token)
         found = [at for stop in self._stop if (at := text.find(stop, max(0, self._sent - len(stop)))) >= 0]
         if found:
             return self._release(text, min(found)), True
         return self._release(text, len(text) if last else self._certain(text)), False
 
+    def _decoded(self, token: int | None) -> str:
+        if token is not None:
+            self._tokens.append(token)
+        before, all_of_them = (
+            self._tokenizer.decode(part, skip_special_tokens=True) for part in (self._tokens[: self._whole], self._tokens)
+        )
+        text = self._text + all_of_them[len(before) :]
+        if len(text) > len(self._text) and not text.endswith(INCOMPLETE):
+            self._text, self._tokens, self._whole = text, self._tokens[self._whole :], len(self._tokens) - self._whole
+        return text
+
     def _certain(self, text: str) -> int:
         end = len(text)
-        while end > self._sent and text[end - 1] == "\ufffd":  # bytes of a character still to come
+        while end > self._sent and text[end - 1] == INCOMPLETE:
             end -= 1
         held = 0
         for stop in self._stop:
