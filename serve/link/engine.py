@@ -3,7 +3,8 @@
 import asyncio
 import hmac
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,13 +18,16 @@ log = logging.getLogger("uvicorn.error")
 PATIENCE = 4096  # bytes within which a hello must have ended
 
 
-Straight = Mapping[str, Callable[[bytes], Coroutine[Any, Any, tuple[int, bytes]]]]
+Content = bytes | AsyncGenerator[bytes]
+Answer = Callable[[bytes], Coroutine[Any, Any, tuple[int, Content]]]
+Straight = Mapping[str, Answer]
 
 
 def serve(app: Any, socket: Path, *, grace: int, straight: Straight | None = None, key: str = "") -> None:
     """Serve an ASGI app until SIGTERM, then for at most `grace` seconds what still runs.
 
-    `straight`: by path, what answers a call of the link that came with `key` without the app: a body to a status and a body.
+    `straight`: by path, what answers a call of the link that came with `key` without the app: a body to a status and a body, whole or
+    in parts. It is cancelled where nobody waits for it any more.
     """
     http = protocol(straight, key)
     uvicorn.run(app, uds=str(socket), log_level="warning", access_log=False, timeout_graceful_shutdown=grace, http=http)
@@ -81,7 +85,7 @@ class Calls:
         if not self._running:
             self.end.close()
 
-    def done(self, number: int) -> None:
+    def _done(self, number: int) -> None:
         self._running.pop(number, None)
         if self._closing and not self._running:
             self.end.close()
@@ -89,9 +93,10 @@ class Calls:
     def _received(self, number: int, kind: int, content: bytes) -> None:
         if kind == CALL:
             call = self._running[number] = _Call(self, number, content)
-            task = asyncio.ensure_future(call.run())
+            task = call.started()
             self.http.tasks.add(task)
             task.add_done_callback(self.http.tasks.discard)
+            task.add_done_callback(lambda _: self._done(number))
         elif call := self._running.get(number):
             call.told(kind)
 
@@ -110,31 +115,46 @@ class _Call:
         self._method, _, path = line.partition(b" ")
         self._path, _, self._query = path.partition(b"?")
         self._body: bytes | None = body
+        self._straight: Answer | None = calls.straight.get(self._path.decode("ascii"))
+        self._task: asyncio.Task[None] | None = None
         self._over, self._going = asyncio.Event(), asyncio.Event()  # answered, or nobody waits for it; not told to pause
         self._going.set()
+
+    def started(self) -> asyncio.Task[None]:
+        self._task = asyncio.ensure_future(self._run())
+        return self._task
 
     def told(self, kind: int) -> None:
         if kind == CANCEL:
             self._over.set()
+            if self._straight and self._task:
+                self._task.cancel()
         if kind == PAUSE:
             self._going.clear()
         if kind in (CANCEL, RESUME):
             self._going.set()
 
-    async def run(self) -> None:
+    async def _run(self) -> None:
         try:
-            if answer := self._calls.straight.get(self._path.decode("ascii")):
-                status, content = await answer(self._body or b"")
-                await self._send({"type": "http.response.start", "status": status})
-                await self._send({"type": "http.response.body", "body": content})
-                return
-            await self._calls.http.app(self._scope(), self._receive, self._send)  # pyright: ignore[reportArgumentType]
+            if self._straight:
+                await self._answer(*await self._straight(self._body or b""))
+            else:
+                await self._calls.http.app(self._scope(), self._receive, self._send)  # pyright: ignore[reportArgumentType]
         except Exception:
             log.exception("Exception in ASGI application")
         finally:
             if not self._over.is_set():
                 self._calls.end.write(self._number, LAST | BROKEN)
-            self._calls.done(self._number)
+
+    async def _answer(self, status: int, content: Content) -> None:
+        self._head(status)
+        if isinstance(content, bytes):
+            await self._part(content, last=True)
+            return
+        async with aclosing(content):
+            async for part in content:
+                await self._part(part)
+        await self._part(b"", last=True)
 
     def _scope(self) -> dict[str, Any]:
         path, http = self._path.decode("ascii"), self._calls.http
@@ -162,15 +182,21 @@ class _Call:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
+        if self._over.is_set():
+            await asyncio.sleep(0)  # a turn for whoever is to end this
+        elif message["type"] == "http.response.start":
+            self._head(message["status"])
+        else:
+            await self._part(message.get("body", b""), last=not message.get("more_body", False))
+
+    def _head(self, status: int) -> None:
+        self._calls.end.write(self._number, FIRST, STATUS.pack(status))
+
+    async def _part(self, content: bytes, *, last: bool = False) -> None:
         await self._calls.end.drained()
         await self._going.wait()
         if self._over.is_set():
-            await asyncio.sleep(0)  # a turn for whoever is to end this
             return
-        if message["type"] == "http.response.start":
-            self._calls.end.write(self._number, FIRST, STATUS.pack(message["status"]))
-            return
-        last = not message.get("more_body", False)
-        self._calls.end.write(self._number, LAST if last else 0, message.get("body", b""))
+        self._calls.end.write(self._number, LAST if last else 0, content)
         if last:
             self._over.set()

@@ -1,9 +1,11 @@
 """One generating request: its rows, their pieces in order, and what happens when the client goes away. Knows no routes."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
+
+from pydantic_core import to_json
 
 from embedft.errors import InputInvalid
 from serve.engines.peft.answers import Answers, Piece
@@ -97,37 +99,48 @@ def _across(loop: asyncio.AbstractEventLoop, steps: "asyncio.Queue[tuple[int, St
     return emit
 
 
-async def collect(request: Request, answers: Answers) -> dict[str, Any]:
-    """The whole answer."""
-    whole = [Piece(index) for index in range(len(request.rows))]
-    async for piece in request.pieces():
-        whole[piece.index].add(piece)
-    return answers.whole(whole)
+@dataclass(frozen=True)
+class Answering:
+    """A request under way and the shapes of its answer. `usage`: a stream ends with what it used."""
+
+    request: Request
+    answers: Answers
+    streamed: bool
+    usage: bool
+
+    async def whole(self) -> bytes:
+        """The answer as JSON. Leaving it early ends the work."""
+        try:
+            found = [Piece(index) for index in range(len(self.request.rows))]
+            async for piece in self.request.pieces():
+                found[piece.index].add(piece)
+            return to_json(self.answers.whole(found))
+        finally:
+            self.request.close()
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """Server-sent events. An error after the first of them is an event too, and the last."""
+        generated = 0
+        try:
+            if self.answers.kind == "chat.completion":
+                for index in range(len(self.request.rows)):
+                    yield _event(self.answers.opening(index))
+            async for piece in self.request.pieces():
+                generated += len(piece.tokens)
+                if piece.text or piece.finish or piece.logprobs or piece.prompt_logprobs:  # calls come with the finish
+                    yield _event(self.answers.chunk(piece))
+            if self.usage:
+                yield _event(self.answers.closing(generated))
+            yield b"data: [DONE]\n\n"
+        except Exception as error:
+            code = getattr(error, "code", "engine_failed")
+            yield _event({"error": {"message": str(error), "type": "InternalServerError", "param": None, "code": code}})
+        finally:
+            self.request.close()
 
 
-async def stream(request: Request, answers: Answers, *, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. An error after the first of them is an event too, and the last."""
-    generated = 0
-    try:
-        if answers.kind == "chat.completion":
-            for index in range(len(request.rows)):
-                yield _event(answers.opening(index))
-        async for piece in request.pieces():
-            generated += len(piece.tokens)
-            if piece.text or piece.finish or piece.logprobs or piece.prompt_logprobs:  # calls come with the finish
-                yield _event(answers.chunk(piece))
-        if usage:
-            yield _event(answers.closing(generated))
-        yield "data: [DONE]\n\n"
-    except Exception as error:
-        code = getattr(error, "code", "engine_failed")
-        yield _event({"error": {"message": str(error), "type": "InternalServerError", "param": None, "code": code}})
-    finally:
-        request.close()
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + to_json(data) + b"\n\n"
 
 
 def room_for(prompts: list[list[int]], wanted: int | None, *, context: int, vocabulary: int, param: str = "prompt") -> int:

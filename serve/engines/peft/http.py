@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +18,20 @@ from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, EngineFail
 from embedft.model_folder import stop_tokens
 from serve.engines import vectors
 from serve.engines.peft import answers, bodies
-from serve.engines.peft.generation import Request, collect, room_for, stream
+from serve.engines.peft.generation import Answering, Request, room_for
 from serve.engines.peft.structure import Grammars
 from serve.engines.peft.tools import for_template
 from serve.engines.peft.worker import Worker
 from serve.leaving import ClientGone, unless_gone
+from serve.link.engine import Answer, Content
 
 if TYPE_CHECKING:
     import numpy as np
 
 STATUS: dict[type[EmbedftError], int] = {AdapterNotFound: 404, EngineBusy: 503, EngineFailed: 500}  # any other of ours: 400
 COMPLETION_TOKENS = 16  # OpenAI's default
+_BROKEN = answers.failure(500, "engine_failed", "the engine met an error of its own: its log has it")
+log = logging.getLogger("uvicorn.error")
 
 
 def create_app(worker: Worker, *, key: str, context: int) -> Starlette:
@@ -47,12 +51,14 @@ def create_app(worker: Worker, *, key: str, context: int) -> Starlette:
     table += [("POST", "/v1/load_lora_adapter", routes.load), ("POST", "/v1/unload_lora_adapter", routes.unload)]
     if worker.encoder is not None:
         table += [("POST", "/v1/embeddings", routes.embed), ("POST", vectors.PATH, routes.vectors)]
+        straight = {vectors.PATH: _straight(routes.packed_vectors)}
     else:
         table += [("POST", "/v1/completions", routes.complete), ("POST", "/v1/chat/completions", routes.chat)]
+        straight = {"/v1/completions": _straight(routes.completion), "/v1/chat/completions": _straight(routes.turn)}
     listed = [Route("/health", routes.health)]
     listed += [Route(path, guarded(handler), methods=[method]) for method, path, handler in table]
     app = Starlette(routes=listed, exception_handlers={EmbedftError: _refuse, HTTPException: _no_route, Exception: _broken})
-    app.state.straight = {vectors.PATH: routes.vectors_straight} if worker.encoder is not None else {}
+    app.state.straight = straight
     return app
 
 
@@ -101,36 +107,39 @@ class Routes:
         return Response(to_json(made), media_type="application/json")
 
     async def vectors(self, request: HttpRequest) -> Response:
-        body = bodies.parse(vectors.VectorsRequest, await request.body())
-        return Response(vectors.packed(await self._embedded(self._adapter(body.model), body.input)), media_type=vectors.MEDIA_TYPE)
+        return Response(await self.packed_vectors(await request.body()), media_type=vectors.MEDIA_TYPE)
 
-    async def vectors_straight(self, content: bytes) -> tuple[int, bytes]:
-        """`vectors` for a call of the gateway's link, where the routes' machinery takes longer than all that it leads to."""
-        try:
-            body = bodies.parse(vectors.VectorsRequest, content)
-            return 200, vectors.packed(await self._embedded(self._adapter(body.model), body.input))
-        except EmbedftError as error:
-            return _refusal(error)
+    async def packed_vectors(self, content: bytes) -> bytes:
+        body = bodies.parse(vectors.VectorsRequest, content)
+        return vectors.packed(await self._embedded(self._adapter(body.model), body.input))
 
     async def _embedded(self, adapter: str | None, ids: list[list[int]]) -> "np.ndarray":
         room_for(ids, None, context=self.context + 1, vocabulary=self.worker.bank.base.model.config.vocab_size, param="input")
         return await self.worker.embed(adapter, ids)
 
     async def complete(self, request: HttpRequest) -> Response:
-        body = bodies.parse(bodies.Completion, await request.body())
-        special = body.add_special_tokens
-        ids = bodies.prompts(body.prompt, lambda text: self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        return await self._generate(request, "text_completion", body, ids, body.max_tokens or COMPLETION_TOKENS, body.logprobs)
+        return await _over_http(request, await self.completion(await request.body()))
 
     async def chat(self, request: HttpRequest) -> Response:
-        body = bodies.parse(bodies.Chat, await request.body())
+        return await _over_http(request, await self.turn(await request.body()))
+
+    async def completion(self, content: bytes) -> Answering:
+        """A prompt's, begun."""
+        body = bodies.parse(bodies.Completion, content)
+        special = body.add_special_tokens
+        ids = bodies.prompts(body.prompt, lambda text: self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        return await self._begun("text_completion", body, ids, body.max_tokens or COMPLETION_TOKENS, body.logprobs)
+
+    async def turn(self, content: bytes) -> Answering:
+        """A chat's, begun."""
+        body = bodies.parse(bodies.Chat, content)
         if not self.tokenizer.chat_template:
             raise InputInvalid("chat_template_missing", "this base has no chat template: use /v1/completions", "messages")
         messages = [message.model_dump() | {"content": bodies.text_of(message.content)} for message in body.messages]
         ids = self._rendered(for_template(messages), body.offered)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return await self._generate(request, "chat.completion", body, [ids], max_tokens, logprobs)
+        return await self._begun("chat.completion", body, [ids], max_tokens, logprobs)
 
     def _rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
         def by(**more: Any) -> list[int]:
@@ -144,15 +153,14 @@ class Routes:
             raise InputInvalid("tools_unsupported", "this base's chat template does not know tools: leave them out", "tools")
         return ids
 
-    async def _generate(
+    async def _begun(
         self,
-        request: HttpRequest,
         kind: answers.Kind,
         body: bodies.Generation,
         ids: list[list[int]],
         max_tokens: int | None,
         logprobs: int | None,
-    ) -> Response:
+    ) -> Answering:
         adapter = self._adapter(body.model)
         if body.stream and body.prompt_logprobs is not None:
             raise InputInvalid("unsupported_parameter", "prompt_logprobs cannot be streamed", "prompt_logprobs")
@@ -166,15 +174,8 @@ class Routes:
         generation = Request(
             self.worker, body, prompts=ids, adapter=adapter, max_tokens=room, logprobs=logprobs, eos=self.eos, structure=structure
         )
-        if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(stream(generation, shapes, usage=usage), media_type="text/event-stream")
-        try:
-            return JSONResponse(await unless_gone(request, collect(generation, shapes)))
-        except ClientGone:
-            return Response(status_code=499)
-        finally:
-            generation.close()
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return Answering(generation, shapes, body.stream, usage)
 
     def _adapter(self, model: str) -> str | None:
         if model == "base":
@@ -182,6 +183,33 @@ class Routes:
         if model not in self.worker.names:
             raise AdapterNotFound(model, self.worker.names)
         return model
+
+
+async def _over_http(request: HttpRequest, answering: Answering) -> Response:
+    if answering.streamed:
+        return StreamingResponse(answering.events(), media_type="text/event-stream")
+    try:
+        return Response(await unless_gone(request, answering.whole()), media_type="application/json")
+    except ClientGone:
+        return Response(status_code=499)
+
+
+def _straight(answered: Callable[[bytes], Awaitable[bytes | Answering]]) -> Answer:
+    """What the link calls with a body: the same answers and refusals without the routes' machinery, which takes longer than they do."""
+
+    async def answer(content: bytes) -> tuple[int, Content]:
+        try:
+            found = await answered(content)
+            if isinstance(found, bytes):
+                return 200, found
+            return 200, found.events() if found.streamed else await found.whole()
+        except EmbedftError as error:
+            return _refusal(error)
+        except Exception:
+            log.exception("a call failed")
+            return 500, to_json(_BROKEN)
+
+    return answer
 
 
 async def _refuse(request: HttpRequest, error: Exception) -> Response:
@@ -204,4 +232,4 @@ async def _no_route(request: HttpRequest, error: Exception) -> Response:
 
 async def _broken(request: HttpRequest, error: Exception) -> Response:
     del request, error
-    return JSONResponse(answers.failure(500, "engine_failed", "the engine met an error of its own: its log has it"), 500)
+    return JSONResponse(_BROKEN, 500)
