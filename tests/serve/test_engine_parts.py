@@ -263,6 +263,20 @@ def test_text_never_ends_inside_a_character_or_a_stop_string() -> None:
     assert told == "a € sign, then "
 
 
+def test_a_stop_string_ends_nothing_before_the_least_tokens() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("END one END")["input_ids"]
+    early = len(tokenizer("END one")["input_ids"])
+    for least in (0, early, len(ids)):
+        detokenizer, told, stopped = Detokenizer(tokenizer, ("END",), least=least), "", False
+        for token in ids:
+            if stopped:
+                break
+            piece, stopped = detokenizer.feed(token, last=False)
+            told += piece
+        assert (told, stopped) == {0: ("", True), early: ("END one ", True), len(ids): ("END one END", False)}[least]
+
+
 def metaspace_tokenizer() -> Any:
     """As a Llama's of old: a space stands before each word, and the first is not part of the text."""
     words = ["<s>", "▁say", "▁no", "where", "▁", "s", "▁€", "<0xE2>", "<0x82>", "<0xAC>"]

@@ -185,7 +185,8 @@ def test_log_probabilities_are_reported_beside_the_tokens(server: EngineProcess)
     [
         ({"echo": True}, "unsupported_parameter"),
         ({"guided_json": {}}, "unsupported_parameter"),
-        ({"min_tokens": 5}, "unsupported_parameter"),
+        ({"min_tokens": 17, "max_tokens": 16}, "invalid_request"),
+        ({"min_tokens": 5, "response_format": {"type": "json_object"}}, "unsupported_parameter"),
         ({"min_p": 1.5}, "invalid_request"),
         ({"logit_bias": {"1000000": 1}}, "token_unknown"),
         ({"logit_bias": {"word": 1}}, "invalid_request"),

@@ -109,6 +109,19 @@ def test_a_bias_is_transformers_own_and_the_likeliest_alone_is_greedy(server: En
         assert server.complete(name, PROMPTS[0], max_tokens=16, temperature=3, min_p=1)["token_ids"] == plain
 
 
+def test_no_answer_ends_before_its_least_tokens(server: EngineProcess, llama: Path, adapter: Path) -> None:
+    models = {"base": solo(llama, "causal_lm", None), "a": solo(llama, "causal_lm", adapter)}
+    for name, model in models.items():
+        plain = generated(model, PROMPTS[0])
+        ender = plain[3]
+        asked: dict[str, Any] = {"max_tokens": 16, "stop_token_ids": [ender]}
+        assert len(server.complete(name, PROMPTS[0], **asked)["token_ids"]) == plain.index(ender) + 1
+        held = server.complete(name, PROMPTS[0], **asked, min_tokens=9)["token_ids"]
+        assert held[:9] == generated(model, PROMPTS[0], sequence_bias={(ender,): -1e9})[:9]
+        assert held == [*held[:9], *generated(model, [*PROMPTS[0], *held[:9]])[: len(held) - 9]]  # from the tenth on it may end
+        assert ender not in held[:-1]
+
+
 def test_an_answer_keeps_to_its_schema_and_its_neighbours_do_not(server: EngineProcess) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": SCHEMA}}
     structured = {"temperature": 1.5, "max_tokens": 60, "response_format": wanted, "n": 3, "seed": 5, "ignore_eos": False}

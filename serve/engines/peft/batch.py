@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.errors import EmbedftError, EngineFailed
 from serve.engines.peft.bank import AdapterBank, Group
-from serve.engines.peft.sampling import Sampling, TokenLogprobs, adjusted, choose, token_logprobs
+from serve.engines.peft.sampling import Sampling, TokenLogprobs, adjusted, choose, token_logprobs, without
 from serve.engines.peft.structure import Structure
 
 if TYPE_CHECKING:
@@ -47,9 +47,13 @@ class Row:
     done: bool = False
     generator: Any = None
 
+    @property
+    def enders(self) -> frozenset[int]:
+        """The tokens that end the answer, and are no part of its text."""
+        return self.sampling.stop_token_ids if self.sampling.ignore_eos else self.sampling.stop_token_ids | self.eos
+
     def ends(self, token: int) -> bool:
-        """Whether `token` ends the answer, and is no part of its text."""
-        return (token in self.eos and not self.sampling.ignore_eos) or token in self.sampling.stop_token_ids
+        return token in self.enders
 
 
 class Batch:
@@ -208,6 +212,8 @@ class Batch:
         if logits.isnan().any():
             raise EngineFailed(NOT_FINITE)
         scores = adjusted(logits, row.sampling, prompt=row.prompt, tokens=row.tokens)
+        if len(row.tokens) < row.sampling.min_tokens:
+            scores = without(scores, row.enders)
         if row.structure is None:
             return choose(scores, row.sampling, row.generator), False
         token = choose(row.structure.masked(scores), row.sampling, row.generator)

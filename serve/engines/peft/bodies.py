@@ -54,6 +54,7 @@ class Generation(Body):
     stop: StrictStr | list[StrictStr] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
+    min_tokens: int | None = Field(default=None, ge=0)
     stream: bool = False
     stream_options: StreamOptions | None = None
     prompt_logprobs: int | None = Field(default=None, ge=0, le=100)
@@ -86,6 +87,7 @@ class Generation(Body):
         return [
             Sampling(
                 max_tokens=max_tokens,
+                min_tokens=self.min_tokens or 0,
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_p=self.top_p or 1.0,
                 top_k=max(self.top_k or 0, 0),

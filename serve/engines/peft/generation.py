@@ -43,7 +43,7 @@ class Request:
             for sampling in body.sampling(max_tokens=max_tokens, logprobs=logprobs):
                 emit = _across(loop, self._steps, len(self.rows))
                 self.rows.append(Row(adapter, prompt, sampling, eos, emit, structure.copy() if structure else None))
-                self._texts.append(Detokenizer(tokenizer, sampling.stop))
+                self._texts.append(Detokenizer(tokenizer, sampling.stop, least=sampling.min_tokens))
                 if body.tool_names:
                     self._tools.append(ToolReader(body.tool_names))
         worker.generate(self.rows)

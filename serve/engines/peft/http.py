@@ -168,8 +168,12 @@ class Routes:
         room = room_for(ids, max_tokens, context=self.context, vocabulary=vocabulary)
         if any(not 0 <= token < vocabulary for token in body.logit_bias or {}):
             raise InputInvalid("token_unknown", f"token ids go from 0 to {vocabulary - 1}", "logit_bias")
+        if (body.min_tokens or 0) > room:
+            raise InputInvalid("invalid_request", f"min_tokens {body.min_tokens} is more than the {room} that there may be", "min_tokens")
         shapes = answers.Answers(kind, body.model, self.tokenizer, ids, n=body.n or 1, ids=bool(body.return_token_ids))
         schema = body.structure()
+        if schema is not None and body.min_tokens:
+            raise InputInvalid("unsupported_parameter", "min_tokens: not together with an answer that must have a form", "min_tokens")
         structure = await asyncio.to_thread(self.grammars.compile, schema) if schema is not None else None
         generation = Request(
             self.worker, body, prompts=ids, adapter=adapter, max_tokens=room, logprobs=logprobs, eos=self.eos, structure=structure

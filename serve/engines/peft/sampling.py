@@ -1,7 +1,7 @@
 """Logits → the next token, and the log-probabilities an answer reports. Pure functions over one row."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ class Sampling:
     """How one sequence is generated. `temperature` 0 is greedy; `logprobs` and `prompt_logprobs` None report none."""
 
     max_tokens: int
+    min_tokens: int = 0  # before which no token may end the answer
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -66,6 +67,13 @@ def adjusted(logits: "Tensor", sampling: Sampling, *, prompt: Sequence[int], tok
     said[torch.tensor(prompt, dtype=torch.long, device=logits.device)] = True
     weaker = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
     return torch.where(said, weaker, logits) - sampling.frequency_penalty * counts - sampling.presence_penalty * seen
+
+
+def without(logits: "Tensor", tokens: Collection[int]) -> "Tensor":
+    """(vocabulary,) logits under which none of `tokens` is chosen."""
+    import torch
+
+    return logits.index_fill(0, torch.tensor(list(tokens), dtype=torch.long, device=logits.device), -math.inf)
 
 
 def choose(logits: "Tensor", sampling: Sampling, generator: "torch.Generator | None") -> int:
