@@ -34,6 +34,11 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
+    def plain(self) -> bool:
+        """Whether it takes the likeliest token as the model has it."""
+        return self.temperature == 0 and not self.logit_bias and not self.penalised
+
+    @property
     def penalised(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
 
