@@ -172,6 +172,7 @@ class Lifecycle:
                 raise GenerationConflict(name, expected=expected, current=current.generation if current else None)
             found = await asyncio.to_thread(find, self.store, name, source)
             if current and current.generation == found.generation and not current.retired:
+                await self._renew(current, found)
                 if pin:
                     async with self.lease(name):  # one that was evicted comes back first, and stays
                         current.pinned = True
@@ -182,6 +183,18 @@ class Lifecycle:
             if named:
                 await asyncio.to_thread(self.store.point, name, found.generation)
             return resident
+
+    async def _renew(self, resident: Resident, found: Found) -> None:
+        """What stands beside its weights may be new, as metrics and probes are that an import brought: read, and proven, again."""
+        state = await asyncio.to_thread(state_of, found.folder)
+        if resident.proven == state:
+            return
+        passport = await asyncio.to_thread(checked, resident.name, found)
+        async with self.lease(resident.name):
+            report = await probe(resident.engine, resident.id, found.folder)
+        if not report.passed:
+            raise ProbesFailed(resident.name, report.reason)
+        resident.passport, resident.report, resident.proven = passport, report, state
 
     async def delete(self, name: str) -> Resident:
         """Stop serving `name`: it drains and is unloaded. The store keeps it. AdapterNotFound."""
@@ -275,7 +288,7 @@ class Lifecycle:
                 held.report = await probe(engine, held.id, held.folder)
                 if not held.report.passed:
                     raise ProbesFailed(name, held.report.reason)
-                held.retired = held.earlier = False
+                held.passport, held.retired, held.earlier = passport, False, False
                 held.pinned = pin
                 return held
             await slots.make_room(self._evict)

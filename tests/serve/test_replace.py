@@ -6,12 +6,14 @@ One server for all; each test has adapters of its own names.
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from embedft.adapters.probes import read_probes, write_probes
 from serve.engines.fake import text
 from tests.serve.test_choice import refused
 from tests.serve.world import ADMIN, Server, World, fill_adapter, put_adapter, wait_for
@@ -95,6 +97,24 @@ def test_a_generation_in_use_is_unloaded_only_after_its_last_answer(world: World
         assert not unloaded(server, "slow")
         assert b"[DONE]" in b"".join(chunks)
     wait_for(lambda: unloaded(server, "slow") == [own("slow", old)])
+
+
+def test_what_stands_beside_the_weights_is_read_again_when_an_adapter_is_put_again(world: World, server: Server) -> None:
+    def shown() -> dict[str, Any]:
+        return server.client.get("/v1/adapters/again").json()
+
+    first = put_adapter(world.store, "again", world.texts, seed=70, metrics={"ndcg@10": 0.5})
+    assert server.put("again").json()["metrics"] == {"ndcg@10": 0.5}
+    assert put_adapter(world.store, "again", world.texts, seed=70, metrics={"ndcg@10": 0.6}) == first
+    assert server.put("again").json()["metrics"] == shown()["metrics"] == {"ndcg@10": 0.6}
+    assert not unloaded(server, "again")
+    with world.store.stage() as folder:
+        fill_adapter(folder, "again", world.texts, seed=70, scale=1.0, task="embedding", metrics={"ndcg@10": 0.7})
+        recorded = read_probes(folder)
+        write_probes(folder, replace(recorded, effect=tuple(-effect for effect in recorded.effect)))
+        assert world.store.put(folder, "again") == first
+    refused(server.put("again"), 422, "probes_failed")
+    assert shown()["metrics"] == {"ndcg@10": 0.6}
 
 
 @pytest.mark.parametrize("scale", [0.8, 0.0])
