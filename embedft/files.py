@@ -1,5 +1,6 @@
 """Files that are whole or absent, and hashes of what tensors they hold. Knows nothing of models."""
 
+import ctypes
 import fcntl
 import gzip
 import hashlib
@@ -8,14 +9,16 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from embedft.errors import DataError
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_STAGE = ".stage-"  # begins the name of a folder that is being written
 _OLD = ".old-"  # begins the name of a folder that is being replaced
 
 
@@ -90,7 +93,7 @@ def hash_json(content: Any) -> str:
 def staged_folder(parent: Path) -> Generator[Path]:
     """An empty folder inside `parent`, removed at the end unless it was moved away."""
     parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".stage-", dir=parent))
+    stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=parent))
     try:
         yield stage
     finally:
@@ -105,17 +108,37 @@ def publish_folder(stage: Path, out: Path) -> None:
 
 
 def replace_folder(stage: Path, out: Path) -> None:
-    """Move a finished folder to where the folder `out` is, which whoever has its files open keeps.
+    """Move a finished folder to where the folder `out` is, in one step where the system can. Whoever has the old one's files open keeps them.
 
-    Between two renames there is none; after a crash just then `restore_folders` brings the old one back.
+    Elsewhere there is none between two renames; after a crash just then `restore_folders` brings the old one back.
     """
     _settle(stage)
+    if _exchange(stage, out):
+        _fsync(out.parent)
+        return
     out.rename(out.with_name(_OLD + out.name))
     try:
         stage.rename(out)
         _fsync(out.parent)
     finally:
         restore_folders(out.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Two paths take each other's place. False where the system (it is Linux's) or the disk knows no such step."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def abandoned_stages(parent: Path, *, seconds: float = 86_400) -> list[Path]:
+    """Staged folders that whoever made them did not live to take away: nothing in them was changed for so long."""
+    found: list[Path] = []
+    for stage in parent.glob(f"{_STAGE}*"):
+        with suppress(FileNotFoundError):  # taken away just now
+            if time.time() - max(path.stat().st_mtime for path in (stage, *stage.rglob("*"))) > seconds:
+                found.append(stage)
+    return found
 
 
 def restore_folders(parent: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from embedft.adapters.passport import TEXTS, Passport, generation, read_passport
 from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, GenerationConflict
-from embedft.files import locked, publish_folder, replace_folder, restore_folders, staged_folder, unfinished, write_text
+from embedft.files import abandoned_stages, locked, publish_folder, replace_folder, restore_folders, staged_folder, unfinished, write_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 GENERATION = re.compile(r"[0-9a-f]{12,64}")
@@ -149,14 +149,17 @@ class AdapterStore:
                 (folder / f"{name}.json").unlink(missing_ok=True)
 
     def collect(self, *, leased: Collection[str] = ()) -> list[str]:
-        """Delete objects that no name points at, now or in its history, none holds and nobody leases; returns their generations."""
+        """Delete objects that no name points at, now or in its history, none holds and nobody leases; returns their generations.
+
+        What a crash left half-written a day ago or longer goes too.
+        """
         with self._locked():
             if broken := self.damaged():
                 raise AdapterInvalid(next(iter(broken)), "nothing is deleted while its pointer is damaged: mend or remove it first")
             named = {identity for name in self.names() for identity in self.history(name)}
             named |= set(self.all_held().values())
             unused = [path for path in self._objects.glob("[0-9a-f]*") if path.name not in named and path.name not in leased]
-            for path in unused:
+            for path in (*unused, *abandoned_stages(self._objects)):
                 shutil.rmtree(path)
         return [path.name for path in unused]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,51 @@ def test_a_replacement_that_was_cut_off_leaves_the_object_whole(adapter: Path, s
     again = AdapterStore(store.root)
     assert generation(again.folder("legal")) == identity
     assert [path.name for path in objects.iterdir()] == [identity]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
+def test_an_object_that_is_replaced_is_there_at_every_moment(adapter: Path, store: AdapterStore) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    folder, over, looks, missed = store.folder("legal"), threading.Event(), 0, 0
+
+    def look() -> None:
+        nonlocal looks, missed
+        while not over.is_set():
+            looks, missed = looks + 1, missed + (not os.path.exists(folder))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for count in range(100):
+        read_passport(adapter).model_copy(update={"metrics": {"count": count}}).write(adapter)
+        assert import_folder(store, adapter, name="legal") == identity
+    over.set()
+    looking.join()
+    assert store.passport("legal").metrics == {"count": 99}
+    assert missed == 0 < looks
+    assert [path.name for path in (store.root / "objects").iterdir()] == [identity]
+
+
+def test_where_folders_cannot_be_exchanged_one_is_moved_after_the_other(
+    adapter: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    monkeypatch.setattr("embedft.files.ctypes.CDLL", lambda _: object())
+    read_passport(adapter).model_copy(update={"metrics": {"ndcg": 0.5}}).write(adapter)
+    assert import_folder(store, adapter, name="legal") == identity
+    assert store.passport("legal").metrics == {"ndcg": 0.5}
+    assert [path.name for path in (store.root / "objects").iterdir()] == [identity]
+
+
+def test_what_a_crash_left_half_written_is_collected_a_day_later(adapter: Path, store: AdapterStore) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    old, new = (store.root / "objects" / name for name in (".stage-old", ".stage-new"))
+    for stage in (old, new):
+        stage.mkdir()
+        (stage / "half").write_text("x")
+    for path in (old / "half", old, new):  # a file of the new one was written just now
+        os.utime(path, (0, 0))
+    assert store.collect() == []
+    assert {path.name for path in (store.root / "objects").iterdir()} == {identity, ".stage-new"}
 
 
 def test_collect_waits_for_what_is_just_being_held(adapter: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
