@@ -108,7 +108,7 @@ def publish_folder(stage: Path, out: Path) -> None:
 
 
 def replace_folder(stage: Path, out: Path) -> None:
-    """Move a finished folder to where the folder `out` is, in one step where the system can. Whoever has the old one's files open keeps them.
+    """Move a finished folder to where the folder `out` is, in one step where the system can. Open files of the old one stay readable.
 
     Elsewhere there is none between two renames; after a crash just then `restore_folders` brings the old one back.
     """
