@@ -65,6 +65,9 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, told)
+        except Exception:
+            status = max(status, 500)  # as it is answered outside of this
+            raise
         finally:
             if scope["path"] not in QUIET or status >= 500:
                 asyncio.get_running_loop().call_soon(write, time.perf_counter() - began)  # in the next turn: the answer leaves in this one

@@ -18,10 +18,11 @@ CHARACTERS_A_TOKEN = 4  # only to guess a request's size before any tokenizer ha
 
 @dataclass
 class Budget:
-    """What one request has used so far, over all the engines that it asked."""
+    """What one request has used so far, over all the engines that it asked. `placed`: one has been asked at all."""
 
     tenant: Tenant
     used: int = 0
+    placed: bool = False
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Admission:
         finally:
             tenant.running -= 1
             self._running -= 1
-            tenant.buckets.settle(taken=cost, used=budget.used or cost)
+            tenant.buckets.settle(taken=cost, used=budget.used or (cost if budget.placed else 0))
 
     @asynccontextmanager
     async def placed(self, budget: Budget, engine: Engine, adapter: str | None, *, route: str, cost: int) -> AsyncGenerator[Ticket]:
@@ -81,7 +82,7 @@ class Admission:
         engine.supervisor.require_ready()  # those that wait for it to come back were asking it when it died: no others join them
         ticket, began = Ticket(engine, adapter, self._meters, budget), time.perf_counter()
         flow = await self._place(budget.tenant, engine, adapter, cost)
-        ticket.waited = time.perf_counter() - began
+        budget.placed, ticket.waited = True, time.perf_counter() - began
         self._meters.queued.labels(engine.name, adapter or "").observe(ticket.waited)
         try:
             with self._meters.measured(engine.name, adapter, route) as outcome:

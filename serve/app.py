@@ -84,6 +84,6 @@ def _errors(app: FastAPI, gateway: Gateway) -> None:
         return Response(status_code=499)
 
     @app.exception_handler(Exception)
-    async def unforeseen(_: Request, __: Exception) -> Response:
+    async def unforeseen(request: Request, _: Exception) -> Response:
         body = envelope("the server failed at this request; its log says how", code="internal_error", status=500)
-        return JSONResponse(body, status_code=500)
+        return JSONResponse(body, status_code=500, headers={"x-request-id": request.state.record.identity})

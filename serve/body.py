@@ -1,32 +1,44 @@
 """A request's body: read once, capped, parsed once, no key twice, then a closed schema. Knows no route."""
 
+import asyncio
 import json
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from embedft.errors import InputInvalid
-from serve.errors import BodyTooLarge, MediaTypeUnsupported
+from serve.errors import BodySlow, BodyTooLarge, MediaTypeUnsupported
+from serve.leaving import ClientGone
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Result = TypeVar("Result")
+DEEPEST, WIDEST = 100, 4096  # objects inside each other, keys of one
 LOGGED = 4000  # bytes of a body in the log, where it was asked for
 
 
 async def read_body(request: Request, schema: type[Schema], *, limit: int) -> Schema:
     """The body as `schema`.
 
-    Raises BodyTooLarge, MediaTypeUnsupported or InputInvalid (json_invalid, duplicate_key, unknown_parameter, invalid_parameter).
+    Raises BodyTooLarge, BodySlow, MediaTypeUnsupported, QueueFull, RateLimited, ClientGone, or InputInvalid (json_invalid, duplicate_key,
+    unknown_parameter, invalid_parameter).
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise MediaTypeUnsupported(f"content-type is {content_type[:60] or 'absent'}: send application/json")
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > limit:
-            raise BodyTooLarge(f"the body is larger than {limit} bytes")
+    content, held = bytearray(), request.state.held
+    try:
+        async with asyncio.timeout(held.seconds):
+            async for chunk in request.stream():
+                held.take(len(chunk), request.state.tenant)
+                content += chunk
+                if len(content) > limit:
+                    raise BodyTooLarge(f"the body is larger than {limit} bytes")
+    except TimeoutError:
+        raise BodySlow(f"the body had not come whole after {held.seconds:.0f} s") from None
+    except ClientDisconnect:
+        raise ClientGone from None
     if request.state.record.texts:
         request.state.record.tell(body=bytes(content[:LOGGED]).decode("utf-8", "replace"))
     return validated(schema, parse(bytes(content)))
@@ -37,6 +49,8 @@ def parse(content: bytes) -> Any:
     try:
         text = content.decode("utf-8")
         parsed = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+        if text.count("{") + text.count("[") > DEEPEST:
+            _check_depth(parsed)
         if "\\u" in text:
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except InputInvalid:
@@ -46,7 +60,19 @@ def parse(content: bytes) -> Any:
     return parsed
 
 
+def _check_depth(parsed: Any) -> None:
+    level = [parsed]
+    for _ in range(DEEPEST):
+        inner = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+        level = [child for child in inner if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise InputInvalid("json_invalid", f"the body is nested more than {DEEPEST} deep")
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > WIDEST:
+        raise InputInvalid("json_invalid", f"an object of the body has {len(pairs)} keys: at most {WIDEST}")
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

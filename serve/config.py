@@ -56,13 +56,15 @@ class Limits(_Section):
     """Caps on one request; beyond them it is a 400 or a 413, never a slow death. And on what may wait: beyond that, 429 or 503.
 
     `requests`: under way in all; `queue`: requests waiting at one base, `tenant_queue` of one tenant; `queue_seconds`: the longest
-    wait, and how long one may go on that is asked again after its engine died; `held_bytes`: of all bodies at once; `mixes`: of one
+    wait, and how long one may go on that is asked again after its engine died; `held_bytes`: of all bodies at once, of which one
+    tenant may hold three quarters; `body_seconds`: within which a body must have come; `prompts`: of one completion; `mixes`: of one
     tenant, each kept so long after its last use.
     """
 
     body_bytes: PositiveInt = 16 << 20
     n: PositiveInt = 16
     max_tokens: PositiveInt = 4096
+    prompts: PositiveInt = 64
     inputs: PositiveInt = 2048
     text_characters: PositiveInt = 1_000_000
     requests: PositiveInt = 4096
@@ -70,6 +72,7 @@ class Limits(_Section):
     tenant_queue: PositiveInt = 256
     queue_seconds: PositiveFloat = 120.0
     held_bytes: PositiveInt = 512 << 20
+    body_seconds: PositiveFloat = 60.0
     mixes: PositiveInt = 4
     mix_seconds: PositiveFloat = 900.0
 

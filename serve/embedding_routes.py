@@ -45,17 +45,9 @@ async def _embeddings(gateway: Gateway, request: Request, body: EmbeddingRequest
     check_size(inputs, gateway.config.limits)
     seen, cost = visible(gateway, request), guessed(sum(map(len, inputs)))
     listed = isinstance(body.adapter, list)
-    if listed and "adapter" in request.query_params:
-        raise InputInvalid("adapter_conflict", "a list of adapters in the body and ?adapter= exclude each other", "adapter")
-    if isinstance(body.adapter, list):
-        names, is_set = body.adapter, True
-        if len(names) != len(inputs):
-            raise InputInvalid("adapter_count", f"{len(names)} adapters for {len(inputs)} inputs: send one for each", "adapter")
-    else:
-        name, is_set = asked(request, given=await seen.named(body.adapter), is_set="adapter" in body.model_fields_set)
-        names = [name] * len(inputs)
     async with AsyncExitStack() as stack:
         budget = await stack.enter_async_context(seen.limited(cost))
+        names, is_set = await _names(seen, request, body, len(inputs))
         choices = {name: choose(seen, task="embedding", model=body.model, adapter=name, is_set=is_set) for name in dict.fromkeys(names)}
         if len({choice.engine.name for choice in choices.values()}) > 1:
             raise InputInvalid("adapter_conflict", "the adapters are of different bases: ask each base by itself", "adapter")
@@ -67,6 +59,18 @@ async def _embeddings(gateway: Gateway, request: Request, body: EmbeddingRequest
         groups = {name: [index for index, other in enumerate(names) if other == name] for name in ways}
         made = await _all(seen, budget, ways, groups, inputs, preparers, body)
     return _answer(body, names, ways, groups, made, listed=listed)
+
+
+async def _names(seen: Visible, request: Request, body: EmbeddingRequest, count: int) -> tuple[list[str | None], bool]:
+    """The adapter of each input, and whether any was named."""
+    if isinstance(body.adapter, list):
+        if "adapter" in request.query_params:
+            raise InputInvalid("adapter_conflict", "a list of adapters in the body and ?adapter= exclude each other", "adapter")
+        if len(body.adapter) != count:
+            raise InputInvalid("adapter_count", f"{len(body.adapter)} adapters for {count} inputs: send one for each", "adapter")
+        return body.adapter, True
+    name, is_set = asked(request, given=await seen.named(body.adapter), is_set="adapter" in body.model_fields_set)
+    return [name] * count, is_set
 
 
 async def _embed_texts(gateway: Gateway, request: Request, body: EmbedRequest, preparers: Preparers) -> Response:

@@ -101,6 +101,7 @@ def create_engine(base: BaseConfig, server: ServerConfig, folder: Path, *, prepa
         kv_gib=base.kv_gib,
         max_cpu_loras=base.slots,
         tool_parser=base.tool_parser,
+        max_tokens=server.limits.max_tokens,
     )
     argv, env = engine_command(kind, folder=weights, task=base.task, socket=socket, settings=settings, key=key)
     env = {**env, KEY: key, "EMBEDFT_HIDDEN_SIZE": str(info.hidden_size)}

@@ -38,6 +38,10 @@ class BodyTooLarge(ServingError):
     code = "body_too_large"
 
 
+class BodySlow(ServingError):
+    code = "body_timeout"
+
+
 class MediaTypeUnsupported(ServingError):
     code = "media_type_unsupported"
 
@@ -100,6 +104,7 @@ STATUS: dict[type[EmbedftError], int] = {
     LineageMismatch: 409,
     IndexInvalid: 422,
     AdapterExists: 409,
+    BodySlow: 408,
     BodyTooLarge: 413,
     MediaTypeUnsupported: 415,
     AdapterInvalid: 422,

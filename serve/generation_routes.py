@@ -12,7 +12,7 @@ from pydantic_core import from_json, to_json
 from starlette.types import Receive, Scope, Send
 
 from embedft.errors import EmbedftError, InputInvalid, TemplateMismatch
-from serve.admission import Ticket, guessed
+from serve.admission import CHARACTERS_A_TOKEN, Ticket, guessed
 from serve.body import read_body
 from serve.config import Limits
 from serve.direct import DirectRoute
@@ -52,32 +52,41 @@ def generation_routes(gateway: Gateway) -> APIRouter:
 
 async def _generate(gateway: Gateway, request: Request, body: ChatRequest | CompletionRequest, path: str, route: str) -> Response:
     check_caps(body, gateway.config.limits)
-    seen = visible(gateway, request)
+    async with AsyncExitStack() as stack:
+        found = await unless_gone(request, _begun(stack, gateway, request, body, path, route))
+        if isinstance(found, Response):
+            return found
+        call, lines = found
+        return OwnedStream(lines, stack.pop_all(), headers=call.headers)
+
+
+async def _begun(
+    stack: AsyncExitStack, gateway: Gateway, request: Request, body: ChatRequest | CompletionRequest, path: str, route: str
+) -> "Response | tuple[Call, AsyncIterator[bytes]]":
+    """The answer, or of one that is streamed its lines; what they need is held by `stack`."""
+    seen, cost = visible(gateway, request), cost_of(body)
+    budget = await stack.enter_async_context(seen.limited(cost))
     name, is_set = asked(request, given=await seen.named(body.adapter), is_set="adapter" in body.model_fields_set)
     choice = choose(seen, task="causal_lm", model=body.model, adapter=name, is_set=is_set)
-    async with AsyncExitStack() as stack:
-        cost = cost_of(body)
-        budget = await stack.enter_async_context(seen.limited(cost))
-        resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
-        choice.engine.supervisor.require_ready()
-        if resident and route == "chat":
-            check_template(resident)
-        fields = body.model_dump(exclude_unset=True, exclude_none=True, exclude=OURS)
-        sent = {**fields, "model": resident.id if resident else BASE}
-        if choice.engine.config.engine in SALTED:
-            sent["cache_salt"] = gateway.tenants.salt(seen.tenant)
-        adapter = seen.counted(resident)
-        ticket = await stack.enter_async_context(seen.placed(budget, choice.engine, adapter, route=route, cost=cost))
-        call = Call(choice, resident, ticket)
-        if body.stream:
-            sent["stream_options"] = {**(body.stream_options or {}), "include_usage": True}
-            events = await stack.enter_async_context(choice.engine.client.stream(path, sent))
-            wanted = bool((body.stream_options or {}).get("include_usage"))
-            lines = call.relabelled(events, usage_wanted=wanted)
-            return OwnedStream(lines, stack.pop_all(), headers=call.headers)
-        answer = await unless_gone(request, choice.engine.client.call(path, sent))
-        ticket.count(answer.get("usage"))
-        return Response(to_json({**answer, "model": call.public}), media_type="application/json", headers=call.headers)
+    resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
+    choice.engine.supervisor.require_ready()
+    if resident and route == "chat":
+        check_template(resident)
+    fields = body.model_dump(exclude_unset=True, exclude_none=True, exclude=OURS)
+    sent = {**fields, "model": resident.id if resident else BASE}
+    if choice.engine.config.engine in SALTED:
+        sent["cache_salt"] = gateway.tenants.salt(seen.tenant)
+    adapter = seen.counted(resident)
+    ticket = await stack.enter_async_context(seen.placed(budget, choice.engine, adapter, route=route, cost=cost))
+    call = Call(choice, resident, ticket)
+    if body.stream:
+        sent["stream_options"] = {**(body.stream_options or {}), "include_usage": True}
+        events = await stack.enter_async_context(choice.engine.client.stream(path, sent))
+        wanted = bool((body.stream_options or {}).get("include_usage"))
+        return call, call.relabelled(events, usage_wanted=wanted)
+    answer = await choice.engine.client.call(path, sent)
+    ticket.count(answer.get("usage"))
+    return Response(to_json({**answer, "model": call.public}), media_type="application/json", headers=call.headers)
 
 
 class Call:
@@ -144,23 +153,34 @@ def check_template(resident: Resident) -> None:
 
 def cost_of(body: ChatRequest | CompletionRequest) -> int:
     """The most tokens that a request may use, guessed from its characters."""
-    if isinstance(body, CompletionRequest):
-        given = body.prompt
-        characters = len(given) if isinstance(given, str) else sum(len(one) if not isinstance(one, int) else 4 for one in given)
-        asked_for = body.max_tokens or DEFAULT_TOKENS
-    else:
-        characters = sum(len(str(message.content or "")) for message in body.messages)
-        asked_for = body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS
-    return guessed(characters, asked_for * (body.n or 1))
+    asked_for = body.max_tokens or getattr(body, "max_completion_tokens", None) or DEFAULT_TOKENS
+    return guessed(_characters(body), asked_for * (body.n or 1) * _prompts(body))
+
+
+def _prompts(body: ChatRequest | CompletionRequest) -> int:
+    """How many there are."""
+    several = isinstance(body, CompletionRequest) and isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
+    return len(body.prompt) if isinstance(body, CompletionRequest) and several else 1
+
+
+def _characters(body: ChatRequest | CompletionRequest) -> int:
+    """Of all that it is to read; a token counts as so many as one usually has."""
+    if isinstance(body, ChatRequest):
+        return sum(len(str(message.content or "")) for message in body.messages) + sum(len(str(tool)) for tool in body.tools or [])
+    parts = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
+    return sum(len(part) * (1 if isinstance(part, str) else CHARACTERS_A_TOKEN) for part in parts if not isinstance(part, int))
 
 
 def check_caps(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
     """InputInvalid where a request asks for more than one may."""
-    prompts = 1
-    if isinstance(body, CompletionRequest) and isinstance(body.prompt, list) and not isinstance(body.prompt[0], int):
-        prompts = len(body.prompt)
-    if (body.n or 1) * prompts > max(limits.n, prompts if (body.n or 1) == 1 and prompts <= limits.inputs else 0):
-        raise InputInvalid("n_too_large", f"n × prompts is {(body.n or 1) * prompts}: at most {limits.n} answers in one request", "n")
+    prompts, n = _prompts(body), body.n or 1
+    if prompts > limits.prompts:
+        raise InputInvalid("too_many_inputs", f"{prompts} prompts: at most {limits.prompts} in one request", "prompt")
+    if n > 1 and n * prompts > limits.n:
+        raise InputInvalid("n_too_large", f"n × prompts is {n * prompts}: at most {limits.n} answers in one request", "n")
+    if _characters(body) > limits.text_characters:
+        what = "prompt" if isinstance(body, CompletionRequest) else "messages"
+        raise InputInvalid("input_too_large", f"more than {limits.text_characters} characters in one request", what)
     asked_for = [body.max_tokens, getattr(body, "max_completion_tokens", None), body.min_tokens]
     if any(value is not None and value > limits.max_tokens for value in asked_for):
         raise InputInvalid("max_tokens_too_large", f"at most {limits.max_tokens} tokens in one answer", "max_tokens")

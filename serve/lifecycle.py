@@ -179,9 +179,15 @@ class Lifecycle:
                 current.pinned, resident = pin, current
             else:
                 resident = await self._load(name, found, pin=pin)
+            try:
+                if named:
+                    await asyncio.to_thread(self.store.point, name, found.generation)
+            except BaseException:
+                if resident is not current:
+                    self._retire(resident)
+                raise
+            if resident is not current:
                 self._switch(resident, current)
-            if named:
-                await asyncio.to_thread(self.store.point, name, found.generation)
             return resident
 
     async def _renew(self, resident: Resident, found: Found) -> None:

@@ -127,8 +127,8 @@ class EngineClient:
         if status == 200:
             return
         message, code, param = _reason(content)
-        if status == 404:
-            raise EngineLacks(f"the engine of base {self.name!r} lacks what was asked of it: {message}")
+        if status == 404:  # in no words of the engine's: they may name what others have loaded
+            raise EngineLacks(f"the engine of base {self.name!r} does not have what was asked of it just now: try again shortly")
         if status in (400, 413, 422):
             raise EngineRejected(message, code=code, param=param)
         if status in (429, 503):

@@ -247,24 +247,35 @@ async def _answer(
     seen: Visible, request: Request, body: RagRequest, reader: Choice, found: _Retrieved, shown: Mapping[str, Any]
 ) -> Response:
     async with AsyncExitStack() as stack:
-        resident = await stack.enter_async_context(seen.lease(reader.adapter)) if reader.adapter else None
-        reader.engine.supervisor.require_ready()
-        adapter = seen.counted(resident)
-        cost = guessed(sum(len(source.text) for source in found.sources), body.max_tokens)
-        ticket = await stack.enter_async_context(seen.admitted(reader.engine, adapter, route="rag", cost=cost))
-        call = Call(reader, resident, ticket)
-        headers = {**found.headers, "x-embedft-lm-adapter": call.headers["x-embedft-adapter"], "x-embedft-lm-base": reader.engine.name}
-        sent: dict[str, Any] = {"model": resident.id if resident else BASE, "messages": messages_of(body.question, found.sources)}
-        sent |= {"max_tokens": body.max_tokens, "temperature": body.temperature}
-        if reader.engine.config.engine in SALTED:
-            sent["cache_salt"] = seen.gateway.tenants.salt(seen.tenant)
-        if body.stream:
-            sent |= {"stream": True, "stream_options": {"include_usage": True}}
-            events = await stack.enter_async_context(reader.engine.client.stream("/v1/chat/completions", sent))
-            lines = call.relabelled(events, usage_wanted=False)
-            return OwnedStream(_sources_first(shown, lines), stack.pop_all(), headers=headers)
-        answer = await unless_gone(request, reader.engine.client.call("/v1/chat/completions", sent))
-        ticket.count(answer.get("usage"))
+        written = await unless_gone(request, _written(stack, seen, body, reader, found, shown))
+        if isinstance(written, Response):
+            return written
+        lines, headers = written
+        return OwnedStream(_sources_first(shown, lines), stack.pop_all(), headers=headers)
+
+
+async def _written(
+    stack: AsyncExitStack, seen: Visible, body: RagRequest, reader: Choice, found: _Retrieved, shown: Mapping[str, Any]
+) -> Response | tuple[AsyncIterator[bytes], dict[str, str]]:
+    """The answer, or of one that is streamed its lines and headers; what they need is held by `stack`."""
+    resident = await stack.enter_async_context(seen.lease(reader.adapter)) if reader.adapter else None
+    reader.engine.supervisor.require_ready()
+    adapter = seen.counted(resident)
+    cost = guessed(sum(len(source.text) for source in found.sources), body.max_tokens)
+    ticket = await stack.enter_async_context(seen.admitted(reader.engine, adapter, route="rag", cost=cost))
+    call = Call(reader, resident, ticket)
+    headers = {**found.headers, "x-embedft-lm-adapter": call.headers["x-embedft-adapter"], "x-embedft-lm-base": reader.engine.name}
+    sent: dict[str, Any] = {"model": resident.id if resident else BASE, "messages": messages_of(body.question, found.sources)}
+    sent |= {"max_tokens": body.max_tokens, "temperature": body.temperature}
+    if reader.engine.config.engine in SALTED:
+        sent["cache_salt"] = seen.gateway.tenants.salt(seen.tenant)
+    if body.stream:
+        sent |= {"stream": True, "stream_options": {"include_usage": True}}
+        events = await stack.enter_async_context(reader.engine.client.stream("/v1/chat/completions", sent))
+        lines = call.relabelled(events, usage_wanted=False)
+        return lines, headers
+    answer = await reader.engine.client.call("/v1/chat/completions", sent)
+    ticket.count(answer.get("usage"))
     said = str(answer["choices"][0]["message"].get("content") or "")
     content = {"object": "rag.answer", **shown, "answer": said, "cited": cited(said, found.sources), "usage": answer.get("usage")}
     return Response(to_json(content), media_type="application/json", headers=headers)

@@ -48,13 +48,14 @@ async def _rerank(gateway: Gateway, request: Request, body: RerankRequest, prepa
     crossed = seen.engines.get(body.model or "")
     if crossed and crossed.config.task == "cross_encoder":
         return await _crossed(seen, crossed, request, body, texts)
-    name, is_set = asked(request, given=await seen.named(body.adapter), is_set="adapter" in body.model_fields_set)
-    choice = choose(seen, task="embedding", model=body.model, adapter=name, is_set=is_set)
     async with AsyncExitStack() as stack:
-        resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
         cost = guessed(sum(map(len, [body.query, *texts])))
+        budget = await stack.enter_async_context(seen.limited(cost))
+        name, is_set = asked(request, given=await seen.named(body.adapter), is_set="adapter" in body.model_fields_set)
+        choice = choose(seen, task="embedding", model=body.model, adapter=name, is_set=is_set)
+        resident = await stack.enter_async_context(seen.lease(choice.adapter)) if choice.adapter else None
         adapter = seen.counted(resident)
-        ticket = await stack.enter_async_context(seen.admitted(choice.engine, adapter, route="rerank", cost=cost))
+        ticket = await stack.enter_async_context(seen.placed(budget, choice.engine, adapter, route="rerank", cost=cost))
         query_way = way_of(choice.engine, resident, input_type="query", dimensions=None)
         document_way = way_of(choice.engine, resident, input_type="document", dimensions=None)
         query, documents = await together(

@@ -1,12 +1,15 @@
 """Request bodies: closed, so that an engine gets what was meant. Field names are OpenAI's and vLLM's; `adapter` is ours."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-Ids = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True)]  # its first fault is told: a million of them take seconds and gigabytes
+Ids = Annotated[Many[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Number = StrictFloat | StrictInt
 AdapterName = Annotated[StrictStr, Field(min_length=1, max_length=160)]
+Stop = Annotated[StrictStr, Field(max_length=256)]
 Count = Annotated[StrictInt, Field(ge=1)]
 OURS = {"model", "adapter", "user", "store", "metadata", "service_tier"}  # never sent to an engine
 
@@ -30,7 +33,7 @@ class Mix(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mix: Annotated[list[MixMember], Field(min_length=1, max_length=4)]
+    mix: Annotated[Many[MixMember], Field(min_length=1, max_length=4)]
 
 
 class _Generation(_Body):
@@ -44,8 +47,8 @@ class _Generation(_Body):
     n: Count | None = None
     stream: StrictBool | None = None
     stream_options: dict[Literal["include_usage", "continuous_usage_stats"], StrictBool] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    stop: Stop | Annotated[Many[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[Many[StrictInt], Field(max_length=256)] | None = None
     include_stop_str_in_output: StrictBool | None = None
     ignore_eos: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None
@@ -63,7 +66,7 @@ class _Generation(_Body):
 
 
 class CompletionRequest(_Generation):
-    prompt: StrictStr | Ids | Annotated[list[StrictStr], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: StrictStr | Ids | Annotated[Many[StrictStr], Field(min_length=1)] | Annotated[Many[Ids], Field(min_length=1)]
     echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     add_special_tokens: StrictBool | None = None
@@ -75,15 +78,15 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[dict[StrictStr, Any]] | None = None
+    content: StrictStr | Many[dict[StrictStr, Any]] | None = None
 
 
 class ChatRequest(_Generation):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    tools: list[dict[StrictStr, Any]] | None = None
+    tools: Many[dict[StrictStr, Any]] | None = None
     tool_choice: StrictStr | dict[StrictStr, Any] | None = None
     parallel_tool_calls: StrictBool | None = None
     add_generation_prompt: StrictBool | None = None
@@ -91,8 +94,8 @@ class ChatRequest(_Generation):
 
 
 class EmbeddingRequest(_Body):
-    input: StrictStr | Ids | Annotated[list[StrictStr], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
-    adapter: AdapterName | Mix | list[AdapterName | None] | None = None
+    input: StrictStr | Ids | Annotated[Many[StrictStr], Field(min_length=1)] | Annotated[Many[Ids], Field(min_length=1)]
+    adapter: AdapterName | Mix | Many[AdapterName | None] | None = None
     input_type: Literal["query", "document"] | None = None
     truncate: StrictBool = True
     dimensions: Count | None = None
@@ -104,7 +107,7 @@ class EmbedRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    inputs: StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
+    inputs: StrictStr | Annotated[Many[StrictStr], Field(min_length=1)]
     model: StrictStr | None = None
     adapter: AdapterName | None = None
     prompt_name: Literal["query", "document"] | None = None
@@ -122,7 +125,7 @@ class Document(BaseModel):
 
 class RerankRequest(_Body):
     query: StrictStr
-    documents: Annotated[list[StrictStr | Document], Field(min_length=1)]
+    documents: Annotated[Many[StrictStr | Document], Field(min_length=1)]
     adapter: AdapterName | Mix | None = None
     top_n: Count | None = None
     return_documents: StrictBool = False

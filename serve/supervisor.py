@@ -129,12 +129,14 @@ class Supervisor:
         env = {key: value for key, value in os.environ.items() if key not in SECRETS} | dict(self.command.env)
         folder = str(self.command.socket.parent)
         guard = [sys.executable, "-I", "-S", str(GUARD), str(read), str(self._stop_seconds), folder, *self.command.argv]
-        with self.command.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                guard, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(read,), start_new_session=True
-            )
-        os.close(read)
-        self._pipe = write
+        self._pipe = write  # from here on _end closes it, whatever fails
+        try:
+            with self.command.log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    guard, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(read,), start_new_session=True
+                )
+        finally:
+            os.close(read)
 
     def _alive(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -67,7 +67,7 @@ class KeysFile(_Part):
 
 @dataclass(eq=False)
 class Tenant:
-    """One who asks. `running` counts its requests under way."""
+    """One who asks. `running` counts its requests under way, `held` the bytes of their bodies."""
 
     name: str
     admin: bool = False
@@ -77,6 +77,7 @@ class Tenant:
     limits: TenantLimits = field(default_factory=TenantLimits)
     weight: int = 1
     running: int = 0
+    held: int = 0
     buckets: Buckets = field(default_factory=Buckets)
 
     def may_use(self, adapter: str) -> bool:

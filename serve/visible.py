@@ -59,7 +59,10 @@ class Visible:
                 return self._lifecycle.get(self._meant(name))
         except AdapterNotFound:
             pass
-        raise AdapterNotFound(name[:80], [*self.live, *self.aliases])
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> AdapterNotFound:
+        return AdapterNotFound(name[:80], [*self.live, *self.aliases])
 
     def _meant(self, name: str) -> str:
         """An alias' variant: drawn once a request."""
@@ -90,6 +93,8 @@ class Visible:
                     resident = await stack.enter_async_context(self._lifecycle.lease(self._meant(name)))
             except TimeoutError:
                 raise QueueFull(f"adapter {name!r} had no slot within {seconds:.0f} s") from None
+            except AdapterNotFound:  # deleted while this waited: told in this tenant's own words
+                raise self._unknown(name) from None
             yield resident
 
     @asynccontextmanager

@@ -37,6 +37,7 @@ def engine_command(
         argv += ["--folder", str(folder)]
         argv += ["--max-length", str(settings.max_length)] if settings.max_length else []
         argv += ["--pooling", settings.pooling] if settings.pooling else []
+        argv += ["--max-tokens", str(settings.max_tokens)] if settings.max_tokens and task == "causal_lm" else []
         if settings.cores:
             argv += ["--cores", settings.cores]
             env["OMP_NUM_THREADS"] = str(len(parse_cores(settings.cores)))

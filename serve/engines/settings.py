@@ -19,8 +19,8 @@ KEY = "EMBEDFT_ENGINE_KEY"  # the bearer key, in the engine's environment only: 
 class EngineSettings:
     """What one engine is given. `cores` as in '0-1,4'; `max_length` in tokens; `kv_gib` is the KV cache, vLLM only.
 
-    `max_cpu_loras`, `tool_parser`: vLLM only. None means: all cores, the base's own length and pooling, vLLM's own choice of cache
-    (1 GiB on a CPU).
+    `max_cpu_loras`, `tool_parser`: vLLM only. `max_tokens`: of one answer, whatever is asked for or left open. None means: all cores,
+    the base's own length and pooling, vLLM's own choice of cache (1 GiB on a CPU).
     """
 
     max_loras: int = 4
@@ -31,6 +31,7 @@ class EngineSettings:
     pooling: "Pooling | None" = None
     max_cpu_loras: int | None = None
     tool_parser: str | None = None
+    max_tokens: int | None = None
 
 
 def parse_cores(text: str) -> set[int]:

@@ -48,6 +48,8 @@ def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSe
         argv += ["--runner", "pooling", "--pooler-config", json.dumps(pooler)]
     else:
         argv += ["--generation-config", "vllm"]  # the request alone decides how tokens are chosen
+        if settings.max_tokens:
+            argv += ["--override-generation-config", json.dumps({"max_new_tokens": settings.max_tokens})]
     kv_gib = settings.kv_gib or (1.0 if on_cpu else None)
     if kv_gib:
         argv += ["--kv-cache-memory-bytes", str(int(kv_gib * 2**30))]

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from serve.link.frames import BROKEN, CALL, CANCEL, FIRST, HELLO, LAST, PAUSE, RESUME, STATUS, Framed
 
 CONNECT_SECONDS = 5.0
+_HUNG_UP = "the engine hung up"
 HELD = 1 << 18  # bytes of an answer that wait for who reads it, before the engine is told to pause
 
 
@@ -26,6 +27,8 @@ class Link:
     async def call(self, path: str, body: bytes, *, method: str = "POST") -> AsyncGenerator["Reply"]:
         """The answer, from its first bytes on. Leaving the block earlier than it ends cancels the work behind it."""
         end = self._end if self._end is not None and self._end.open else await self._opened()
+        if not end.open:  # lost between its opening and now: nobody would end this call
+            raise ConnectionError(_HUNG_UP)
         number = next(self._numbers) & 0xFFFFFFFF
         reply = self._replies[number] = Reply(end, number)
         end.write(number, CALL, b"%s %s\n%s" % (method.encode(), path.encode(), body))
@@ -47,6 +50,8 @@ class Link:
                 end = Framed(self._received, lambda: self._lost(end))
                 made = asyncio.get_running_loop().create_unix_connection(lambda: end, self._socket)
                 transport, _ = await asyncio.wait_for(made, CONNECT_SECONDS)
+                if not end.open:
+                    raise ConnectionError(_HUNG_UP)
                 transport.write(HELLO + self._key.encode() + b"\n")
                 self._end = end
             return self._end

@@ -328,6 +328,28 @@ class Held(Encoder):
         return super().encode_ids(ids, **more)
 
 
+def test_texts_that_nobody_waits_for_any_more_are_not_embedded(tmp_path: Path) -> None:
+    base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
+    encoder = Held(base.model, base.folder, EncodeSettings("mean", True, 16))
+    worker = Worker(base, encoder)
+
+    async def run() -> None:
+        first = asyncio.create_task(worker.embed(None, [[1, 5, 9, 2]]))
+        while not encoder.batches:
+            await asyncio.sleep(0.01)
+        for _ in range(5):
+            gone = asyncio.create_task(worker.embed(None, [[1, 5, 9, 2]] * 7))
+            await asyncio.sleep(0.01)
+            gone.cancel()
+        last = asyncio.create_task(worker.embed(None, [[1, 5, 9, 2]] * 2))
+        await asyncio.sleep(0.05)
+        encoder.gate.set()
+        assert [len(await task) for task in (first, last)] == [1, 2]
+
+    asyncio.run(run())
+    assert encoder.batches == [1, 2]
+
+
 def test_embeddings_wait_for_as_many_as_there_were_but_not_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.engines.peft.worker.GATHER_SHARE", 4.0)
     base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")

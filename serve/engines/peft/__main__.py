@@ -26,7 +26,7 @@ def main() -> None:
     settings = EncodeSettings(pooling=arguments.pooling or base.info.pooling, normalize=base.info.normalize, max_length=context)
     encoder = Encoder(base.model, base.folder, settings) if arguments.task == "embedding" else None
     key = os.environ.pop(KEY, "")
-    app = create_app(Worker(base, encoder), key=key, context=context)
+    app = create_app(Worker(base, encoder), key=key, context=context, longest=arguments.max_tokens)
     signal.signal(signal.SIGTERM, _leave)  # uvicorn puts it back after its own shutdown and raises the signal again
     arguments.socket.unlink(missing_ok=True)
     serve(app, arguments.socket, grace=10, straight=app.state.straight, key=key)
@@ -43,6 +43,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--pooling", choices=["mean", "cls", "lasttoken"], help="default: the base's own")
     parser.add_argument("--max-length", type=int, help="longest sequence in tokens; default: the base's own")
+    parser.add_argument("--max-tokens", type=int, help="of one answer; default: as many as fit")
     parser.add_argument("--cores", help="as in 0-1,4; default: all")
     return parser.parse_args()
 

@@ -109,7 +109,7 @@ class AdapterBank:
 
     def _known(self, name: str) -> None:
         if name not in self.names:
-            raise AdapterNotFound(name, self.names)
+            raise AdapterNotFound(name)  # and names no other: clients may be shown it
 
     def _layer(self, name: str) -> "MixedLinear":
         """The base's linear layer of this name, once it is adapted."""

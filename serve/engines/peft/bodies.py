@@ -10,8 +10,10 @@ from embedft.errors import InputInvalid
 from serve.engines.peft.sampling import Sampling
 from serve.engines.peft.tools import Schema, forced
 
-Tokens = Annotated[list[StrictInt], Field(min_length=1)]
-Prompt = StrictStr | Tokens | Annotated[list[StrictStr], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True)]
+Tokens = Annotated[Many[StrictInt], Field(min_length=1)]
+Prompt = StrictStr | Tokens | Annotated[Many[StrictStr], Field(min_length=1)] | Annotated[Many[Tokens], Field(min_length=1)]
 
 
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
@@ -51,8 +53,8 @@ class Generation(Body):
     top_k: int | None = Field(default=None, ge=-1)
     n: int | None = Field(default=None, ge=1, le=128)
     seed: int | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: StrictStr | Many[StrictStr] | None = None
+    stop_token_ids: Many[int] | None = None
     ignore_eos: bool = False
     min_tokens: int | None = Field(default=None, ge=0)
     stream: bool = False
@@ -126,7 +128,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)  # what else a message holds is the chat template's affair
 
     role: StrictStr
-    content: StrictStr | list[TextPart] | None = None
+    content: StrictStr | Many[TextPart] | None = None
 
 
 def text_of(content: str | list[TextPart] | None) -> str | None:
@@ -156,12 +158,12 @@ class NamedTool(Body):
 
 
 class Chat(Generation):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 

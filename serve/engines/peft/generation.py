@@ -143,8 +143,10 @@ def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + to_json(data) + b"\n\n"
 
 
-def room_for(prompts: list[list[int]], wanted: int | None, *, context: int, vocabulary: int, param: str = "prompt") -> int:
-    """How many tokens may be generated after the longest prompt. Raises InputInvalid."""
+def room_for(
+    prompts: list[list[int]], wanted: int | None, *, context: int, vocabulary: int, param: str = "prompt", most: int | None = None
+) -> int:
+    """How many tokens may be generated after the longest prompt, `most` at most. Raises InputInvalid."""
     longest = max(map(len, prompts))
     if not all(prompts):
         raise InputInvalid("input_empty", "a prompt has no tokens: expected some text", param)
@@ -153,4 +155,5 @@ def room_for(prompts: list[list[int]], wanted: int | None, *, context: int, voca
     if longest + (wanted or 1) > context:
         asked = f"{longest} prompt tokens and {wanted or 1} to generate"
         raise InputInvalid("context_length_exceeded", f"{asked} exceed the context of {context}", param)
-    return wanted or context - longest
+    room = wanted or context - longest
+    return min(room, most or room)

@@ -5,7 +5,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic_core import to_json
 from starlette.applications import Starlette
@@ -29,14 +29,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 STATUS: dict[type[EmbedftError], int] = {AdapterNotFound: 404, EngineBusy: 503, EngineFailed: 500}  # any other of ours: 400
+Tokenized = TypeVar("Tokenized")
+INLINE_BYTES = 20_000  # of a body; tokenising more takes milliseconds
 COMPLETION_TOKENS = 16  # OpenAI's default
 _BROKEN = answers.failure(500, "engine_failed", "the engine met an error of its own: its log has it")
 log = logging.getLogger("uvicorn.error")
 
 
-def create_app(worker: Worker, *, key: str, context: int) -> Starlette:
-    """`key`: the bearer key asked for everywhere but on /health; '' asks for none. `context`: the longest sequence, in tokens."""
-    routes = Routes(worker, context)
+def create_app(worker: Worker, *, key: str, context: int, longest: int | None = None) -> Starlette:
+    """`key`: the bearer key asked for everywhere but on /health; '' asks for none. `context`: the longest sequence, in tokens;
+    `longest`: the longest answer.
+    """
+    routes = Routes(worker, context, longest)
 
     def guarded(handler: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         async def check(request: HttpRequest) -> Response:
@@ -65,8 +69,8 @@ def create_app(worker: Worker, *, key: str, context: int) -> Starlette:
 class Routes:
     """One method a route."""
 
-    def __init__(self, worker: Worker, context: int) -> None:
-        self.worker, self.context = worker, context
+    def __init__(self, worker: Worker, context: int, longest: int | None = None) -> None:
+        self.worker, self.context, self.longest = worker, context, longest
         base = worker.bank.base
         self.tokenizer: Any = base.tokenizer
         ended: Any = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
@@ -97,11 +101,14 @@ class Routes:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     async def embed(self, request: HttpRequest) -> Response:
-        body = bodies.parse(bodies.Embedding, await request.body())
+        content = await request.body()
+        body = bodies.parse(bodies.Embedding, content)
         adapter = self._adapter(body.model)
         encoder = self.worker.encoder
         assert encoder is not None
-        ids = bodies.prompts(body.input, lambda text: encoder.preparer.prepare([text], truncate=False).ids[0])
+        ids = await _beside(
+            content, lambda: bodies.prompts(body.input, lambda text: encoder.preparer.prepare([text], truncate=False).ids[0])
+        )
         rows = await self._embedded(adapter, ids)
         made = answers.embeddings(body.model, rows, tokens=sum(map(len, ids)), encoding=body.encoding_format)
         return Response(to_json(made), media_type="application/json")
@@ -127,7 +134,9 @@ class Routes:
         """A prompt's, begun."""
         body = bodies.parse(bodies.Completion, content)
         special = body.add_special_tokens
-        ids = bodies.prompts(body.prompt, lambda text: self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        ids = await _beside(
+            content, lambda: bodies.prompts(body.prompt, lambda text: self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        )
         return await self._begun("text_completion", body, ids, body.max_tokens or COMPLETION_TOKENS, body.logprobs)
 
     async def turn(self, content: bytes) -> Answering:
@@ -136,7 +145,7 @@ class Routes:
         if not self.tokenizer.chat_template:
             raise InputInvalid("chat_template_missing", "this base has no chat template: use /v1/completions", "messages")
         messages = [message.model_dump() | {"content": bodies.text_of(message.content)} for message in body.messages]
-        ids = self._rendered(for_template(messages), body.offered)
+        ids = await _beside(content, lambda: self._rendered(for_template(messages), body.offered))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_completion_tokens or body.max_tokens
         return await self._begun("chat.completion", body, [ids], max_tokens, logprobs)
@@ -165,7 +174,7 @@ class Routes:
         if body.stream and body.prompt_logprobs is not None:
             raise InputInvalid("unsupported_parameter", "prompt_logprobs cannot be streamed", "prompt_logprobs")
         vocabulary = self.worker.bank.base.model.config.vocab_size
-        room = room_for(ids, max_tokens, context=self.context, vocabulary=vocabulary)
+        room = room_for(ids, max_tokens, context=self.context, vocabulary=vocabulary, most=self.longest)
         if any(not 0 <= token < vocabulary for token in body.logit_bias or {}):
             raise InputInvalid("token_unknown", f"token ids go from 0 to {vocabulary - 1}", "logit_bias")
         if (body.min_tokens or 0) > room:
@@ -185,8 +194,13 @@ class Routes:
         if model == "base":
             return None
         if model not in self.worker.names:
-            raise AdapterNotFound(model, self.worker.names)
+            raise AdapterNotFound(model)
         return model
+
+
+async def _beside(content: bytes, tokenize: Callable[[], Tokenized]) -> Tokenized:
+    """What `tokenize` gives; of a long body on a thread, so that nobody else waits for it."""
+    return tokenize() if len(content) <= INLINE_BYTES else await asyncio.to_thread(tokenize)
 
 
 async def _over_http(request: HttpRequest, answering: Answering) -> Response:

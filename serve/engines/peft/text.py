@@ -49,7 +49,7 @@ class Detokenizer:
             end -= 1
         held = 0
         for stop in self._stop:
-            for size in range(min(len(stop) - 1, end), 0, -1):
+            for size in range(min(len(stop) - 1, end - self._sent), 0, -1):  # what was told is held no more
                 if text.endswith(stop[:size], 0, end):
                     held = max(held, size)
                     break

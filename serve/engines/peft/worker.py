@@ -33,6 +33,7 @@ class _Embed:
     adapter: str | None
     ids: list[list[int]]
     done: "Callable[[np.ndarray | Exception], None]"
+    cancelled: bool = False  # nobody waits for it any more
 
 
 @dataclass(eq=False)
@@ -74,7 +75,17 @@ class Worker:
 
     async def embed(self, adapter: str | None, ids: list[list[int]]) -> "np.ndarray":
         """(n,) rows of token ids → (n, dimensions) float32."""
-        return await self._ask(lambda done: self._inbox.put(_Embed(adapter, ids, done)))
+        asked: list[_Embed] = []
+
+        def put(done: "Callable[[np.ndarray | Exception], None]") -> None:
+            asked.append(_Embed(adapter, ids, done))
+            self._inbox.put(asked[0])
+
+        try:
+            return await self._ask(put)
+        except asyncio.CancelledError:
+            asked[0].cancelled = True
+            raise
 
     def generate(self, rows: Sequence[Row]) -> None:
         """Queue all of `rows`, or none: their `emit` tells the rest. Raises InputInvalid, EngineBusy."""
@@ -141,6 +152,8 @@ class Worker:
             if isinstance(item, Row):
                 self._queue(item)
             elif isinstance(item, _Embed):
+                if item.cancelled:
+                    continue
                 embeds.append(item)
                 enough = len(embeds) >= self._company or sum(len(embed.ids) for embed in embeds) >= FULL_INPUTS
                 until = 0.0 if enough else until or time.monotonic() + GATHER_SHARE * self._pass_seconds
@@ -168,6 +181,8 @@ class Worker:
         groups: dict[Group, list[_Embed]] = {}
         self._company = 1
         for request in requests:
+            if request.cancelled:
+                continue
             try:
                 groups.setdefault(self.bank.group(request.adapter), []).append(request)
             except AdapterError as error:
