@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embedft import native
 from embedft.native import OFF, library
 
 flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateUsage]
@@ -32,6 +33,11 @@ def rows_of(x: Tensor, groups: Groups) -> Sequence[Tensor]:
 def kernels() -> str:
     """'compiled' or 'torch': what this machine computes attention with, to the bit."""
     return "torch" if _compiled() is None else "compiled"
+
+
+def identity() -> str:
+    """Of the compiled kernels, or 'torch': where it is the same, so is every bit of what they compute."""
+    return native.identity(SOURCE, off=OFF)
 
 
 def attention(qkv: Tensor, groups: Groups, heads: int) -> tuple[Tensor, Tensor]:

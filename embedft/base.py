@@ -48,7 +48,7 @@ class Base:
 def cache_root() -> Path:
     """$EMBEDFT_CACHE, or embedft under the user's cache folder."""
     given = os.environ.get("EMBEDFT_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "embedft"
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedft"
 
 
 def source_folder(spec: BaseSpec) -> Path:

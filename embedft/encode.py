@@ -75,7 +75,10 @@ class TextPreparer:
     def prepare(self, texts: Sequence[str], input_type: InputType | None = None, *, truncate: bool = True) -> Prepared:
         """`input_type` None adds no prompt. Raises InputInvalid: input_too_long (only with truncate=False), input_empty."""
         prompt = self.settings.prompts.get(input_type, "") if input_type else ""
-        encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
+        try:
+            encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
+        except TypeError:
+            raise InputInvalid("input_invalid", "an input holds half a character (a lone surrogate)", "input") from None
         ids = [encoding.ids for encoding in encodings]
         too_long = [index for index, encoding in enumerate(encodings) if encoding.overflowing]
         if too_long and not truncate:

@@ -205,6 +205,17 @@ def locked(path: Path) -> Generator[None]:
         yield
 
 
+def hold(folder: Path) -> int | None:
+    """A descriptor that keeps `folder` from every other process that asks the same, until it is closed; None where one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

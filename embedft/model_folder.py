@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from embedft.compressed import scheme_of
-from embedft.errors import BaseNotFound
+from embedft.errors import BaseError, BaseNotFound
 from embedft.files import hash_tensors
 
 Task = Literal["embedding", "causal_lm"]
@@ -75,6 +75,10 @@ def _fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
     return hash_tensors(weights, then=[Path(name).read_bytes() for name, _, _ in files if not name.endswith(".safetensors")])
 
 
+AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text", "roberta-prelayernorm", "ibert"}
+# families whose positions start after the padding index
+
+
 def describe(folder: Path) -> BaseInfo:
     """Read what `folder` says of itself; loads no weights."""
     config = read_json(folder / "config.json")
@@ -92,15 +96,23 @@ def describe(folder: Path) -> BaseInfo:
         normalize=normalize,
         max_length=max_length,
         positions=positions,
-        hidden_size=int(config["hidden_size"]),
+        hidden_size=hidden_size(folder, config),
     )
+
+
+def hidden_size(folder: Path, config: dict[str, Any]) -> int:
+    """Components of a token's state, whatever the family calls them. BaseError."""
+    for name in ("hidden_size", "dim", "d_model", "n_embd"):
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise BaseError(f"{folder.name}/config.json says no hidden_size: a base is an encoder or a decoder of text")
 
 
 def lengths(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
     """(tokens of a text that it reads by itself, tokens that it can place at most), from its small files alone."""
-    positions = int(config.get("max_position_embeddings", 512))
-    if config.get("model_type") in {"roberta", "xlm-roberta"}:
-        positions -= 2  # they start after the padding index
+    positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
+    if config.get("model_type") in AFTER_PADDING:
+        positions -= (1 if config.get("pad_token_id") is None else int(config["pad_token_id"])) + 1
     path = folder / "sentence_bert_config.json"
     given = read_json(path).get("max_seq_length") if path.is_file() else None
     return min(positions, int(given)) if given else positions, positions

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -35,31 +36,54 @@ def _library(source: Path) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled(source, found)))
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.warning("%s: not built (%s), so torch computes it", source.stem, error)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or b""
+        _log.warning("%s: not built (%s), so torch computes it\n%s", source.stem, error, said.decode("utf-8", "replace")[-1000:])
         return None
 
 
-def _compiled(source: Path, compiler: str) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedft" / "native"
+def identity(source: Path, *, off: str) -> str:
+    """What decides, to the bit, what `source` computes here: 'torch' where it is not compiled."""
+    found = compiler()
+    return "torch" if library(source, off=off) is None or found is None else _key(source, found)
+
+
+def _key(source: Path, compiler: str) -> str:
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]  # what it may include lies beside it
-    key = hashlib.sha256("\0".join((*texts, compiler, *FLAGS, _processor())).encode()).hexdigest()[:16]
-    target = folder / f"{source.stem}-{key}.so"
+    return hashlib.sha256("\0".join((*texts, compiler, *FLAGS, processor())).encode()).hexdigest()[:16]
+
+
+def _folder() -> Path:
+    """Where it is kept: the user's cache, or of a user without a home a folder of its own that nobody else may write to."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(given or Path.home() / ".cache") / "embedft" / "native"
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"embedft-native-{os.getuid()}"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to another user")
+    return folder
+
+
+def _compiled(source: Path, compiler: str) -> Path:
+    folder = _folder()
+    target = folder / f"{source.stem}-{_key(source, compiler)}.so"
     if target.exists():
         return target
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as stage:
         built = Path(stage) / target.name
-        command = [compiler, *FLAGS, "-o", str(built), str(source), *LIBRARIES]
+        command = [*shlex.split(compiler), *FLAGS, "-o", str(built), str(source), *LIBRARIES]
         try:
             subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, timeout=120)
-        except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread, still right
+        except subprocess.CalledProcessError:
             subprocess.run(command, check=True, capture_output=True, timeout=120)
+            _log.warning("%s: the compiler knows no OpenMP, so it runs on one thread", source.stem)
         built.replace(target)
     return target
 
 
-def _processor() -> str:
+def processor() -> str:
     """What -march=native depends on: a home folder may be shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from embedft.base import Base, BaseSpec, compute_dtype, config_folder
 from embedft.errors import BaseError
 from embedft.methods import attach, train_adapters_only
-from embedft.model_folder import BaseInfo, Task, lengths, quantization_of, read_json
+from embedft.model_folder import BaseInfo, Task, hidden_size, lengths, quantization_of, read_json
 from embedft.quantize import SKIPPED
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
 
@@ -168,7 +168,7 @@ def _info(folder: Path, spec: BaseSpec, task: Task) -> BaseInfo:
         normalize=True,
         max_length=max_length,
         positions=positions,
-        hidden_size=int(config["hidden_size"]),
+        hidden_size=hidden_size(folder, config),
     )
 
 

@@ -1,6 +1,7 @@
 """Which examples share a batch: in-batch negatives must be negatives, and rows of like length cost least. Knows no model."""
 
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 from embedft.embedding.data import Examples
@@ -34,6 +35,7 @@ class BatchPlan:
         self._weights: dict[float, list[int]] = {}
         for number, row in enumerate(examples.rows):
             self._weights.setdefault(row.weight, []).append(number)
+        self.shown = len(self._shown(random.Random(0)))  # rows an epoch
         self._count = len(self._plan(0))
 
     def set_epoch(self, epoch: int) -> None:
@@ -58,15 +60,20 @@ class BatchPlan:
         size = self.window * self.batch_size
         full: list[list[int]] = []
         waiting: list[int] = []
+        stuck: list[int] = []  # where few documents answer many queries, more than are looked at again with every window
         for start in range(0, len(order), size):
             window = waiting + order[start : start + size]
             if self.window > 1:
                 window.sort(key=lambda row: self._lengths[row])
-            batches, waiting = self._fill(window)
+            batches, left = self._fill(window)
+            waiting, over = left[:size], left[size:]
             full += batches
+            stuck += over
+        rest = list(self._rest(stuck + waiting))
+        if stuck:  # then most of them are there
+            full, rest = full + rest, []
         generator.shuffle(full)
-        partial = list(self._rest(waiting))
-        return full + [batch for batch in partial if len(batch) > 1]
+        return [batch for batch in full + rest if len(batch) > 1 or self.batch_size == 1]
 
     def _shown(self, generator: random.Random) -> list[int]:
         """The rows of one epoch: as often as their weight says; of a weight's fraction, others every time, but always as many."""
@@ -88,9 +95,24 @@ class BatchPlan:
         return batches, list(rows)
 
     def _rest(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        while rows:
-            batch, rows = self._take(rows)
+        """Batches of what is left, of each answer's rows one at a time: two of them share no batch anyway."""
+        queues: dict[object, deque[int]] = {}
+        for row in rows:
+            queues.setdefault(self._answers[row] or row, deque()).append(row)
+        while queues:
+            batch: list[int] = []
+            documents: set[int] = set()
+            answers: set[int] = set()
+            for queue in queues.values():
+                row = queue[0]
+                if documents.isdisjoint(self._answers[row]) and answers.isdisjoint(self._documents[row]):
+                    batch.append(queue.popleft())
+                    documents |= self._documents[row]
+                    answers |= self._answers[row]
+                    if len(batch) == self.batch_size:
+                        break
             yield batch
+            queues = {key: queue for key, queue in queues.items() if queue}
 
     def _take(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
         """The first rows that may share a batch, and the others."""

@@ -4,6 +4,7 @@ Knows no recipe. The losses are those of embedft.embedding.losses, over vectors 
 """
 
 # ruff: noqa: ARG002 (transformers calls these with arguments of its choosing)
+import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from embedft.embedding.batches import BatchPlan
 from embedft.embedding.packed import PackedEncoder
+from embedft.errors import UsageError
 from embedft.training.interrupt import AdapterCheckpoints
 
 CHUNK_TOKENS = 4096  # computed at once where nothing is kept for a backward pass
@@ -218,7 +220,17 @@ def _chunks(numbers: Sequence[int], length: Callable[[int], int]) -> Iterable[li
 
 
 def _file(path: Path, count: int, dtype: torch.dtype) -> Tensor:
-    """A vector in a file that goes with the run's folder, read as it is used."""
+    """A vector in a file that goes with the run's folder, read as it is used. UsageError where the disk has no room for it: what is
+    written to a mapped file that the disk cannot hold is the end of the process.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
+    size = count * dtype.itemsize
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        need = f"{size / 2**30:.1f} GiB of the frozen layers' states are kept in {path.parent}"
+        raise UsageError(f"{need}, and its disk refuses them ({error.strerror}): make room, or set adapter.layers to none") from None
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype)

@@ -110,10 +110,14 @@ def _faults(row: Record, columns: Columns) -> Iterator[str]:
             yield no_text(name, value)
         elif not value.strip():
             yield f"{name} is empty; expected text"
+        elif not is_unicode(value):
+            yield f"{name} holds half a character (a lone surrogate); expected Unicode"
     for name in columns.negatives:
         for value in as_list(row.values[name]):
             if not isinstance(value, str) or not value.strip():
                 yield f"{name} holds {_kind(value) if not isinstance(value, str) else 'empty text'}; expected text or a list of texts"
+            elif not is_unicode(value):
+                yield f"{name} holds half a character (a lone surrogate); expected Unicode"
             elif value == row.values[columns.document]:
                 yield f"{name} is the document itself; expected a document that does not answer the query"
     if columns.label and _number(row.values[columns.label]) is None:
@@ -145,6 +149,15 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if number == number and abs(number) != float("inf") else None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether all of it are characters: JSON may hold half of one, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def no_text(name: str, value: Any) -> str:

@@ -136,7 +136,9 @@ def plan_for(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, model: 
 
 def batch_plan(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, padded: bool) -> BatchPlan:
     """Sorted by length only where they will be padded."""
-    exclusive, window = loss.takes in {"pairs", "triplets"}, WINDOW if padded else 1
+    exclusive, window = loss.takes == "pairs", WINDOW if padded else 1
+    if exclusive and recipe.train.batch == 1 and not any(row.negatives for row in examples.rows):
+        raise RecipeError("recipe", ["train.batch is 1; expected 2 or more: this loss learns from the other rows of a batch"])
     return BatchPlan(examples, batch=recipe.train.batch, seed=recipe.train.seed, exclusive=exclusive, window=window)
 
 
@@ -265,6 +267,8 @@ def _note_negatives(examples: Examples, loss: Loss, *, name: str) -> None:
 
 
 def _check_batches(plan: BatchPlan) -> None:
+    if not len(plan) and plan.rows > 1 and plan.shown < 2:
+        raise DataError([f"the weights of the data show {plan.shown} of {plan.rows} rows an epoch: raise data.weight"])
     if not len(plan):
         raise DataError(["no two training rows may share a batch: all of them have one answer; expected rows with different documents"])
 

@@ -40,6 +40,8 @@ def attach(
     import peft
 
     method = supported(adapter, task=task, info=base.info)
+    if task == "embedding" and method.form not in ("prompt", "attention", "weights") and _only_the_pooler(base, adapter):
+        raise MethodUnsupported(method.name, where="on the pooler alone", why="no vector depends on it: target the encoder's layers")
     values = FORMS[method.form](base, adapter)
     task_type = "CAUSAL_LM" if task == "causal_lm" else "FEATURE_EXTRACTION"
     config = getattr(peft, method.config)(**values, **method.fixed, task_type=task_type)
@@ -60,6 +62,11 @@ def attach(
                 parameter.requires_grad_(False)
     model.embedft = Attached(method, adapter)
     return model
+
+
+def _only_the_pooler(base: Base, adapter: AdapterSection) -> bool:
+    names = adapted_modules(base, adapter)
+    return bool(names) and all(name.startswith("pooler.") for name in names)
 
 
 FROZEN_RANKS = {"delta_lora": 2, "relora": 2}  # rank of the frozen pair late in a run, in units of r

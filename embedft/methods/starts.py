@@ -43,6 +43,10 @@ def _principal(model: Any, how: str) -> None:
     for name, layer in lora_layers(model):
         weight = layer.get_base_layer().weight
         rank = layer.r["default"]
+        if rank > min(layer.in_features, layer.out_features):
+            most = min(layer.in_features, layer.out_features)
+            why = f"it takes the {rank} greatest directions of {name}, which has {most}: lower adapter.r"
+            raise MethodUnsupported(how.partition("_")[0], where="at this rank", why=why)
         config = LoraConfig(r=rank, lora_alpha=layer.lora_alpha["default"], init_lora_weights=how)  # pyright: ignore[reportArgumentType]
         copy = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         copy.weight = torch.nn.Parameter(weight.detach().float().clone(), requires_grad=False)
@@ -165,6 +169,11 @@ def _eva(model: Any, batches: Iterable[Mapping[str, Any]] | None) -> None:
         batch.setdefault("labels", batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
         if batch["labels"].shape != batch["input_ids"].shape:  # only the tail has labels; EVA masks padding by them
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    config = model.peft_config["default"]
+    wanted, most = round(config.r * config.eva_config.rho), max(int(batch["attention_mask"].sum()) for batch in chosen)
+    if most < wanted:  # PEFT would look for such a batch without end
+        why = f"it needs {wanted} tokens in a batch (r x rho) and the largest has {most}: raise train.batch, or lower adapter.r"
+        raise MethodUnsupported("eva", where="on this data", why=why)
     was_training = model.training
     model.eval()
     initialize_lora_eva_weights(model, dataloader=chosen, forward_fn=forward, show_progress_bar=False)

@@ -1,6 +1,8 @@
 """The folder of an unfinished run: what it was started with, and its checkpoints. Gone once the adapter is published."""
 
+import hashlib
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -13,7 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from embedft.base import compute_dtype
-from embedft.errors import AdapterInvalid, ResumeRefused
+from embedft.errors import AdapterInvalid, ResumeRefused, UsageError
+from embedft.files import hold, write_text
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
 from embedft.training.progress import note
 
@@ -52,20 +55,41 @@ class Run:
 def open_run(recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash: str, base_fingerprint: str, resume: bool) -> Run:
     """Begin a run afresh under `root`/.training/<name>, or find where the last one stopped. One that could go on is kept beside it.
 
-    Raises ResumeRefused where there is no complete checkpoint, or naming each setting that is no longer the same.
+    Raises ResumeRefused where there is no complete checkpoint, or naming each setting that is no longer the same; UsageError where
+    another process trains that name.
     """
     folder = root / ".training" / recipe.name
+    _own(folder)
     facts = {"recipe": recipe.model_dump(mode="json"), "data": data_hash, "base": base_fingerprint, "machine": _machine(recipe.task)}
     if not resume:
         _set_aside(folder)
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
+        _own(folder)
+        write_text(folder / "run.json", json.dumps(facts, indent=1, sort_keys=True))
         return Run(folder, None, resume_command(recipe))
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise ResumeRefused(f"there is no checkpoint of {recipe.name!r} to resume: start it without --resume")
-    _refuse_changes(recipe.name, json.loads((folder / "run.json").read_text(encoding="utf-8")), facts)
+    try:
+        then = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ResumeRefused(f"{recipe.name!r} cannot resume: {folder / 'run.json'} cannot be read: start it without --resume") from None
+    _refuse_changes(recipe.name, then, facts)
     return Run(folder, checkpoint, resume_command(recipe))
+
+
+_owned: dict[Path, int] = {}  # folders of runs that this process trains, and what holds them until it ends
+
+
+def _own(folder: Path) -> None:
+    """No other process trains in `folder` from now on. Where there is none yet, nothing."""
+    if (held := _owned.pop(folder, None)) is not None:  # of an earlier run in this same process
+        os.close(held)
+    if folder.is_dir():
+        found = hold(folder)
+        if found is None:
+            raise UsageError(f"{folder.name!r} is being trained by another process: wait for it, or change `name` in the recipe")
+        _owned[folder] = found
 
 
 def _set_aside(folder: Path) -> None:
@@ -99,15 +123,18 @@ def _machine(task: str) -> dict[str, Any]:
     """Whatever decides, beside recipe, data and base, what a step computes."""
     import torch
 
-    from embedft.attention import kernels
+    from embedft import attention, gelu, native
 
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", str(compute_dtype()).removeprefix("torch.")
     found = {"torch": str(torch.__version__), **_versions(), "threads": torch.get_num_threads(), "device": device, "dtype": dtype}
-    return found | ({"attention": kernels()} if task == "embedding" else {})
+    found["processor"] = hashlib.sha256(native.processor().encode()).hexdigest()[:12]  # torch too chooses its kernels by it
+    if task == "embedding":
+        found |= {"attention": attention.identity(), "gelu": gelu.identity()}
+    return found
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = dict.fromkeys(("transformers", "peft", "tokenizers", "bitsandbytes", "sentence-transformers"))
+    found: dict[str, str | None] = dict.fromkeys(("embedft", "transformers", "peft", "tokenizers", "bitsandbytes", "sentence-transformers"))
     for name in found:
         with suppress(PackageNotFoundError):
             found[name] = version(name)

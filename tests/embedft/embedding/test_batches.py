@@ -1,6 +1,7 @@
 """What may share a batch, and what batches cost."""
 
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,17 @@ def test_a_document_shared_by_two_queries_never_stands_twice_in_a_batch() -> Non
     plan, kept = plan_of([Example(f"q{i}", f"d{i % 12}") for i in range(96)])
     for batch in plan:
         assert len({kept[i].document for i in batch}) == len(batch)
+
+
+def test_many_queries_of_few_documents_are_planned_in_no_time() -> None:
+    count = 20_000
+    rows = [Example(f"q{i}", f"d{i % 10}") for i in range(count)]
+    began = time.process_time()
+    plan, kept = plan_of(rows, batch=64)
+    batches = list(plan)
+    assert time.process_time() - began < 2  # it was 15, which grew with the square
+    assert sorted(i for batch in batches for i in batch) == list(range(count))
+    assert all(len({kept[i].document for i in batch}) == len(batch) for batch in batches)
 
 
 def test_every_row_is_seen_once_an_epoch_and_in_another_order_the_next() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from embedft.adapters.passport import read_passport
 from embedft.adapters.store import AdapterStore
@@ -246,6 +247,55 @@ def test_rows_of_one_answer_are_refused_for_they_make_no_batch(make: Make, store
     same = [{"query": f"q{i}", "document": "the one answer"} for i in range(8)]
     with pytest.raises(DataError, match="no two training rows may share a batch"):
         train(make(data={"train": write_rows(root / "same.jsonl", same), "eval": beir}), store=store)
+
+
+def test_a_loss_that_compares_no_rows_takes_rows_of_one_answer(make: Make, store: AdapterStore, root: Path, beir: str) -> None:
+    same = [{"query": f"q{i}", "document": "the one answer", "negative": f"another {i}"} for i in range(8)]
+    data = {"train": write_rows(root / "triplets.jsonl", same), "eval": beir}
+    trained(make(data=data, loss={"name": "triplet"}, train={"batch": 4, "epochs": 1}), store)
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "told"),
+    [
+        ({"train": {"batch": 1}}, RecipeError, r"train\.batch is 1; expected 2 or more"),
+        ({"adapter": {"targets": ["pooler.dense"]}}, MethodUnsupported, "on the pooler alone"),
+        ({"adapter": {"method": "eva", "r": 60}, "train": {"batch": 2}}, MethodUnsupported, "tokens in a batch"),
+        ({"adapter": {"method": "pissa", "r": 65}}, MethodUnsupported, "lower adapter.r"),
+        ({"adapter": {"method": "olora", "r": 65}}, MethodUnsupported, "lower adapter.r"),
+        ({"data": {"weight": 0.001}}, DataError, "show 0 of"),
+    ],
+)
+def test_what_cannot_teach_is_refused_by_name(
+    make: Make, store: AdapterStore, sections: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        trained(make(**sections), store)
+    assert not store.names()
+
+
+def test_half_a_character_is_told_with_its_row(make: Make, store: AdapterStore, root: Path) -> None:
+    path = root / "half.jsonl"
+    path.write_text('{"query": "a \\ud83d", "document": "b"}\n{"query": "c", "document": "d"}\n')
+    with pytest.raises(DataError, match=r"half\.jsonl:1: query holds half a character"):
+        trained(make(data={"train": str(path)}), store)
+
+
+def test_frozen_states_that_the_disk_refuses_are_an_error_and_no_end_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedft.embedding.fast import _file  # pyright: ignore[reportPrivateUsage]
+
+    kept = _file(tmp_path / "run" / "below.bin", 1000, torch.float32)
+    assert (kept.shape, (tmp_path / "run" / "below.bin").stat().st_blocks * 512 >= 4000) == ((1000,), True)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(UsageError, match="its disk refuses them"):
+        _file(tmp_path / "run" / "below.bin", 1000, torch.float32)
+    assert not (tmp_path / "run" / "below.bin").exists()
 
 
 @pytest.mark.parametrize("adapter", [PADDED, {}])

@@ -9,11 +9,12 @@ import pytest
 
 from embedft.adapters.store import AdapterStore
 from embedft.causal_lm.train import train
-from embedft.errors import AdapterInvalid, ResumeRefused, TrainingInterrupted
+from embedft.errors import AdapterInvalid, ResumeRefused, TrainingInterrupted, UsageError
+from embedft.files import hold
 from embedft.training import interrupt
 from embedft.training.measure import AdapterResult
 from embedft.training.progress import ProgressETA
-from embedft.training.run import last_checkpoint
+from embedft.training.run import last_checkpoint, open_run
 from tests.fixtures_lm import planted_recipe, planted_rows, tiny_llama, write_jsonl
 
 STEPS = {"epochs": 2, "batch": 24, "checkpoint_every": 4}  # 10 steps an epoch
@@ -39,6 +40,28 @@ train(recipe, store=AdapterStore(folder / "store"))
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("base") / "tiny")
+
+
+def test_a_name_that_another_process_trains_is_refused_until_it_has_ended(base: Path, tmp_path: Path) -> None:
+    recipe, root = recipe_in(tmp_path, base), tmp_path / "store"
+    folder = root / ".training" / recipe.name
+    folder.mkdir(parents=True)
+    holding = "import sys, pathlib, embedft.files as f; assert f.hold(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", holding, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout
+    assert other.stdout.readline() == "1\n"
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="is being trained by another process"):
+            open_run(recipe, root=root, data_hash="d", base_fingerprint="b", resume=resume)
+    other.communicate("")
+    for _ in range(2):  # this process itself may begin again, as in a notebook
+        run = open_run(recipe, root=root, data_hash="d", base_fingerprint="b", resume=False)
+    assert hold(run.folder) is None
+    (run.folder / "run.json").write_text("")
+    (run.folder / "checkpoint-3").mkdir()
+    (run.folder / "checkpoint-3" / "complete").touch()
+    with pytest.raises(ResumeRefused, match=r"run\.json cannot be read"):
+        open_run(recipe, root=root, data_hash="d", base_fingerprint="b", resume=True)
 
 
 def recipe_in(folder: Path, base: Path, **settings: Any) -> Any:
