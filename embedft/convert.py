@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, read_passport
 from embedft.base import exact_dtype, load_model
-from embedft.errors import AdapterInvalid, MethodUnsupported, ProbesFailed
+from embedft.errors import AdapterInvalid, MethodUnsupported, ProbesFailed, UsageError
 from embedft.methods import load_adapter, method_named
 from embedft.methods.companion import padded
 from embedft.methods.files import write_lora
@@ -58,6 +58,8 @@ def convert(folder: Path, out: Path, *, name: str, base: Path | None = None, ran
     """
     passport = read_passport(folder)
     method = method_named(passport.method)
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank {rank}: expected a whole number of at least 1")
     if method.to_lora == "no":
         raise MethodUnsupported(method.name, where="as LoRA", why="it is no sum of low-rank updates: serve it by the peft engine")
     base_dir = trained_base(passport, base)
@@ -65,7 +67,7 @@ def convert(folder: Path, out: Path, *, name: str, base: Path | None = None, ran
     changes = deltas(model)
     config: Any = next(iter(cast("Any", model).peft_config.values()))
     exact = max((numerical_rank(delta) for delta in changes.values()), default=1)
-    used = rank or min(max(exact, 1), MAX_RANK)
+    used = min(max(exact, 1), MAX_RANK) if rank is None else rank
     pairs = {layer: truncated(delta, used) for layer, delta in changes.items()}
     errors = {layer: _error(delta, pairs[layer]) for layer, delta in changes.items()}
     write_lora(out, padded(pairs), targets=_targets(config, pairs), base_name=config.base_model_name_or_path, task_type=config.task_type)

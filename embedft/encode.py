@@ -6,7 +6,7 @@ Last-token pooling takes the last token that the base's own tokenizer gives; no 
 So a text, its token ids sent to vLLM's pooling runner, and plain sentence-transformers on the same folder all pool the same position.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 InputType = Literal["query", "document"]
+Progress = Callable[[int, int], None]  # (done, of how many)
 Pooling = Literal["mean", "cls", "lasttoken"]
 
 
@@ -95,6 +96,7 @@ class Encoder:
         self.model = model
         self.settings = settings
         self.preparer = TextPreparer(tokenizer_folder, settings)
+        self.progress: Progress | None = None  # told after every batch
 
     def encode(self, texts: Sequence[str], *, input_type: InputType | None = None, batch_size: int = 64) -> "np.ndarray":
         """(n,) texts → (n, dimensions) float32, in input order."""
@@ -115,6 +117,8 @@ class Encoder:
                 rows = order[start : start + batch_size]
                 found = run([ids[row] for row in rows], None if slots is None else [slots[row] for row in rows])
                 vectors.append(finish(found, self.settings).cpu())
+                if self.progress:
+                    self.progress(start + len(rows), len(order))
         if not vectors:
             return np.zeros((0, 0), dtype=np.float32)
         result = torch.empty_like(torch.cat(vectors))

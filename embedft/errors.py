@@ -200,7 +200,7 @@ class LineageMismatch(RagError):
         self.holds, self.given = holds, given
         super().__init__(
             f"index {index!r} holds vectors of lineage {holds[:12]} (by {holds_by}), and this question's belong to lineage {given[:12]} "
-            f"(by {given_by}): use the adapter that it was built with, index again with this one, or fit a linear map"
+            f"(by {given_by}): use the adapter that it was built with, index again with this one, or fit a linear map (--map)"
         )
 
 

@@ -84,6 +84,10 @@ def combine(
     where an adapter is no LoRA or two do not belong together.
     """
     passports = [read_passport(folder) for folder in folders]
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank {rank}: expected a whole number of at least 1")
+    if not any(weights):
+        raise UsageError("all weights are 0: nothing would be left of any adapter")
     _check(passports, weights, how)
     first = passports[0]
     base_dir = trained_base(first, base)

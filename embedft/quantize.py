@@ -98,7 +98,13 @@ def _batches(source: Path, calibration: Path) -> list[dict[str, Any]]:
 
     if not calibration.is_file():
         raise QuantizationUnsupported(f"{calibration}: there is no such file of calibration texts, one a line")
-    lines = [line.strip() for line in calibration.read_text(encoding="utf-8").splitlines() if line.strip()][:CALIBRATION_LINES]
+    try:
+        text = calibration.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise QuantizationUnsupported(f"{calibration}: not UTF-8 (byte {error.start}): convert it") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()][:CALIBRATION_LINES]
+    if not lines:
+        raise QuantizationUnsupported(f"{calibration}: no text in it; expected texts such as the model will see, one a line")
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     made: list[dict[str, Any]] = []

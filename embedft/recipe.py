@@ -119,7 +119,7 @@ class TrainSection(Section):
     accumulate: PositiveInt = 1
     lr: Annotated[float, Field(gt=0, le=1e30)] = 2e-4  # more than that is no float32 after a step
     max_length: PositiveInt = 128
-    seed: int = 7
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"

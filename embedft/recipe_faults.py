@@ -25,6 +25,27 @@ _SHAPES = {
 }
 
 
+# What PEFT, transformers and sentence-transformers call it.
+_ELSEWHERE = {
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "batch_size": "train.batch",
+    "per_device_train_batch_size": "train.batch",
+    "gradient_accumulation_steps": "train.accumulate",
+    "warmup_ratio": "train.warmup",
+    "lr_scheduler_type": "train.schedule",
+    "optim": "train.optimizer",
+    "max_seq_length": "train.max_length",
+    "rank": "adapter.r",
+    "lora_r": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "model_name_or_path": "base.model",
+}
+
+
 def faults(error: ValidationError, content: Mapping[str, Any], models: Mapping[str, type[BaseModel]]) -> list[str]:
     """A line for each fault of the recipe `content`; `models` by task."""
     return list(dict.fromkeys(_fault(item, content, models) for item in error.errors()))
@@ -34,7 +55,9 @@ def _fault(item: Any, content: Mapping[str, Any], models: Mapping[str, type[Base
     kind, (location, given) = item["type"], _given(item, content, models)
     dotted = ".".join(location) or "task"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(dotted, _known_keys(models.get(str(content.get("task")))), n=1, cutoff=0.5)
+        known = list(_known_keys(models.get(str(content.get("task")))))
+        meant = _ELSEWHERE.get(dotted.rpartition(".")[2])
+        near = [meant] if meant in known else difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
         return f"{dotted}: no such key" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind.startswith("union_tag"):
         return "task: expected 'embedding' or 'causal_lm'"

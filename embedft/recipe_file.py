@@ -40,7 +40,7 @@ def _locate(given: str) -> tuple[Path, Path]:
     path = Path(given)
     if path.suffix in {".yaml", ".yml"} or path.exists():
         if not path.is_file():
-            raise RecipeError(given, ["there is no such file"])
+            raise RecipeError(given, ["it is a folder; expected a recipe file" if path.is_dir() else "there is no such file"])
         return path, path.resolve().parent
     shipped = shipped_recipes()
     if given in shipped:

@@ -62,7 +62,12 @@ def read_jsonl(path: Path, problems: list[str]) -> Iterator[Record]:
             except json.JSONDecodeError as error:
                 problems.append(f"{where}: not JSON ({error.msg} at column {error.colno}); expected one JSON object a line")
                 continue
-            if isinstance(values, dict):
+            except RecursionError:
+                problems.append(f"{where}: nested too deep; expected one JSON object a line")
+                continue
+            if "\\u" in line and not is_unicode(values):
+                problems.append(f"{where}: holds half a character (a lone surrogate, as of a text cut inside an emoji); expected Unicode")
+            elif isinstance(values, dict):
                 yield Record(where, cast("dict[str, Any]", values))
             else:
                 problems.append(f"{where}: a JSON {type(values).__name__}; expected an object")
@@ -72,9 +77,31 @@ def _lines(file: IO[str], path: Path, problems: list[str]) -> Iterator[str]:
     try:
         yield from file
     except UnicodeDecodeError:
-        problems.append(f"{path.name}: stops being readable: not UTF-8; convert it")
+        problems.append(_where_not_utf8(path))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         problems.append(f"{path.name}: stops being readable: {error}; expected a whole gzip file")
+
+
+def _where_not_utf8(path: Path) -> str:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        content = file.read()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return f"{path.name}: UTF-16; convert it to UTF-8"
+    try:
+        content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        return f"{path.name}:{line}: not UTF-8 (byte {byte:#04x}), and nothing is read from there on; convert the file"
+    return f"{path.name}: not UTF-8; convert it"
+
+
+def is_unicode(value: Any) -> bool:
+    """Whether all texts in it are whole characters: JSON may hold half of one, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json(path: Path, problems: list[str]) -> Iterator[Record]:
@@ -87,11 +114,16 @@ def _json(path: Path, problems: list[str]) -> Iterator[Record]:
     except json.JSONDecodeError as error:
         problems.append(f"{path.name}: not JSON: {error}; expected a list of objects")
         return
+    except RecursionError:
+        problems.append(f"{path.name}: nested too deep; expected a list of objects")
+        return
     if not isinstance(values, list):
         problems.append(f"{path.name}: a JSON {type(values).__name__}; expected a list of objects")
         return
     for number, value in enumerate(cast("list[Any]", values), start=1):
-        if isinstance(value, dict):
+        if not is_unicode(value):
+            problems.append(f"{path.name}[{number}]: holds half a character (a lone surrogate); expected Unicode")
+        elif isinstance(value, dict):
             yield Record(f"{path.name}[{number}]", cast("dict[str, Any]", value))
         else:
             problems.append(f"{path.name}[{number}]: a JSON {type(value).__name__}; expected an object")

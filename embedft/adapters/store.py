@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from embedft.adapters.passport import TEXTS, Passport, generation, read_passport
-from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, GenerationConflict
+from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, GenerationConflict, UsageError
 from embedft.files import abandoned_stages, locked, publish_folder, replace_folder, restore_folders, staged_folder, unfinished, write_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -34,6 +34,8 @@ class AdapterStore:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = (root or default_root()).resolve()
+        if self.root.exists() and not self.root.is_dir():
+            raise UsageError(f"{self.root} is a file; expected the folder of an adapter store")
         self._objects, self._names, self._held = self.root / "objects", self.root / "names", self.root / "held"
         if unfinished(self._objects):
             with self._locked():

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from embedft.cli.options import command, store_of, store_option
+from embedft.cli.options import command, positive, store_of, store_option
 from embedft.cli.show import show, show_table
 from embedft.errors import UsageError
 
@@ -50,14 +50,14 @@ def add_commands(commands: Any) -> None:
             action.add_argument("--scheme", choices=("nf4", "int8", "w4a16", "w8a8"), help="quantize the result")
         if name == "convert":
             action.add_argument("--to", choices=("lora",), default="lora")
-            action.add_argument("--rank", type=int, help="default: what an exact copy needs, at most 64")
+            action.add_argument("--rank", type=positive, help="default: what an exact copy needs, at most 64")
             action.add_argument("--name", help="the name to store it under (default: NAME-lora)")
         if name == "combine":
             action.add_argument("name", metavar="NAME", help="the name to store it under")
             action.add_argument("parts", metavar="ADAPTER", nargs="+")
             action.add_argument("--weights", type=float, nargs="+", metavar="W", help="default: equal parts of 1")
             action.add_argument("--how", default="cat", choices=("cat", "svd", "linear", "ties", "dare_linear", "dare_ties"))
-            action.add_argument("--rank", type=int, help="of svd (default: the largest of the parts)")
+            action.add_argument("--rank", type=positive, help="of svd (default: the largest of the parts)")
             action.add_argument("--density", type=float, default=0.5, help="what ties and dare keep")
         if name in {"export", "push"}:
             action.add_argument("--keep-texts", action="store_true", help="also copy evaluation texts, where the adapter carries them")
@@ -160,7 +160,10 @@ def _adapters_convert(arguments: argparse.Namespace) -> None:
     with store.stage() as stage:
         made = convert(store.folder(arguments.adapter), stage, name=name, base=arguments.base, rank=arguments.rank)
         identity = store.put(stage, name)
-    show(arguments, {"name": name, "generation": identity, "exact": made.exact, **dataclasses.asdict(made)}, title="converted")
+    shown: dict[str, Any] = {"name": name, "generation": identity, "exact": made.exact, **dataclasses.asdict(made)}
+    if not arguments.json:  # a figure for each of hundreds of layers is for machines
+        shown["layers"] = len(made.layers)
+    show(arguments, shown, title="converted")
 
 
 def _adapters_merge(arguments: argparse.Namespace) -> None:

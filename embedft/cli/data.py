@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from embedft.cli.options import command, positive, store_of, store_option
+from embedft.cli.options import command, finite, positive, store_of, store_option
 from embedft.cli.show import show
+from embedft.errors import UsageError
 
 
 def add_commands(commands: Any) -> None:
@@ -45,8 +46,8 @@ def add_commands(commands: Any) -> None:
     mine.add_argument("--adapter", metavar="NAME", help="also rank with this adapter, on the base that it was trained on")
     mine.add_argument("--negatives", type=positive, default=4)
     mine.add_argument("--depth", type=positive, default=50, help="candidates a ranker")
-    mine.add_argument("--absolute", type=float, default=0.0, help="a negative's cosine stays so far below the answer's")
-    mine.add_argument("--relative", type=float, default=0.05, help="and below this share of it")
+    mine.add_argument("--absolute", type=finite, default=0.0, help="a negative's cosine stays so far below the answer's")
+    mine.add_argument("--relative", type=finite, default=0.05, help="and below this share of it")
     mine.add_argument("--cross-encoder", metavar="DIR", help="strike what it scores as high as the answer, and write its scores")
     mine.add_argument("--review", type=Path, metavar="OUT", help="where doubtful labels go (default: OUT's name with .review.jsonl)")
     store_option(mine)
@@ -107,7 +108,10 @@ def _data_mine(arguments: argparse.Namespace) -> None:
 def _data_synth(arguments: argparse.Namespace) -> None:
     from embedft.embedding.synth import PROMPT, Synth, synthesize
 
-    prompt = arguments.prompt.read_text(encoding="utf-8") if arguments.prompt else PROMPT
+    try:
+        prompt = arguments.prompt.read_text(encoding="utf-8") if arguments.prompt else PROMPT
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompt {arguments.prompt}: cannot be read as UTF-8 text: {error}") from None
     settings = Synth(
         generator=arguments.generator,
         model=arguments.model,

@@ -1,6 +1,7 @@
 """What every command has: --json, its help, and the store it works on."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,17 @@ def positive(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of at least 1")
+    return number
+
+
+def finite(text: str) -> float:
+    """An argparse type: a number that is one."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a finite number")
     return number
 
 

@@ -6,12 +6,12 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.cli.options import command, store_of, store_option
+from embedft.cli.show import Progress
 from embedft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _index(arguments: argparse.Namespace) -> int:
         settings=AnnSettings(kind=arguments.kind),
         bm25=not arguments.no_bm25,
         notes={"chunking": chunking.model_dump(), "base": arguments.base},
-        progress=None if arguments.json else _Progress(),
+        progress=None if arguments.json else Progress(),
     )
     found = {
         "path": str(arguments.out),
@@ -138,6 +138,8 @@ def _ask(arguments: argparse.Namespace) -> int:
     from embedft.rag.answer import cited, retrieve, stream_answer
     from embedft.rag.index import VectorIndex
 
+    if not arguments.question.strip():
+        raise UsageError("the question is empty: ask something")
     index = VectorIndex.open(arguments.index)
     adapter = _named(arguments.adapter) if arguments.adapter else index.adapter
     arguments.base = arguments.base or index.notes.get("base")
@@ -272,24 +274,6 @@ def _prepare() -> None:
 
 def _named(name: str | None) -> str | None:
     return None if name in (None, "base") else name
-
-
-class _Progress:
-    """A live line on stderr with the time left; a line every ten seconds where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        self._began = self._printed = time.monotonic()
-        self._live = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not self._live and done < total and now - self._printed < 10:
-            return
-        self._printed = now
-        left = (now - self._began) / done * (total - done)
-        start, end = ("\r\x1b[K", "\n" if done == total else "") if self._live else ("", "\n")
-        sys.stderr.write(f"{start}embedding {done}/{total}  {int(left) // 60}:{int(left) % 60:02d} left{end}")
-        sys.stderr.flush()
 
 
 def _say(line: str) -> None:

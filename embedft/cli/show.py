@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,3 +69,21 @@ def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
     print("  ".join(column.ljust(width[column]) for column in columns).rstrip())
     for row in rows:
         print("  ".join(str(row.get(column, "")).ljust(width[column]) for column in columns).rstrip())
+
+
+class Progress:
+    """A live line on stderr with the time left; a line every ten seconds where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._began = self._printed = time.monotonic()
+        self._live = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._live and done < total and now - self._printed < 10:
+            return
+        self._printed = now
+        left = (now - self._began) / done * (total - done)
+        start, end = ("\r\x1b[K", "\n" if done == total else "") if self._live else ("", "\n")
+        sys.stderr.write(f"{start}embedding {done}/{total}  {int(left) // 60}:{int(left) % 60:02d} left{end}")
+        sys.stderr.flush()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embedft.cli.options import command, store_of, store_option
-from embedft.cli.show import show, show_scores, show_table
+from embedft.cli.show import Progress, show, show_scores, show_table
 from embedft.errors import UsageError
 
 
@@ -113,7 +113,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     if read_passport(folder).task == "embedding":
         from embedft.embedding.proof import evaluate_adapter as evaluate_embedding
 
-        options = {"against": arguments.against, "mteb": arguments.mteb}
+        options: dict[str, Any] = {"against": arguments.against, "mteb": arguments.mteb}
+        options["progress"] = None if arguments.json else Progress()
         metrics = evaluate_embedding(folder, arguments.data, store, base=arguments.base, **options)
     else:
         from embedft.causal_lm.evaluate import evaluate_adapter as evaluate_language

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from embedft.embedding.data import RetrievalSet
 from embedft.embedding.sided import SidedEncoder
-from embedft.encode import Encoder, EncodeSettings
+from embedft.encode import Encoder, EncodeSettings, Progress
 from embedft.ranks import fused
 
 METRICS = ("ndcg@10", "mrr@10", "hit@1", "hit@5", "hit@10", "recall@10")
@@ -125,13 +125,31 @@ class Towers:
     index: Mapping[str, float | int | bool]
 
 
-def compare_towers(model: Any, folder: Path, settings: EncodeSettings, data: RetrievalSet, *, side: str, batch_size: int) -> Towers:
+def compare_towers(
+    model: Any,
+    folder: Path,
+    settings: EncodeSettings,
+    data: RetrievalSet,
+    *,
+    side: str,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Towers:
     """base, bm25 and adapter on the same queries, from one PEFT model: the base is the adapter switched off.
 
-    The documents of a query-only adapter are the base's, so they are encoded once.
+    The documents of a query-only adapter are the base's, so they are encoded once. `progress` is told (texts encoded, of how many).
     """
     alone, adapted = (SidedEncoder(model, folder, settings, side=which) for which in ("none", side))
     ids, queries, texts = list(data.documents), list(data.queries.values()), list(data.documents.values())
+    done, whole = 0, 2 * len(queries) + (1 if side == "query" else 2) * len(texts)
+
+    def told(of_these: int, these: int) -> None:
+        nonlocal done
+        if progress:
+            progress(done + of_these, whole)
+        done += these if of_these == these else 0
+
+    alone.progress = adapted.progress = told
     base_queries = alone.encode(queries, input_type="query", batch_size=batch_size)
     began = time.perf_counter()
     base_documents = alone.encode(texts, input_type="document", batch_size=batch_size)

@@ -101,6 +101,8 @@ def mine(
     for path in (out, review):
         if path:
             expect_jsonl(path)
+    if review and review.resolve() == out.resolve():
+        raise DataError([f"{review}: doubtful labels and mined rows cannot go to one file: name another for --review"])
     if out.exists() or (review and review.exists()):
         raise DataError([f"{out if out.exists() else review} exists already: name a new file"])
     rows, documents = _read(source)

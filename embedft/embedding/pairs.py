@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from embedft.records import Record
+from embedft.records import Record, is_unicode
 
 QUERY = ("query", "anchor", "question", "sentence1", "sentence_1")
 DOCUMENT = ("document", "positive", "passage", "answer", "doc", "pos", "sentence2", "sentence_2")
@@ -149,15 +149,6 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if number == number and abs(number) != float("inf") else None
-
-
-def is_unicode(text: str) -> bool:
-    """Whether all of it are characters: JSON may hold half of one, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def no_text(name: str, value: Any) -> str:

@@ -14,6 +14,7 @@ from embedft.embedding.near import words
 if TYPE_CHECKING:
     from embedft.adapters.passport import Passport
     from embedft.adapters.store import AdapterStore
+    from embedft.encode import Progress
 
 SIDES = ("base", "bm25", "adapter", "fused")
 STRATA = (("low", 0.0, 1 / 3), ("middle", 1 / 3, 2 / 3), ("high", 2 / 3, 1.01))  # bounds of the overlap, fixed so that runs compare
@@ -96,13 +97,14 @@ def evaluate_adapter(
     batch_size: int = 64,
     against: str | None = None,
     mteb: bool = False,
+    progress: "Progress | None" = None,
 ) -> dict[str, Any]:
     """Base, BM25 and a stored adapter (or an adapter folder) on other data: what `embedft eval` prints.
 
     `base` names the base's folder where the passport's name (a local folder's) does not lead to it. `against`: another adapter, on the
     same queries: a query-only adapter's price against one that moves documents too. `mteb`: MTEB's own evaluator scores them as well.
-    `metric`: what the intervals are of (default: what the adapter was trained by). Raises DataError, AdapterNotFound, AdapterInvalid,
-    BaseNotFound and BaseMismatch.
+    `metric`: what the intervals are of (default: what the adapter was trained by). `progress` is told of texts encoded. Raises DataError,
+    AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
     """
     from embedft.embedding.data import load_retrieval, reduce_to
     from embedft.training.statistics import paired_bootstrap
@@ -110,7 +112,7 @@ def evaluate_adapter(
     retrieval = reduce_to(load_retrieval(data), queries=queries, documents=documents)
     model, folder, passport = open_adapter(name, store, base=base)
     settings, metric = _settings(passport), metric or str(passport.metrics.get("metric", "ndcg@10"))
-    towers = compare_towers(model, folder, settings, retrieval, side=passport.side, batch_size=batch_size)
+    towers = compare_towers(model, folder, settings, retrieval, side=passport.side, batch_size=batch_size, progress=progress)
     report = comparison(towers, retrieval, metric=metric) | {"side": passport.side}
     if mteb:
         from embedft.embedding.through_mteb import through_mteb

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.embedding.beir import is_beir
 from embedft.embedding.near import words
-from embedft.errors import DataError
+from embedft.errors import DataError, UsageError
 from embedft.files import expect_jsonl, hash_json, write_jsonl, write_text
 from embedft.records import read_records, sample
 
@@ -87,6 +87,10 @@ def synthesize(
     expect_jsonl(out)
     if out.exists():
         raise DataError([f"{out} exists already: name a new file"])
+    if "{passage}" not in synth.prompt:
+        raise UsageError("the prompt has no {passage} in it, so no query would be about its passage")
+    if synth.generator != "text" and not synth.generator.startswith(("http://", "https://")):
+        raise UsageError(f"generator {synth.generator!r}: expected 'text', or a server's URL such as http://localhost:8000/v1")
     if base is not None:
         _settings(base, quantization, max_length)  # it refuses what cannot be, before a query is paid for
     passages = sample(read_passages(corpus), synth.limit, key=lambda passage: passage.identifier)

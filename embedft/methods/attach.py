@@ -87,12 +87,19 @@ def _layers(base: Base, adapter: AdapterSection) -> dict[str, Any]:
 
 def _lora(base: Base, adapter: AdapterSection) -> dict[str, Any]:
     layers = _layers(base, adapter)
+    full = max((min(_shape(base.model.get_submodule(name))) for name in adapted_modules(base, adapter)), default=adapter.r)
+    if adapter.r > full:
+        raise MethodUnsupported(adapter.method, where=f"at rank {adapter.r}", why=f"no layer there has more than {full}: lower it")
     values = {"r": adapter.r, "lora_alpha": adapter.scale_alpha, "lora_dropout": adapter.dropout, **layers}
     if adapter.method == "eva":
         from peft import EvaConfig
 
         values |= {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=float(option(adapter, "rho")))}
     return values
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    return int(layer.in_features), int(layer.out_features)
 
 
 def _vera(base: Base, adapter: AdapterSection) -> dict[str, Any]:

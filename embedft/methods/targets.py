@@ -50,7 +50,10 @@ def last_layers(model: "PreTrainedModel", names: list[str], layers: int | None) 
     """Those of `names` that lie in the last so many layers; all of them for None. A module outside the numbered layers stays out."""
     if layers is None:
         return names
-    first = int(model.config.num_hidden_layers) - layers
+    there = int(model.config.num_hidden_layers)
+    if layers > there:
+        raise MethodUnsupported("lora", where=f"on the last {layers} layers", why=f"this base has {there}: leave layers out for all")
+    first = there - layers
     numbers = {name: next((int(part) for part in name.split(".") if part.isdigit()), -1) for name in names}
     return [name for name in names if numbers[name] >= max(first, 0)]
 

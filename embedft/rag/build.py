@@ -6,7 +6,7 @@ FOLDER/work/<lineage>.sqlite holds vectors by content hash while a build runs; a
 import fcntl
 import sqlite3
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from embedft.encode import Progress
 from embedft.errors import DocumentsUnusable, EngineBusy, IndexInvalid, IndexNotFound, UsageError
 from embedft.rag.ann import AnnSettings
 from embedft.rag.engines import Embedder, Rows
@@ -21,7 +22,6 @@ from embedft.rag.index import VectorIndex
 from embedft.rag.rows import Chunk
 from embedft.rag.versions import current_version, require_ours
 
-Progress = Callable[[int, int], None]  # (chunks embedded, chunks to embed)
 BATCH = 256  # chunks between two points that an interrupted run can go on from
 
 

@@ -69,6 +69,13 @@ def open_run(recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash:
         return Run(folder, None, resume_command(recipe))
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
+        kept = [path for path in folder.parent.glob(f"{recipe.name}~*") if last_checkpoint(path)]
+        if kept:
+            names = ", ".join(f"{path.name} ({getattr(last_checkpoint(path), 'name', '')})" for path in sorted(kept))
+            raise ResumeRefused(
+                f"there is no checkpoint of {recipe.name!r} itself to resume, but earlier runs are kept in {folder.parent}: {names}; "
+                f"to go on with one: rm -rf {folder}; mv {kept[0]} {folder}"
+            )
         raise ResumeRefused(f"there is no checkpoint of {recipe.name!r} to resume: start it without --resume")
     try:
         then = json.loads((folder / "run.json").read_text(encoding="utf-8"))

@@ -53,6 +53,58 @@ def test_wrong_usage_exits_2_without_a_traceback(in_folder: Path, capsys: pytest
     assert stopped.value.code == 2
 
 
+ROWS = '{"query": "what is red", "positive": "red is a colour"}\n{"query": "what is two", "positive": "two is a number"}\n'
+RECIPE = "task: embedding\nname: r\nbase: {model: minilm}\ndata: {train: rows.jsonl}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("data mine rows.jsonl out.jsonl --review out.jsonl", "cannot go to one file"),
+        ("data mine rows.jsonl out.jsonl --absolute nan", "expected a finite number"),
+        ("data check half.jsonl", "half.jsonl:1: holds half a character"),
+        ("data check deep.jsonl", "deep.jsonl:1: nested too deep"),
+        ("data check latin.jsonl", "latin.jsonl:2: not UTF-8 (byte 0xe9)"),
+        ("data check wide.csv", "wide.csv: UTF-16; convert it to UTF-8"),
+        ("data synth docs.jsonl out.jsonl --prompt latin.jsonl", "cannot be read as UTF-8"),
+        ("data synth docs.jsonl out.jsonl --prompt rows.jsonl", "no {passage} in it"),
+        ("data synth docs.jsonl out.jsonl --generator notaurl", "expected 'text', or a server's URL"),
+        ("train-embed recipe.yaml train.seed=-1", "train.seed"),
+        ("train-embed recipe.yaml train.learning_rate=1", "did you mean 'train.lr'"),
+        ("train-embed recipe.yaml adapter.target_modules=x", "did you mean 'adapter.targets'"),
+        ("train-embed folder", "it is a folder; expected a recipe file"),
+        ("plan recipe.yaml adapter.r=4000", "no layer there has more than 384"),
+        ("plan recipe.yaml adapter.layers=99", "this base has 6"),
+        ("adapters list --adapters rows.jsonl", "is a file; expected the folder"),
+        ("adapters convert a --rank 0", "expected a whole number of at least 1"),
+        ("adapters combine c a b --how svd --rank -1", "expected a whole number of at least 1"),
+        ("quantize seed-lm out --scheme w4a16 --calibrate empty.txt", "no text in it"),
+        ("quantize seed-lm out --scheme w4a16 --calibrate latin.jsonl", "not UTF-8"),
+    ],
+)
+def test_a_users_mistake_is_told_without_a_traceback_and_nothing_is_written(
+    in_folder: Path, capsys: pytest.CaptureFixture[str], command: str, told: str
+) -> None:
+    (in_folder / "rows.jsonl").write_text(ROWS)
+    (in_folder / "docs.jsonl").write_text('{"text": "red is a colour"}\n')
+    (in_folder / "recipe.yaml").write_text(RECIPE)
+    (in_folder / "half.jsonl").write_text('{"query": "a \\ud83d", "positive": "b"}\n')
+    (in_folder / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    (in_folder / "latin.jsonl").write_bytes(ROWS.replace("two", "caf\xe9").encode("latin-1"))
+    (in_folder / "wide.csv").write_text("query,positive\na,b\n", encoding="utf-16")
+    (in_folder / "empty.txt").touch()
+    (in_folder / "folder").mkdir()
+    try:
+        status = main(command.split())
+    except SystemExit as stopped:
+        status = stopped.code
+    said = capsys.readouterr()
+    assert status in (1, 2)
+    assert told in said.err + said.out
+    assert not (in_folder / "out").exists()
+    assert not (in_folder / "out.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("action", "option"),
     [

@@ -277,7 +277,7 @@ def test_what_cannot_teach_is_refused_by_name(
 def test_half_a_character_is_told_with_its_row(make: Make, store: AdapterStore, root: Path) -> None:
     path = root / "half.jsonl"
     path.write_text('{"query": "a \\ud83d", "document": "b"}\n{"query": "c", "document": "d"}\n')
-    with pytest.raises(DataError, match=r"half\.jsonl:1: query holds half a character"):
+    with pytest.raises(DataError, match=r"half\.jsonl:1: holds half a character"):
         trained(make(data={"train": str(path)}), store)
 
 

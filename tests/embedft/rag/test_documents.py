@@ -1,5 +1,6 @@
 """What is read of HTML and Python sources, and what a file that cannot be read leaves behind: its name and the reason."""
 
+import codecs
 import os
 import tempfile
 from collections.abc import Iterator
@@ -111,6 +112,7 @@ def test_a_file_or_folder_that_may_not_be_read_is_named_and_the_rest_is_read(unp
         (unprivileged / name).write_text("# Tea\n")
     for name, mode in (("closed.md", 0), ("closed", 0), ("listed", 0o444)):
         (unprivileged / name).chmod(mode)
+    codecs.lookup("utf-8-sig")  # whoever may not read Python's own files cannot load it, and then it stays unknown
     with anybody():
         reading = read_documents(unprivileged)
         with pytest.raises(DocumentsUnusable, match=r"inside\.md.*Permission denied"):

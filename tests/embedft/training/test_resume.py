@@ -64,6 +64,15 @@ def test_a_name_that_another_process_trains_is_refused_until_it_has_ended(base: 
         open_run(recipe, root=root, data_hash="d", base_fingerprint="b", resume=True)
 
 
+def test_a_run_that_was_set_aside_by_an_accidental_start_is_named_when_there_is_nothing_to_resume(base: Path, tmp_path: Path) -> None:
+    recipe, root = recipe_in(tmp_path, base), tmp_path / "store"
+    kept = root / ".training" / f"{recipe.name}~1" / "checkpoint-11"
+    kept.mkdir(parents=True)
+    (kept / "complete").touch()
+    with pytest.raises(ResumeRefused, match=rf"{recipe.name}~1 \(checkpoint-11\); to go on with one: .* mv "):
+        open_run(recipe, root=root, data_hash="d", base_fingerprint="b", resume=True)
+
+
 def recipe_in(folder: Path, base: Path, **settings: Any) -> Any:
     return planted_recipe(folder, base, quantization="nf4", train=STEPS | settings, test_rows=0)
 
