@@ -40,8 +40,10 @@ class Mixes:
     def owned(self, name: str, tenant: str) -> bool:
         return name in self._kept and self._kept[name].tenant == tenant
 
-    def is_mix(self, name: str) -> bool:
-        return name in self._kept
+    @staticmethod
+    def is_mix(name: str) -> bool:
+        """Also one that has expired and drains: it stays nobody else's."""
+        return name.startswith(PREFIX)
 
     async def name_of(self, members: Sequence[tuple[Resident, float]], tenant: str) -> str:
         """The name under which this mix is served, after it has been made and proven. Raises InputInvalid, RateLimited."""

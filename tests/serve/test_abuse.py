@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from embedft.errors import InputInvalid
+from serve.access import Record
 from serve.body import DEEPEST, WIDEST, parse
 from serve.config import Limits, ServerConfig
 from serve.door import Door, Held
@@ -25,9 +27,11 @@ from serve.engines.settings import EngineSettings
 from serve.errors import QueueFull, RateLimited
 from serve.generation_routes import cost_of
 from serve.link.gateway import Link
+from serve.mixes import Mixes
 from serve.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, EmbedRequest, RerankRequest
 from serve.supervisor import Command, Supervisor
-from serve.tenants import Tenant, TenantEntry, new_key
+from serve.tenants import Tenant, TenantEntry, Tenants, new_key
+from serve.visible import Visible
 from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.test_choice import refused
@@ -213,6 +217,13 @@ def test_a_mix_is_made_within_its_tenants_limits(world: World, start: Start) -> 
     mix = {"mix": [{"adapter": "a", "weight": 0.5}, {"adapter": "a2", "weight": 1}]}
     for path, body in (("/v1/embeddings", {"input": "x"}), ("/v1/rerank", {"query": "x", "documents": ["x"]})):
         refused(server.post(path, {**body, "adapter": mix}, headers=sent["bob"]), 429, "requests_limit_exceeded")
+
+
+def test_a_mix_that_has_expired_and_drains_is_shown_to_nobody_else() -> None:
+    nothing: Any = None
+    gateway: Any = SimpleNamespace(lifecycle=nothing, mixes=Mixes(nothing, nothing, nothing, quota=4, seconds=1), tenants=Tenants())
+    assert Visible(gateway, Tenant("anna"), Record(""), key=None).may_use("legal")
+    assert not Visible(gateway, Tenant("anna"), Record(""), key=None).may_use("mix-0123456789abcdef0123")
 
 
 def test_a_request_that_no_engine_saw_costs_no_tokens(world: World, start: Start) -> None:
