@@ -25,9 +25,10 @@ from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, Engin
 from embedft.model_folder import describe
 from serve.engines import vllm
 from serve.engines.command import engine_command
+from serve.engines.peft.answers import Answers, Piece
 from serve.engines.peft.bank import AdapterBank
 from serve.engines.peft.batch import Batch, Row, Step
-from serve.engines.peft.sampling import Sampling, adjusted, choose, token_logprobs
+from serve.engines.peft.sampling import Sampling, TokenLogprobs, adjusted, choose, token_logprobs
 from serve.engines.peft.text import Detokenizer
 from serve.engines.peft.threads import AGAIN, TRIED, Threads
 from serve.engines.peft.worker import MAX_WAITING, Worker
@@ -245,6 +246,24 @@ def test_a_bias_is_added_before_the_penalties() -> None:
     sampling = Sampling(1, logit_bias=((3, 4.0), (0, -100.0)), repetition_penalty=2.0)
     assert adjusted(logits, sampling, prompt=[3], tokens=[]).tolist() == [-98.0, 1.0, 0.0, 1.5]
     assert logits.tolist() == [2.0, 1.0, 0.0, -1.0]  # what is reported as log-probabilities stays the model's
+
+
+def test_offsets_of_a_streamed_answers_tokens_go_on_from_piece_to_piece() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("red is a colour")["input_ids"]
+    told = [TokenLogprobs(token, -0.5, 1, ()) for token in ids]
+
+    def shapes() -> Answers:
+        return Answers("text_completion", "base", tokenizer, [[1]], n=2, ids=False)
+
+    whole = shapes().whole([Piece(0, logprobs=list(told)), Piece(1, logprobs=list(told))])
+    expected = whole["choices"][1]["logprobs"]["text_offset"]
+    assert expected == [len(tokenizer.decode(ids[:count])) for count in range(len(ids))]
+    streamed, offsets = shapes(), list[int]()
+    for one in told:
+        streamed.chunk(Piece(0, logprobs=[one, one]))
+        offsets += streamed.chunk(Piece(1, logprobs=[one]))["choices"][0]["logprobs"]["text_offset"]
+    assert offsets == expected
 
 
 def test_text_never_ends_inside_a_character_or_a_stop_string() -> None:

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 from serve.engines.peft.sampling import TokenLogprobs
@@ -47,6 +48,7 @@ class Answers:
         self.kind: Kind = kind
         self._tokenizer: Any = tokenizer
         self._prompts, self._n, self._ids = prompts, n, ids
+        self._said: dict[int, int] = {}  # characters whose log-probabilities were told, by choice
         prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
         self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
@@ -95,11 +97,12 @@ class Answers:
         if self.kind == "chat.completion":
             return {"content": [self._chat_entry(entry) for entry in piece.logprobs]}
         words = [self._word(entry.token) for entry in piece.logprobs]
+        *offsets, self._said[piece.index] = accumulate(map(len, words), initial=self._said.get(piece.index, 0))
         return {
             "tokens": words,
             "token_logprobs": [entry.logprob for entry in piece.logprobs],
             "top_logprobs": [{self._word(token): value for token, value in entry.top} or None for entry in piece.logprobs],
-            "text_offset": [sum(map(len, words[:index])) for index in range(len(words))],
+            "text_offset": offsets,
         }
 
     def _chat_entry(self, entry: TokenLogprobs) -> dict[str, Any]:
