@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedft.adapters.store import AdapterStore
-from embedft.errors import AdapterNotFound, EmbedftError, InputInvalid
+from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, InputInvalid
 from serve.errors import RateLimited
 from serve.lifecycle import Lifecycle, Resident
 from serve.prover import Prover
 
 MAX_MEMBERS = 4
 PREFIX = "mix-"
+FAILED_SECONDS = 60.0  # until one that could not be made is tried again
 _ALIKE = ("task", "side", "prompts", "pooling", "normalize", "max_length", "template_hash")
 
 
@@ -26,6 +27,7 @@ _ALIKE = ("task", "side", "prompts", "pooling", "normalize", "max_length", "temp
 class Kept:
     tenant: str
     used: float
+    error: EmbedftError | None = None  # why it could not be made: not tried again at once, and counted as one
 
 
 class Mixes:
@@ -52,9 +54,11 @@ class Mixes:
         await self._expire()
         if name not in self._lifecycle.live:
             _check(members)
+            if name in self._kept and (error := self._kept[name].error):
+                raise error.with_traceback(None)
             mine = [kept for kept in self._kept.values() if kept.tenant == tenant]
             if name not in self._kept and len(mine) >= self._quota:
-                wait = max(1.0, min(kept.used for kept in mine) + self._seconds - time.monotonic())
+                wait = max(1.0, min(self._until(kept) for kept in mine) - time.monotonic())
                 raise RateLimited("mix", f"you have {len(mine)} mixes: at most {self._quota}", wait)
             self._kept.setdefault(name, Kept(tenant, time.monotonic()))
             task = self._making.get(name)
@@ -64,11 +68,17 @@ class Mixes:
                 task.add_done_callback(lambda done: (self._making.pop(name, None), done.cancelled() or done.exception()))
             try:
                 await asyncio.shield(task)
-            except EmbedftError:
+            except EngineBusy:  # it may be made as soon as the engine is back
                 self._kept.pop(name, None)
+                raise
+            except EmbedftError as error:
+                self._kept[name] = Kept(tenant, time.monotonic(), error)
                 raise
         self._kept[name].used = time.monotonic()
         return name
+
+    def _until(self, kept: Kept) -> float:
+        return kept.used + (min(FAILED_SECONDS, self._seconds) if kept.error else self._seconds)
 
     async def _make(self, name: str, members: list[tuple[Resident, float]]) -> None:
         engine = members[0][0].engine
@@ -79,9 +89,8 @@ class Mixes:
         await self._lifecycle.put(name, source=identity, named=False)
 
     async def _expire(self) -> None:
-        for name in [
-            name for name, kept in self._kept.items() if time.monotonic() - kept.used > self._seconds and name not in self._making
-        ]:
+        now = time.monotonic()
+        for name in [name for name, kept in self._kept.items() if now > self._until(kept) and name not in self._making]:
             del self._kept[name]
             try:
                 await self._lifecycle.delete(name)

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from embedft.errors import InputInvalid
+from embedft.errors import EngineBusy, InputInvalid, ProbesFailed
 from serve.access import Record
 from serve.body import DEEPEST, WIDEST, parse
 from serve.config import Limits, ServerConfig
@@ -217,6 +217,39 @@ def test_a_mix_is_made_within_its_tenants_limits(world: World, start: Start) -> 
     mix = {"mix": [{"adapter": "a", "weight": 0.5}, {"adapter": "a2", "weight": 1}]}
     for path, body in (("/v1/embeddings", {"input": "x"}), ("/v1/rerank", {"query": "x", "documents": ["x"]})):
         refused(server.post(path, {**body, "adapter": mix}, headers=sent["bob"]), 429, "requests_limit_exceeded")
+
+
+def test_a_mix_that_cannot_be_made_is_not_tried_again_at_once_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing, tried = SimpleNamespace(live={}), list[str]()
+
+    async def make(_: Mixes, name: str, members: Any) -> None:
+        tried.append(name)
+        raise busy if len(tried) == 1 else ProbesFailed(name, "planted")
+
+    def member(name: str) -> Any:
+        passport = SimpleNamespace(**dict.fromkeys(("task", "side", "prompts", "pooling", "normalize", "max_length", "template_hash")), r=1)
+        return SimpleNamespace(id=f"{name}@1", name=name, passport=passport, engine=engine)
+
+    async def run() -> None:
+        mixes, one = Mixes(nothing, cast("Any", None), cast("Any", None), quota=2, seconds=900), [(member("a"), 0.5), (member("b"), 1.0)]  # pyright: ignore[reportArgumentType]
+        with pytest.raises(EngineBusy):
+            await mixes.name_of(one, "anna")
+        for _ in range(3):
+            with pytest.raises(ProbesFailed):
+                await mixes.name_of(one, "anna")
+        assert len(tried) == 2
+        with pytest.raises(ProbesFailed):
+            await mixes.name_of([(member("a"), 0.6), (member("b"), 1.0)], "anna")
+        with pytest.raises(RateLimited) as told:
+            await mixes.name_of([(member("a"), 0.7), (member("b"), 1.0)], "anna")
+        assert told.value.retry_after <= 60
+        monkeypatch.setattr("serve.mixes.FAILED_SECONDS", 0.0)
+        with pytest.raises(AttributeError):  # of the lifecycle, which is asked to forget it: it is tried again
+            await mixes.name_of(one, "anna")
+
+    busy, engine = EngineBusy("planted"), SimpleNamespace(config=SimpleNamespace(max_lora_rank=64))
+    monkeypatch.setattr(Mixes, "_make", make)
+    asyncio.run(run())
 
 
 def test_a_mix_that_has_expired_and_drains_is_shown_to_nobody_else() -> None:
