@@ -205,7 +205,7 @@ def test_a_copy_without_a_row_is_not_written_and_the_error_says_where_they_went(
     folder = Path(write_beir(tmp_path / "beir", train=4, test=4))
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tnone\t1\n")
     for source, said in (
-        (str(latin), "no row is left of latin.csv\n.*unreadable: 1 of 1 .*not UTF-8; convert it"),
+        (str(latin), "no row is left of latin.csv\n.*unreadable: 1 of 1 .*not UTF-8 .byte 0xef."),
         (alike, "no row is left of alike.jsonl\n.*empty: 3 of 3 have no text on one side"),
         (str(folder), "no row is left of beir\n.*unreadable: 1 of 1 .*document 'none' is not in corpus.jsonl"),
     ):

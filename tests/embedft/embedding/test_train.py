@@ -261,8 +261,8 @@ def test_a_loss_that_compares_no_rows_takes_rows_of_one_answer(make: Make, store
         ({"train": {"batch": 1}}, RecipeError, r"train\.batch is 1; expected 2 or more"),
         ({"adapter": {"targets": ["pooler.dense"]}}, MethodUnsupported, "on the pooler alone"),
         ({"adapter": {"method": "eva", "r": 60}, "train": {"batch": 2}}, MethodUnsupported, "tokens in a batch"),
-        ({"adapter": {"method": "pissa", "r": 65}}, MethodUnsupported, "lower adapter.r"),
-        ({"adapter": {"method": "olora", "r": 65}}, MethodUnsupported, "lower adapter.r"),
+        ({"adapter": {"method": "pissa", "r": 65}}, MethodUnsupported, "lower it"),
+        ({"adapter": {"method": "olora", "r": 65}}, MethodUnsupported, "lower it"),
         ({"data": {"weight": 0.001}}, DataError, "show 0 of"),
     ],
 )
