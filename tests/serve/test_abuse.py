@@ -35,7 +35,7 @@ from serve.visible import Visible
 from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.test_choice import refused
-from tests.serve.world import Server, World, fill_adapter, put_adapter, wait_for
+from tests.serve.world import ADMIN, Server, World, fill_adapter, put_adapter, wait_for
 
 Start = Callable[..., Server]
 MANY = 5000
@@ -50,6 +50,12 @@ def keys(folder: Path, **tenants: dict[str, Any]) -> tuple[str, dict[str, dict[s
         headers[name] = {"authorization": f"Bearer {key}"}
     (folder / "keys.yaml").write_text(yaml.safe_dump({"tenants": entries}))
     return str(folder / "keys.yaml"), headers
+
+
+def runs(server: Server, adapter: str, headers: dict[str, str]) -> bool:
+    """Whether a request of `adapter` ('' is the base) is at the engine that writes."""
+    label = f'embedft_running_requests{{adapter="{adapter}",base="words"}} 1.0'
+    return label in server.client.get("/metrics", headers=headers).text
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,7 @@ def test_clients_that_hung_up_hold_no_place_in_the_queue(start: Start) -> None:
     server = start(token_latency=0.05, base={"places": 1}, limits={"tenant_queue": 3, "queue": 3})
     running = threading.Thread(target=lambda: server.post("/v1/completions", {"prompt": "x", "max_tokens": 80}))
     running.start()
-    time.sleep(0.5)
+    wait_for(lambda: runs(server, "", ADMIN))
     for _ in range(3):
         with pytest.raises(httpx.TimeoutException):
             httpx.post(f"{server.url}/v1/completions", json={"prompt": "gone", "max_tokens": 80}, timeout=0.2)
@@ -197,10 +203,11 @@ def test_who_waits_for_an_adapter_that_is_deleted_is_told_of_its_own_alone(world
     def ask(adapter: str, count: int) -> None:
         told.append(server.post("/v1/completions", {"prompt": "x", "adapter": adapter, "max_tokens": count}, headers=sent["bob"]))
 
-    threads = [threading.Thread(target=ask, args=("s", 40)), threading.Thread(target=ask, args=("t", 1))]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.6)
+    threads = [threading.Thread(target=ask, args=("s", 80)), threading.Thread(target=ask, args=("t", 1))]
+    threads[0].start()
+    wait_for(lambda: runs(server, "s", sent["root"]))
+    threads[1].start()
+    time.sleep(1)
     assert server.client.delete("/v1/adapters/t", headers=sent["root"]).status_code == 200
     for thread in threads:
         thread.join()
