@@ -18,6 +18,7 @@ from embedft.errors import DataError
 
 DELIMITERS = {";": "semicolon", "\t": "tab"}  # which are not read, and known by a header without a comma
 Item = TypeVar("Item")
+HALF = "holds half a character (a lone surrogate, as of a text cut inside an emoji); expected Unicode"
 HUB = "hf://name[:config][@revision][#split]"
 
 
@@ -65,8 +66,8 @@ def read_jsonl(path: Path, problems: list[str]) -> Iterator[Record]:
             except RecursionError:
                 problems.append(f"{where}: nested too deep; expected one JSON object a line")
                 continue
-            if "\\u" in line and not is_unicode(values):
-                problems.append(f"{where}: holds half a character (a lone surrogate, as of a text cut inside an emoji); expected Unicode")
+            if "\\u" in line and not _is_unicode(values):
+                problems.append(f"{where}: {HALF}")
             elif isinstance(values, dict):
                 yield Record(where, cast("dict[str, Any]", values))
             else:
@@ -95,7 +96,7 @@ def _where_not_utf8(path: Path) -> str:
     return f"{path.name}: not UTF-8; convert it"
 
 
-def is_unicode(value: Any) -> bool:
+def _is_unicode(value: Any) -> bool:
     """Whether all texts in it are whole characters: JSON may hold half of one, which no tokenizer takes."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -107,7 +108,8 @@ def is_unicode(value: Any) -> bool:
 def _json(path: Path, problems: list[str]) -> Iterator[Record]:
     """One list of objects."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text)
     except UnicodeDecodeError as error:
         problems.append(f"{path.name}: not UTF-8 (byte {error.start}): convert it")
         return
@@ -121,8 +123,8 @@ def _json(path: Path, problems: list[str]) -> Iterator[Record]:
         problems.append(f"{path.name}: a JSON {type(values).__name__}; expected a list of objects")
         return
     for number, value in enumerate(cast("list[Any]", values), start=1):
-        if not is_unicode(value):
-            problems.append(f"{path.name}[{number}]: holds half a character (a lone surrogate); expected Unicode")
+        if "\\u" in text and not _is_unicode(value):
+            problems.append(f"{path.name}[{number}]: {HALF}")
         elif isinstance(value, dict):
             yield Record(f"{path.name}[{number}]", cast("dict[str, Any]", value))
         else:

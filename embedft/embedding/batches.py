@@ -100,17 +100,9 @@ class BatchPlan:
         for row in rows:
             queues.setdefault(self._answers[row] or row, deque()).append(row)
         while queues:
-            batch: list[int] = []
-            documents: set[int] = set()
-            answers: set[int] = set()
-            for queue in queues.values():
-                row = queue[0]
-                if documents.isdisjoint(self._answers[row]) and answers.isdisjoint(self._documents[row]):
-                    batch.append(queue.popleft())
-                    documents |= self._documents[row]
-                    answers |= self._answers[row]
-                    if len(batch) == self.batch_size:
-                        break
+            batch, _ = self._take([queue[0] for queue in queues.values()])
+            for row in batch:
+                queues[self._answers[row] or row].popleft()
             yield batch
             queues = {key: queue for key, queue in queues.items() if queue}
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from embedft.records import Record, is_unicode
+from embedft.records import Record
 
 QUERY = ("query", "anchor", "question", "sentence1", "sentence_1")
 DOCUMENT = ("document", "positive", "passage", "answer", "doc", "pos", "sentence2", "sentence_2")
@@ -110,14 +110,10 @@ def _faults(row: Record, columns: Columns) -> Iterator[str]:
             yield no_text(name, value)
         elif not value.strip():
             yield f"{name} is empty; expected text"
-        elif not is_unicode(value):
-            yield f"{name} holds half a character (a lone surrogate); expected Unicode"
     for name in columns.negatives:
         for value in as_list(row.values[name]):
             if not isinstance(value, str) or not value.strip():
                 yield f"{name} holds {_kind(value) if not isinstance(value, str) else 'empty text'}; expected text or a list of texts"
-            elif not is_unicode(value):
-                yield f"{name} holds half a character (a lone surrogate); expected Unicode"
             elif value == row.values[columns.document]:
                 yield f"{name} is the document itself; expected a document that does not answer the query"
     if columns.label and _number(row.values[columns.label]) is None:

@@ -50,6 +50,7 @@ class Run:
 
     def _discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        _own(self.folder)  # which is no more: nothing is held
 
 
 def open_run(recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash: str, base_fingerprint: str, resume: bool) -> Run:
@@ -69,13 +70,10 @@ def open_run(recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash:
         return Run(folder, None, resume_command(recipe))
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
-        kept = [path for path in folder.parent.glob(f"{recipe.name}~*") if last_checkpoint(path)]
+        kept = [path for other in sorted(folder.parent.glob(f"{recipe.name}~*")) if (path := last_checkpoint(other))]
         if kept:
-            names = ", ".join(f"{path.name} ({getattr(last_checkpoint(path), 'name', '')})" for path in sorted(kept))
-            raise ResumeRefused(
-                f"there is no checkpoint of {recipe.name!r} itself to resume, but earlier runs are kept in {folder.parent}: {names}; "
-                f"to go on with one: rm -rf {folder}; mv {kept[0]} {folder}"
-            )
+            names = ", ".join(f"{path.parent} ({path.name})" for path in kept)
+            raise ResumeRefused(f"{recipe.name!r} itself has no checkpoint, but earlier runs are kept: {names}; move one to {folder}")
         raise ResumeRefused(f"there is no checkpoint of {recipe.name!r} to resume: start it without --resume")
     try:
         then = json.loads((folder / "run.json").read_text(encoding="utf-8"))
