@@ -1,11 +1,11 @@
 """Request bodies: closed, so that an engine gets what was meant. Field names are OpenAI's and vLLM's; `adapter` is ours."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-Item = TypeVar("Item")
-Many = Annotated[list[Item], Field(fail_fast=True)]  # its first fault is told: a million of them take seconds and gigabytes
+from serve.fields import Many
+
 Ids = Annotated[Many[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Number = StrictFloat | StrictInt
 AdapterName = Annotated[StrictStr, Field(min_length=1, max_length=160)]

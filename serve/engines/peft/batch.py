@@ -46,14 +46,10 @@ class Row:
     cancelled: bool = False
     done: bool = False
     generator: Any = None
+    enders: frozenset[int] = field(init=False)  # the tokens that end the answer, and are no part of its text
 
-    @property
-    def enders(self) -> frozenset[int]:
-        """The tokens that end the answer, and are no part of its text."""
-        return self.sampling.stop_token_ids if self.sampling.ignore_eos else self.sampling.stop_token_ids | self.eos
-
-    def ends(self, token: int) -> bool:
-        return token in self.enders
+    def __post_init__(self) -> None:
+        self.enders = self.sampling.stop_token_ids if self.sampling.ignore_eos else self.sampling.stop_token_ids | self.eos
 
 
 class Batch:
@@ -205,7 +201,7 @@ class Batch:
         count = row.sampling.logprobs
         row.tokens.append(token)
         finish = None
-        if complete or row.ends(token):
+        if complete or token in row.enders:
             finish = "stop"
         elif len(row.tokens) >= row.sampling.max_tokens:
             finish = "length"

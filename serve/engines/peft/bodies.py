@@ -9,9 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 from embedft.errors import InputInvalid
 from serve.engines.peft.sampling import Sampling
 from serve.engines.peft.tools import Schema, forced
+from serve.fields import Many
 
-Item = TypeVar("Item")
-Many = Annotated[list[Item], Field(fail_fast=True)]
 Tokens = Annotated[Many[StrictInt], Field(min_length=1)]
 Prompt = StrictStr | Tokens | Annotated[Many[StrictStr], Field(min_length=1)] | Annotated[Many[Tokens], Field(min_length=1)]
 

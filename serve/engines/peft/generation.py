@@ -81,7 +81,7 @@ class Request:
 
     def _text(self, index: int, step: Step) -> tuple[str, bool]:
         assert step.token is not None
-        ended = step.finish == "stop" and self.rows[index].ends(step.token)
+        ended = step.finish == "stop" and step.token in self.rows[index].enders
         return self._texts[index].feed(None if ended else step.token, last=step.finish is not None)
 
     def close(self) -> None:

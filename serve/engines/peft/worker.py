@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ MAX_WAITING = 1024
 class _Embed:
     adapter: str | None
     ids: list[list[int]]
-    done: "Callable[[np.ndarray | Exception], None]"
+    done: "Callable[[np.ndarray | Exception], None]" = field(init=False)
     cancelled: bool = False  # nobody waits for it any more
 
 
@@ -75,16 +75,16 @@ class Worker:
 
     async def embed(self, adapter: str | None, ids: list[list[int]]) -> "np.ndarray":
         """(n,) rows of token ids → (n, dimensions) float32."""
-        asked: list[_Embed] = []
+        embed = _Embed(adapter, ids)
 
         def put(done: "Callable[[np.ndarray | Exception], None]") -> None:
-            asked.append(_Embed(adapter, ids, done))
-            self._inbox.put(asked[0])
+            embed.done = done
+            self._inbox.put(embed)
 
         try:
             return await self._ask(put)
         except asyncio.CancelledError:
-            asked[0].cancelled = True
+            embed.cancelled = True
             raise
 
     def generate(self, rows: Sequence[Row]) -> None:
