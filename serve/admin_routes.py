@@ -12,9 +12,9 @@ from embedft.errors import AdapterInvalid, AdapterNotFound, InputInvalid
 from serve.body import read_body
 from serve.embedding import way_of
 from serve.gateway import Gateway
-from serve.lifecycle import Resident
 from serve.mixes import PREFIX
 from serve.openapi import described
+from serve.resident import Resident
 from serve.schemas import LoadLora, PutAdapter, PutAlias, UnloadLora
 from serve.visible import visible
 from serve.who import admin_only

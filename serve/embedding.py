@@ -13,7 +13,7 @@ from embedft.encode import EncodeSettings, TextPreparer
 from embedft.errors import InputInvalid
 from embedft.vectors import vector_kind
 from serve.engine import BASE, Engine
-from serve.lifecycle import Resident
+from serve.resident import Resident
 
 InputType = Literal["query", "document"]
 INLINE_CHARACTERS = 4_000  # more text than this is tokenised in a thread

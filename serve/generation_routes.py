@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, suppress
 
 from fastapi import APIRouter, Request, Response
@@ -20,8 +20,8 @@ from serve.engine import BASE
 from serve.errors import as_envelope
 from serve.gateway import Gateway
 from serve.leaving import ClientGone, unless_gone
-from serve.lifecycle import Resident
 from serve.openapi import described
+from serve.resident import Resident
 from serve.routing import Choice, asked, choose
 from serve.schemas import OURS, ChatRequest, CompletionRequest
 from serve.visible import visible
@@ -154,26 +154,24 @@ def check_template(resident: Resident) -> None:
 def cost_of(body: ChatRequest | CompletionRequest) -> int:
     """The most tokens that a request may use, guessed from its characters."""
     asked_for = body.max_tokens or getattr(body, "max_completion_tokens", None) or DEFAULT_TOKENS
-    return guessed(_characters(body), asked_for * (body.n or 1) * _prompts(body))
+    return guessed(_characters(body), asked_for * (body.n or 1) * len(_prompts(body)))
 
 
-def _prompts(body: ChatRequest | CompletionRequest) -> int:
-    """How many there are."""
-    several = isinstance(body, CompletionRequest) and isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
-    return len(body.prompt) if isinstance(body, CompletionRequest) and several else 1
+def _prompts(body: ChatRequest | CompletionRequest) -> Sequence[str | list[int]]:
+    """A completion's, texts or token ids; a chat is one of all its messages and tools."""
+    if isinstance(body, ChatRequest):
+        return ["".join([*(str(message.content or "") for message in body.messages), *map(str, body.tools or [])])]
+    return [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt  # pyright: ignore[reportReturnType]
 
 
 def _characters(body: ChatRequest | CompletionRequest) -> int:
     """Of all that it is to read; a token counts as so many as one usually has."""
-    if isinstance(body, ChatRequest):
-        return sum(len(str(message.content or "")) for message in body.messages) + sum(len(str(tool)) for tool in body.tools or [])
-    parts = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
-    return sum(len(part) * (1 if isinstance(part, str) else CHARACTERS_A_TOKEN) for part in parts if not isinstance(part, int))
+    return sum(len(prompt) * (1 if isinstance(prompt, str) else CHARACTERS_A_TOKEN) for prompt in _prompts(body))
 
 
 def check_caps(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
     """InputInvalid where a request asks for more than one may."""
-    prompts, n = _prompts(body), body.n or 1
+    prompts, n = len(_prompts(body)), body.n or 1
     if prompts > limits.prompts:
         raise InputInvalid("too_many_inputs", f"{prompts} prompts: at most {limits.prompts} in one request", "prompt")
     if n > 1 and n * prompts > limits.n:

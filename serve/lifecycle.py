@@ -10,8 +10,6 @@ import functools
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 from embedft.adapters.passport import Passport, read_passport
 from embedft.adapters.probes import ProbeReport
@@ -21,33 +19,11 @@ from serve.engine import Engine
 from serve.errors import AdapterUnavailable, NotReady
 from serve.fitting import check_fit, checked, state_of
 from serve.probing import probe
+from serve.resident import Resident
 from serve.slots import Seat, Slots
 from serve.sources import Found, find
 
 KEPT_EARLIER = 4  # earlier generations that stay loaded though no request asks for them
-
-
-@dataclass(eq=False)
-class Resident(Seat):
-    """One generation over one engine. `earlier`: not what its name serves, but asked for by its generation.
-
-    `proven` is the state of its files when its probes passed: as long as that is the same, a later load needs no probing.
-    """
-
-    name: str
-    generation: str
-    folder: Path
-    passport: Passport
-    engine: Engine
-    report: ProbeReport | None = None
-    retired: bool = False
-    earlier: bool = False
-    proven: tuple[tuple[str, int, int, int], ...] | None = None
-
-    @property
-    def id(self) -> str:
-        """What the engine calls it, and what `x-embedft-adapter` says."""
-        return f"{self.name}@{self.generation[:12]}"
 
 
 class _Superseded(Exception):

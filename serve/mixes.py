@@ -14,8 +14,9 @@ from pathlib import Path
 from embedft.adapters.store import AdapterStore
 from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, InputInvalid
 from serve.errors import RateLimited
-from serve.lifecycle import Lifecycle, Resident
+from serve.lifecycle import Lifecycle
 from serve.prover import Prover
+from serve.resident import Resident
 
 MAX_MEMBERS = 4
 PREFIX = "mix-"

@@ -12,7 +12,7 @@ from serve.admission import Budget, Ticket
 from serve.engine import Engine
 from serve.errors import QueueFull
 from serve.gateway import Gateway
-from serve.lifecycle import Resident
+from serve.resident import Resident
 from serve.schemas import Mix
 from serve.tenants import Tenant
 
