@@ -1,8 +1,12 @@
 """An adapter folder made from random weights, for tests of what happens around training."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from embedft.adapters.passport import BaseIdentity, Passport, ProbeRecord
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from embedft.adapters.passport import WEIGHTS, BaseIdentity, Passport, ProbeRecord
 from embedft.adapters.probes import write_probes
 from embedft.base import BaseSpec, load_base
 from embedft.methods import attach, save_weights
@@ -38,4 +42,11 @@ def make_adapter(folder: Path, *, name: str = "a", quantization: str = "none", s
     write_probes(folder, recorded)
     probes = ProbeRecord(kind="embedding", count=len(recorded.probes), tolerance=recorded.tolerance, sensitivity=dict(recorded.sensitivity))
     passport.model_copy(update={"probes": probes}).write(folder)
+    return folder
+
+
+def damaged(folder: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> Path:
+    """`folder`, each of whose tensors `change` has made another of."""
+    tensors: dict[str, np.ndarray] = load_file(str(folder / WEIGHTS))
+    save_file({name: change(name, tensor) for name, tensor in tensors.items()}, str(folder / WEIGHTS))
     return folder

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve.leaving import ClientGone, unless_gone
 from serve.link.engine import PATIENCE, protocol
-from serve.link.frames import CALL, CANCEL, HEAD, HELLO, LARGEST, Framed
+from serve.link.frames import HEAD, HELLO, LARGEST, Framed
 from serve.link.gateway import HELD, Link
 
 PART = b"x" * 10_000
@@ -140,106 +140,6 @@ def test_a_call_is_the_request_that_http_would_make(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_what_is_answered_straight_is_so_for_who_has_the_key_and_for_nobody_else(tmp_path: Path) -> None:
-    asked: list[bytes] = []
-
-    async def short(body: bytes) -> tuple[int, bytes]:
-        asked.append(body)
-        if body == b"broken":
-            raise RuntimeError("planted")
-        return 207, body[::-1]
-
-    async def run() -> None:
-        where = tmp_path / "e.sock"
-        async with serving(where, straight={"/big": short}, key="secret"):
-            link, other = Link(str(where), "secret"), Link(str(where), "another")
-            async with link.call("/big", b"abc") as reply:
-                assert (reply.status, await reply.read()) == (207, b"cba")
-            with pytest.raises(ConnectionError, match="broke the answer off"):
-                await _read(link, "/big", b"broken")
-            assert await _read(link, "/words") == b"onetwothree"
-            assert await _read(other, "/big", b"abc") == b"abc"  # by the app, which looks at keys itself
-            assert asked == [b"abc", b"broken"]
-            link.close()
-            other.close()
-
-    asyncio.run(run())
-
-
-def test_what_is_answered_straight_in_parts_is_paused_and_ended_with_the_call(tmp_path: Path) -> None:
-    made, left = [0], list[str]()
-
-    async def parts() -> AsyncGenerator[bytes]:
-        try:
-            while True:
-                made[0] += 1
-                yield PART
-        finally:
-            left.append("parts")
-
-    async def three() -> AsyncGenerator[bytes]:
-        for word in (b"one", b"two", b"three"):
-            yield word
-            await asyncio.sleep(0.01)
-
-    async def half() -> AsyncGenerator[bytes]:
-        yield b"half"
-        raise RuntimeError("planted")
-
-    async def late(_: bytes) -> tuple[int, bytes]:
-        try:
-            await asyncio.sleep(60)
-        finally:
-            left.append("late")
-        return 200, b""
-
-    def streamed(of: Callable[[], AsyncGenerator[bytes]]) -> Callable[[bytes], Coroutine[Any, Any, tuple[int, AsyncGenerator[bytes]]]]:
-        async def answer(_: bytes) -> tuple[int, AsyncGenerator[bytes]]:
-            return 200, of()
-
-        return answer
-
-    async def run() -> None:
-        where = tmp_path / "e.sock"
-        straight = {"/parts": streamed(parts), "/three": streamed(three), "/half": streamed(half), "/late": late}
-        async with serving(where, straight=straight, key="secret"):
-            link = Link(str(where), "secret")
-            assert await _read(link, "/three") == b"onetwothree"
-            with pytest.raises(ConnectionError, match="broke the answer off"):
-                await _read(link, "/half")
-            async with link.call("/parts", b"") as slow:
-                await asyncio.sleep(0.3)
-                so_far = made[0]
-                assert await _read(link, "/three") == b"onetwothree"
-                assert made[0] == so_far < 50 * HELD / len(PART)
-                assert (await anext(slow.parts())).startswith(PART)
-            await until(lambda: left == ["parts"])
-            waiting = asyncio.create_task(_read(link, "/late"))
-            await asyncio.sleep(0.05)
-            waiting.cancel()
-            await until(lambda: left == ["parts", "late"])
-            link.close()
-
-    asyncio.run(run())
-
-
-def test_a_call_that_is_given_up_before_it_has_begun_keeps_nobody(tmp_path: Path) -> None:
-    async def never(_: bytes) -> tuple[int, bytes]:
-        raise AssertionError
-
-    async def run() -> None:
-        where = tmp_path / "e.sock"
-        async with serving(where, straight={"/never": never}, key="secret") as (_, server, task):
-            with socket.socket(socket.AF_UNIX) as raw:
-                raw.connect(str(where))
-                raw.sendall(HELLO + b"secret\n" + HEAD.pack(12, 1, CALL) + b"POST /never\n" + HEAD.pack(0, 1, CANCEL))
-                await asyncio.sleep(0.1)
-                server.should_exit = True
-                await asyncio.wait_for(asyncio.shield(task), 5)
-
-    asyncio.run(run())
-
-
 def test_calls_do_not_wait_for_each_other(tmp_path: Path) -> None:
     async def run() -> None:
         async with linked(tmp_path) as (app, link):
@@ -250,7 +150,7 @@ def test_calls_do_not_wait_for_each_other(tmp_path: Path) -> None:
                     async with link.call("/big", b"quick") as reply:
                         assert await reply.read() == b"quick"
                 assert b"".join([part async for part in parts[0]]) == b"twothree"
-            waiting = [asyncio.create_task(_read(link, "/wait")) for _ in range(50)]
+            waiting = [asyncio.create_task(read(link, "/wait")) for _ in range(50)]
             await asyncio.sleep(0.05)
             app.gate.set()
             assert await asyncio.gather(*waiting) == [b"waited"] * 50
@@ -258,7 +158,7 @@ def test_calls_do_not_wait_for_each_other(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-async def _read(link: Link, path: str, body: bytes = b"") -> bytes:
+async def read(link: Link, path: str, body: bytes = b"") -> bytes:
     async with link.call(path, body) as reply:
         return await reply.read()
 
@@ -285,7 +185,7 @@ def test_leaving_a_call_tells_the_engine(tmp_path: Path) -> None:
                     assert part.startswith(PART)
                     break
             await until(lambda: app.left == ["/endless"])
-            waiting = asyncio.create_task(_read(link, "/wait"))
+            waiting = asyncio.create_task(read(link, "/wait"))
             await asyncio.sleep(0.05)
             waiting.cancel()
             await until(lambda: app.left == ["/endless", "/wait"])
@@ -298,7 +198,7 @@ def test_a_slow_reader_is_waited_for_and_nobody_else_is(tmp_path: Path) -> None:
         async with linked(tmp_path) as (app, link), link.call("/endless", b"") as slow:
             await asyncio.sleep(0.3)
             made = app.made
-            assert await _read(link, "/words") == b"onetwothree"
+            assert await read(link, "/words") == b"onetwothree"
             assert app.made == made < 50 * HELD / len(PART)
             parts = slow.parts()
             taken = len(await anext(parts))
@@ -313,8 +213,8 @@ def test_an_answer_that_breaks_off_is_no_answer(tmp_path: Path) -> None:
     async def run() -> None:
         async with linked(tmp_path) as (_, link):
             with pytest.raises(ConnectionError, match="broke the answer off"):
-                await _read(link, "/broken")
-            assert await _read(link, "/words") == b"onetwothree"
+                await read(link, "/broken")
+            assert await read(link, "/words") == b"onetwothree"
 
     asyncio.run(run())
 
@@ -325,16 +225,16 @@ def test_an_engine_that_goes_away_fails_its_calls_and_is_found_again(tmp_path: P
     async def run() -> None:
         link = Link(str(where), "secret")
         with pytest.raises(FileNotFoundError):
-            await _read(link, "/words")
+            await read(link, "/words")
         async with serving(where) as (_, server, _):
-            waiting = asyncio.create_task(_read(link, "/wait"))
+            waiting = asyncio.create_task(read(link, "/wait"))
             await asyncio.sleep(0.05)
             for connection in list(server.server_state.connections):
                 connection.http.transport.abort()  # pyright: ignore[reportAttributeAccessIssue]  # as its death would
             with pytest.raises(ConnectionError, match="went away"):
                 await waiting
         async with serving(where):
-            assert await _read(link, "/words") == b"onetwothree"
+            assert await read(link, "/words") == b"onetwothree"
         link.close()
 
     asyncio.run(run())

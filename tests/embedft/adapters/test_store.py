@@ -1,0 +1,193 @@
+"""The store: names, generations, what a crash leaves, what is collected."""
+
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, generation, read_passport
+from embedft.adapters.probes import PROBES, RecordedProbes, read_probes, write_probes
+from embedft.adapters.store import AdapterStore
+from embedft.adapters.transfer import import_folder
+from embedft.errors import AdapterInvalid, AdapterNotFound, GenerationConflict
+from embedft.files import write_text
+from tests.embedft.adapter_fixtures import damaged
+
+
+def test_the_store_keeps_generations_and_names_point_at_them(made: Path, store: AdapterStore, tmp_path: Path) -> None:
+    first = import_folder(store, made, name="legal")
+    second_folder = damaged(Path(shutil.copytree(made, tmp_path / "second")), lambda name, tensor: tensor * np.float32(1.5))
+    second = import_folder(store, second_folder, name="legal")
+    assert first != second
+    assert store.names() == {"legal": second}
+    assert store.history("legal") == [first, second]
+    assert generation(store.folder(first)) == first
+    assert store.folder(second[:12]) == store.folder("legal")
+    store.point("legal", first)
+    assert store.current("legal") == first
+
+
+def test_compare_and_swap_refuses_a_stale_expectation(adapter: Path, store: AdapterStore) -> None:
+    current = import_folder(store, adapter, name="legal")
+    with store.stage() as stage:
+        shutil.copytree(adapter, stage, dirs_exist_ok=True)
+        with pytest.raises(GenerationConflict):
+            store.put(stage, "legal", expected="0" * 12)
+    assert store.current("legal") == current
+
+
+def test_a_failed_put_leaves_nothing_behind(adapter: Path, store: AdapterStore) -> None:
+    (adapter / CONFIG).unlink()
+    with pytest.raises(AdapterInvalid):
+        import_folder(store, adapter)
+    assert store.names() == {}
+    assert not list((store.root / "objects").iterdir())
+
+
+def test_a_damaged_pointer_hides_no_other_adapter_and_can_be_mended(adapter: Path, store: AdapterStore) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    import_folder(store, adapter, name="medical")
+    (store.root / "names" / "medical.json").write_text('{"generation": ')
+    assert store.names() == {"legal": identity}
+    assert "point it again" in store.damaged()["medical"]
+    with pytest.raises(AdapterInvalid, match="nothing is deleted while"):
+        store.collect()
+    import_folder(store, adapter, name="medical")
+    assert (store.names(), store.damaged()) == ({"legal": identity, "medical": identity}, {})
+
+
+def test_collect_deletes_only_what_nothing_names_or_leases(adapter: Path, store: AdapterStore) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    assert store.collect() == []
+    store.remove("legal")
+    assert store.collect(leased={identity}) == []
+    assert store.collect() == [identity]
+    with pytest.raises(AdapterNotFound):
+        store.folder("legal")
+
+
+@pytest.mark.parametrize("renew", [True, False])
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG, PASSPORT, PROBES])
+def test_a_damaged_object_is_mended_by_putting_the_good_folder_again(adapter: Path, store: AdapterStore, file: str, renew: bool) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    broken = store.folder("legal") / file
+    half = broken.read_bytes()[: broken.stat().st_size // 2]
+    broken.write_bytes(half)
+    with broken.open("rb") as reader, store.stage() as stage:
+        shutil.copytree(adapter, stage, dirs_exist_ok=True)
+        assert store.put(stage, "legal", renew=renew) == identity
+        assert reader.read() == half  # who has the old one open goes on with it
+    assert {path.name: path.read_bytes() for path in store.folder("legal").iterdir()} == {
+        path.name: path.read_bytes() for path in adapter.iterdir()
+    }
+    assert [path.name for path in (store.root / "objects").iterdir()] == [identity]
+
+
+def test_corrected_probes_and_passport_of_the_same_generation_take_their_place(adapter: Path, store: AdapterStore) -> None:
+    (adapter / "eval").mkdir()
+    (adapter / "eval" / "texts.jsonl").write_text("{}")
+    identity = import_folder(store, adapter, name="legal")
+    (adapter / "eval" / "texts.jsonl").unlink()  # as an export leaves it out
+    unchanged = store.folder("legal").stat().st_ino
+    import_folder(store, adapter, name="legal")
+    assert store.folder("legal").stat().st_ino == unchanged
+    probes = read_probes(adapter)
+    write_probes(adapter, RecordedProbes(probes.probes, probes.base, probes.effect, {}, 0.05))
+    read_passport(adapter).model_copy(update={"metrics": {"ndcg": 0.5}}).write(adapter)
+    with store.stage() as stage:
+        shutil.copytree(adapter, stage, dirs_exist_ok=True)
+        assert store.add(stage, renew=False) == identity
+    assert store.folder("legal").stat().st_ino == unchanged
+    assert import_folder(store, adapter, name="legal") == identity
+    assert read_probes(store.folder("legal")).tolerance == 0.05
+    assert store.passport("legal").metrics == {"ndcg": 0.5}
+
+
+@pytest.mark.parametrize("step", ["the old one moved away", "the new one moved in"])
+def test_a_replacement_that_was_cut_off_leaves_the_object_whole(adapter: Path, store: AdapterStore, tmp_path: Path, step: str) -> None:
+    """What is on disk after a crash at either step."""
+    identity = import_folder(store, adapter, name="legal")
+    objects = store.root / "objects"
+    if step == "the old one moved away":
+        store.folder("legal").rename(objects / f".old-{identity}")
+    else:
+        shutil.copytree(adapter, objects / f".old-{identity}")
+    again = AdapterStore(store.root)
+    assert generation(again.folder("legal")) == identity
+    assert [path.name for path in objects.iterdir()] == [identity]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
+def test_an_object_that_is_replaced_is_there_at_every_moment(adapter: Path, store: AdapterStore) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    folder, over, looks, missed = store.folder("legal"), threading.Event(), 0, 0
+
+    def look() -> None:
+        nonlocal looks, missed
+        while not over.is_set():
+            looks, missed = looks + 1, missed + (not os.path.exists(folder))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for count in range(100):
+        read_passport(adapter).model_copy(update={"metrics": {"count": count}}).write(adapter)
+        assert import_folder(store, adapter, name="legal") == identity
+    over.set()
+    looking.join()
+    assert store.passport("legal").metrics == {"count": 99}
+    assert missed == 0 < looks
+    assert [path.name for path in (store.root / "objects").iterdir()] == [identity]
+
+
+def test_where_folders_cannot_be_exchanged_one_is_moved_after_the_other(
+    adapter: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    monkeypatch.setattr("embedft.files.ctypes.CDLL", lambda _: object())
+    read_passport(adapter).model_copy(update={"metrics": {"ndcg": 0.5}}).write(adapter)
+    assert import_folder(store, adapter, name="legal") == identity
+    assert store.passport("legal").metrics == {"ndcg": 0.5}
+    assert [path.name for path in (store.root / "objects").iterdir()] == [identity]
+
+
+def test_what_a_crash_left_half_written_is_collected_a_day_later(adapter: Path, store: AdapterStore) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    old, new = (store.root / "objects" / name for name in (".stage-old", ".stage-new"))
+    for stage in (old, new):
+        stage.mkdir()
+        (stage / "half").write_text("x")
+    for path in (old / "half", old, new):  # a file of the new one was written just now
+        os.utime(path, (0, 0))
+    assert store.collect() == []
+    assert {path.name for path in (store.root / "objects").iterdir()} == {identity, ".stage-new"}
+
+
+def test_collect_waits_for_what_is_just_being_held(adapter: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted: list[str] = []
+    collecting = threading.Thread(target=lambda: deleted.extend(store.collect()))
+
+    def slow(path: Path, text: str) -> None:
+        collecting.start()
+        collecting.join(timeout=0.3)
+        write_text(path, text)
+
+    monkeypatch.setattr("embedft.adapters.store.write_text", slow)
+    with store.stage() as stage:
+        shutil.copytree(adapter, stage, dirs_exist_ok=True)
+        identity = store.hold(stage, "legal")
+    collecting.join()
+    assert (deleted, store.held("legal")) == ([], identity)
+    assert store.folder(identity).is_dir()
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a" * 65, "ａ", "a\nb", "a@b"])
+def test_names_that_could_leave_the_store_are_refused(adapter: Path, store: AdapterStore, name: str) -> None:
+    if name:
+        with pytest.raises(AdapterInvalid):
+            import_folder(store, adapter, name=name)
+    with pytest.raises((AdapterNotFound, AdapterInvalid)):
+        store.folder(name)
