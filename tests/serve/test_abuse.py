@@ -1,6 +1,7 @@
 """What one client can do to the others: hanging up, names that are not theirs, mixes without end; and what a disk or an engine does."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -13,11 +14,16 @@ import httpx
 import pytest
 import yaml
 
-from embedft.errors import EngineBusy, ProbesFailed
-from serve.access import Record
+from embedft.errors import AdapterNotFound, EngineBusy, ProbesFailed
+from serve.access import AccessLog, Record
+from serve.app import create_app
+from serve.config import ServerConfig
+from serve.engines.peft.bank import AdapterBank
 from serve.errors import RateLimited
+from serve.gateway import Gateway
 from serve.link.gateway import Link
 from serve.mixes import Mixes
+from serve.proxy import EngineClient, EngineLacks
 from serve.supervisor import Command, Supervisor
 from serve.tenants import Tenant, Tenants, new_key
 from serve.visible import Visible
@@ -78,6 +84,42 @@ def test_who_waits_for_an_adapter_that_is_deleted_is_told_of_its_own_alone(world
     answer = next(one for one in told if one.status_code != 200)
     refused(answer, 404, "adapter_not_found")
     assert answer.json()["error"]["message"] == "no adapter named 't': there are s"
+
+
+def test_an_engines_own_words_for_what_it_lacks_reach_nobody(tmp_path: Path) -> None:
+    client = EngineClient("words", tmp_path / "s", "key")
+    told = b'{"error": {"message": "no adapter named x: there are secret", "code": "adapter_not_found"}}'
+    with pytest.raises(EngineLacks) as lacks:
+        client._check(404, told)  # pyright: ignore[reportPrivateUsage]
+    assert "secret" not in str(lacks.value)
+    with pytest.raises(AdapterNotFound) as bank:
+        AdapterBank._known(cast("Any", SimpleNamespace(names=["secret"])), "x")  # pyright: ignore[reportPrivateUsage]
+    assert "secret" not in str(bank.value)
+
+
+def test_a_fault_that_nobody_foresaw_is_a_500_with_its_id_in_answer_and_log(tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = ServerConfig(bases=(cast("Any", {"name": "texts", "model": "x", "task": "embedding"}),), adapters=tmp_path, access_log=True)
+
+    async def run() -> httpx.Response:
+        app = create_app(Gateway(config))
+
+        @app.get("/planted")
+        def planted() -> None:
+            raise RuntimeError("planted")
+
+        logged = next(middleware for middleware in app.user_middleware if middleware.cls is AccessLog)
+        logged.kwargs["write"] = lines.append
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            answer = await client.get("/planted")
+            await asyncio.sleep(0)
+            return answer
+
+    answer = asyncio.run(run())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    line = json.loads(lines[0])
+    assert (line["status"], line["id"]) == (500, answer.headers["x-request-id"])
 
 
 def test_a_mix_is_made_within_its_tenants_limits(world: World, start: Start) -> None:

@@ -1,13 +1,16 @@
 """What one request may hold: bodies that cost more than they bring are refused, and nobody else waits for them."""
 
+import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from embedft.errors import InputInvalid
@@ -17,6 +20,7 @@ from serve.door import Door, Held
 from serve.engines.command import engine_command
 from serve.engines.peft import bodies
 from serve.engines.peft.generation import room_for
+from serve.engines.peft.http import INLINE_BYTES, _beside  # pyright: ignore[reportPrivateUsage]
 from serve.engines.settings import EngineSettings
 from serve.errors import QueueFull, RateLimited
 from serve.generation_routes import cost_of
@@ -26,7 +30,7 @@ from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.test_abuse import keys
 from tests.serve.test_choice import refused
-from tests.serve.world import Server, World
+from tests.serve.world import Server, World, wait_for
 
 Start = Callable[..., Server]
 
@@ -149,6 +153,34 @@ def test_bytes_are_counted_as_they_come_and_a_quarter_stays_for_the_others() -> 
     alone = Held(Door(lambda *_: None, config))  # pyright: ignore[reportArgumentType]
     alone.take(300, third)
     alone.take(300, third)  # one body alone always fits
+
+
+def test_the_readmes_limits_are_the_defaults() -> None:
+    readme = (Path(__file__).parents[2] / "serve" / "README.md").read_text(encoding="utf-8")
+    told = yaml.safe_load(readme.partition("```yaml\nlimits:")[2].partition("```")[0].join(("limits:", "")))["limits"]
+    assert told.items() <= Limits().model_dump().items()
+    assert len(told) > 5
+
+
+def test_a_long_body_is_tokenised_beside_the_loop() -> None:
+    async def where(size: int) -> int:
+        return await _beside(b"x" * size, threading.get_ident)
+
+    here = threading.get_ident()
+    assert asyncio.run(where(INLINE_BYTES)) == here
+    assert asyncio.run(where(INLINE_BYTES + 1)) != here
+
+
+def test_a_client_that_hangs_up_while_it_sends_is_no_fault_of_the_server(world: World, start: Start) -> None:
+    server = start()
+    host = server.url.partition("//")[2]
+    name, _, port = host.partition(":")
+    with socket.create_connection((name, int(port))) as half:
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{"
+        half.sendall(head.encode())
+        time.sleep(0.3)
+    wait_for(lambda: '"status": 499' in server.log.read_text())
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_a_malformed_origin_is_refused_as_any_other(shared: Server) -> None:

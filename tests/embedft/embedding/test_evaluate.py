@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedft.base import load_model
+from embedft.base import BaseSpec, load_base, load_model
 from embedft.embedding.data import RetrievalSet, load_retrieval
-from embedft.embedding.evaluate import METRICS, Towers, bm25_baseline, evaluate_retrieval, fuse, score
+from embedft.embedding.evaluate import METRICS, Towers, bm25_baseline, compare_towers, evaluate_retrieval, fuse, score
 from embedft.embedding.proof import comparison
 from embedft.encode import Encoder, EncodeSettings
+from embedft.methods import attach
+from embedft.recipe import AdapterSection
 from tests.fixtures_embedding import planted_rows, tiny_encoder, write_beir, write_rows
 
 
@@ -58,6 +60,21 @@ def test_bm25_finds_shared_words_and_gives_no_rank_to_documents_without_any() ->
     assert result.ranked[0] == ("1",)
     assert result.ranked[1] == ()
     assert result.metrics["ndcg@10"] == 0.5
+
+
+@pytest.mark.parametrize("side", ["both", "query"])
+def test_a_comparison_tells_its_progress_to_the_last_text(tmp_path: Path, side: str) -> None:
+    data = load_retrieval(write_beir(tmp_path / "beir", train=8, test=32))
+    base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
+    model = attach(base, AdapterSection(r=2), task="embedding")
+    told: list[tuple[int, int]] = []
+    compare_towers(
+        model, base.folder, EncodeSettings("mean", True, 16), data, side=side, batch_size=8, progress=lambda *counts: told.append(counts)
+    )
+    whole = 2 * len(data.queries) + (2 if side == "both" else 1) * len(data.documents)
+    assert {of for _, of in told} == {whole}
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1] == (whole, whole)
 
 
 def test_a_comparison_holds_three_rows_and_the_interval_of_the_gain(tmp_path: Path) -> None:

@@ -140,6 +140,17 @@ def test_eva_without_data_is_refused(llama: Path) -> None:
         attach(load_base(BaseSpec(str(llama)), task="causal_lm"), AdapterSection(method="eva"), task="causal_lm")
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_start_from_a_layers_directions_is_refused_by_the_layer_that_has_fewer(llama: Path, method: str) -> None:
+    from embedft.base import BaseSpec, load_base
+    from embedft.errors import MethodUnsupported
+    from embedft.recipe import AdapterSection
+
+    with pytest.raises(MethodUnsupported, match=r"the 65 greatest directions of .*[kv]_proj, which has 64"):
+        attach(load_base(BaseSpec(str(llama)), task="causal_lm"), AdapterSection(method=method, r=65), task="causal_lm")
+    attach(load_base(BaseSpec(str(llama)), task="causal_lm"), AdapterSection(r=65), task="causal_lm")  # which begins from nothing
+
+
 def test_relora_grows_its_rank_past_r(llama: Path, tmp_path: Path) -> None:
     made = cell(tmp_path, llama, "causal_lm", "relora", "nf4", max_steps=12)
     pairs = plain_pairs(trained(made)).values()
