@@ -22,13 +22,14 @@ from serve.engines.settings import WAITING
 
 COUNTS = (1, 2, 8, 32, 128)
 FLIGHT = 32
-VLLM = [Side("vllm base", "vllm", "base"), Side("vllm plugin", "vllm", "plugin"), Side("vllm stock", "vllm", "stock", fewer=2)]
+TEXTS, PROMPTS = 768, 96  # a turn's worth for the quickest way
+VLLM = [Side("vllm base", "vllm", "base"), Side("vllm plugin", "vllm", "plugin"), Side("vllm stock", "vllm", "stock", slow=True)]
 PEFT = [
     Side("peft engine", "engine", "engine"),
     Side("PEFT mixed batch", "peft", "mixed"),
-    Side("PEFT set_adapter", "peft", "switch", fewer=4),
+    Side("PEFT set_adapter", "peft", "switch", slow=True),
     Side("merged copies", "peft", "copies"),
-    Side("reload at switch", "peft", "reload", fewer=4),
+    Side("reload at switch", "peft", "reload", slow=True),
 ]
 
 
@@ -39,7 +40,7 @@ def embedding(run: Measurement, work: Path, *, nf4: bool = False) -> None:
     base = base_folder(BaseSpec("minilm", "nf4" if nf4 else "none"))
     counts = (8,) if nf4 else run.counts
     folders = adapters(work / f"minilm-{nf4}", base, "embedding", max(counts))
-    ids = texts(base, 64, seed=1)
+    ids = texts(base, TEXTS, seed=1)
     part = "embedding-nf4" if nf4 else "embedding"
     run.sizes[part] = sizes(base, folders[0])
     with opened(run.ways(VLLM if nf4 else VLLM + PEFT), base, "embedding", nf4=nf4) as sides:
@@ -93,6 +94,7 @@ def best(sides: list[Side]) -> str:
 def open_loop(run: Measurement, part: str, sides: list[Side], count: int, ids: list[list[int]]) -> None:
     """Arrivals at about half of what the best way took at this N."""
     taken = [row["throughput"] for row in run.rows if (row["part"], row["way"], row["N"]) == (part, best(sides), count)]
+    ids = ids[: len(ids) // 3]
     due = arrivals(len(ids), 0.5 * taken[-1], seed=3)
     chosen = choose("zipf", len(ids), count, seed=3)
     requests = [Request(adapter, row, at) for adapter, row, at in zip(chosen, ids, due, strict=True)]
@@ -107,7 +109,7 @@ def generation(run: Measurement, work: Path) -> None:
     run.sizes["generation"] = sizes(base, folders[0])
     ways = [*VLLM, *(side for side in PEFT if side.mode in ("engine", "mixed", "switch", "copies"))]
     with opened(run.ways(ways), base, "causal_lm") as sides:
-        over_counts(run, "generation", sides, folders, run.counts, prompts(32, 16, seed=1), tokens=8)
+        over_counts(run, "generation", sides, folders, run.counts, prompts(PROMPTS, 16, seed=1), tokens=8)
 
 
 def sequences(run: Measurement, work: Path, *, nf4: bool = False) -> None:
@@ -121,7 +123,7 @@ def sequences(run: Measurement, work: Path, *, nf4: bool = False) -> None:
         for side in sides:
             side.register(folders)
         for part, length, tokens in (("prefill", 48, 1), ("decode", 2, 12)):
-            requests = [Request(k % 8, row) for k, row in enumerate(prompts(FLIGHT, length, seed=2))]
+            requests = [Request(k % 8, row) for k, row in enumerate(prompts(PROMPTS, length, seed=2))]
             part += "-nf4" if nf4 else ""
             run.rows += measure(part, sides, requests, count=8, popularity="distinct", flight=FLIGHT, tokens=tokens, rounds=run.rounds)
 

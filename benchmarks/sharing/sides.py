@@ -1,6 +1,7 @@
 """Sides of a comparison as child processes, and what is measured of them: in turn, so that a busy machine is busy for all."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,16 +24,17 @@ from benchmarks.sharing.workload import Request
 
 ROOT = Path(__file__).parents[2]
 PAIR = ("vllm base", "vllm plugin")
+TURN = 1.0  # seconds: a shorter turn measures how fast a side fills the caches that the others emptied
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way. `fewer`: it is slow, or takes one request at a time, and gets that fraction of a round's requests."""
+    """One way. `slow`: it takes one request at a time, or as long as if it did, and may have shorter turns."""
 
     label: str
     kind: str
     mode: str
-    fewer: int = 1
+    slow: bool = False
     process: Any = None
 
     def ask(self, **order: Any) -> dict[str, Any]:
@@ -55,7 +57,14 @@ class Side:
         """Merged copies end where memory (or the disk) would; slow sides where their many adapters would leave none to the others."""
         if self.mode in ("copies", "reload"):
             return count * sizes["copy"] <= limit * 2**30
-        return self.fewer == 1 or count * sizes["adapter"] <= limit / 4 * 2**30
+        return not self.slow or count * sizes["adapter"] <= limit / 4 * 2**30
+
+    def turn(self, requests: Sequence[Request], *, flight: int, tokens: int) -> int:
+        """Warm up, and tell how many of the requests are a turn: at least as many as are in flight, a quarter where it is slow."""
+        least = min(flight // 4 if self.slow else flight, len(requests))
+        for _ in range(1 if self.slow else 2):
+            seconds = self.run(requests[:least], flight=flight, tokens=tokens)["seconds"]
+        return len(requests) if requests[-1].arrival else min(max(least, math.ceil(least * TURN / seconds)), len(requests))
 
     def run(self, requests: Sequence[Request], *, flight: int, tokens: int) -> dict[str, Any]:
         own = [(None if self.mode == "base" else r.adapter, r.ids, r.arrival) for r in requests]
@@ -96,16 +105,20 @@ def turns(sides: Sequence[Side], *, forth: bool) -> list[Side]:
 def measure(
     part: str, sides: Sequence[Side], requests: Sequence[Request], *, count: int, popularity: str, flight: int, tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row a side. A warm-up, then each round asks every side in turn; the next round in the other direction."""
+    """One row a side. A warm-up, then each round asks every side in turn; the next round in the other direction.
+
+    Requests that wait for each other (closed loop) are as many as fill a turn; those that arrive by themselves are all sent.
+    """
     rates: dict[str, list[float]] = {side.label: [] for side in sides}
     busy: dict[str, list[float]] = {side.label: [] for side in sides}
     times: dict[str, list[Any]] = {side.label: [] for side in sides}
-    for side in sides:
-        side.run(requests[:4], flight=flight, tokens=tokens)
+    taken = {side.label: side.turn(requests, flight=flight, tokens=tokens) for side in sides}
+    for label in PAIR if all(label in taken for label in PAIR) else ():
+        taken[label] = max(taken[name] for name in PAIR)
     for number in range(rounds):
         done: dict[str, list[dict[str, Any]]] = {side.label: [] for side in sides}
         for side in turns(sides, forth=number % 2 == 0):
-            done[side.label].append(side.run(requests[: len(requests) // side.fewer], flight=flight, tokens=tokens))
+            done[side.label].append(side.run(requests[: taken[side.label]], flight=flight, tokens=tokens))
         for label, runs in done.items():
             served = sum(len(one["times"]) for one in runs)
             rates[label].append(served / sum(one["seconds"] for one in runs))
@@ -148,7 +161,9 @@ class Measurement:
         found = [side for side in sides if side.kind != "vllm" or find_spec("vllm")]
         if len(found) < len(sides):
             say("vLLM is not installed: its ways are left out")
-        return [replace(side, fewer=1) if side.kind == "vllm" else side for side in found if side.mode != "plugin"] if self.gpu else found
+        return (
+            [replace(side, slow=False) if side.kind == "vllm" else side for side in found if side.mode != "plugin"] if self.gpu else found
+        )
 
     def memory(self, part: str, count: int, sides: Sequence[Side]) -> None:
         for side in sides:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks.sharing import report
 from benchmarks.sharing.sides import Measurement, Side, turns
-from benchmarks.sharing.workload import arrivals, choose
+from benchmarks.sharing.workload import Request, arrivals, choose
 
 
 def row(way: str, rates: list[float], **more: Any) -> dict[str, Any]:
@@ -83,11 +84,30 @@ def test_a_gpus_results_are_kept_apart_and_tell_of_its_memory(tmp_path: Path) ->
 
 
 def test_on_a_gpu_the_plugin_is_left_out_and_stock_gets_whole_rounds() -> None:
-    sides = [Side("vllm base", "vllm", "base"), Side("vllm plugin", "vllm", "plugin"), Side("vllm stock", "vllm", "stock", fewer=2)]
-    sides.append(Side("PEFT set_adapter", "peft", "switch", fewer=4))
+    sides = [Side("vllm base", "vllm", "base"), Side("vllm plugin", "vllm", "plugin"), Side("vllm stock", "vllm", "stock", slow=True)]
+    sides.append(Side("PEFT set_adapter", "peft", "switch", slow=True))
     ways = Measurement(rounds=1, counts=(1,), limit=1, gpu="NVIDIA H100").ways(sides)
-    assert [(side.mode, side.fewer) for side in ways] == [("base", 1), ("stock", 1), ("switch", 4)]
+    assert [(side.mode, side.slow) for side in ways] == [("base", False), ("stock", False), ("switch", True)]
     assert Measurement(rounds=1, counts=(1,), limit=1).ways(sides) == sides
+
+
+class Steady(Side):
+    """Answers as many requests a second as its mode says."""
+
+    def run(self, requests: Sequence[Request], *, flight: int, tokens: int) -> dict[str, Any]:
+        del flight, tokens
+        return {"seconds": len(requests) / float(self.mode)}
+
+
+def test_a_turn_is_as_many_requests_as_take_a_second_and_not_fewer_than_are_in_flight() -> None:
+    requests = [Request(0, [1])] * 500
+
+    def turn(rate: str, *, slow: bool = False, requests: Sequence[Request] = requests) -> int:
+        return Steady("side", "vllm", rate, slow=slow).turn(requests, flight=32, tokens=1)
+
+    assert [turn(rate) for rate in ("4", "200", "4000")] == [32, 200, 500]
+    assert [turn(rate, slow=True) for rate in ("4", "20")] == [8, 20]
+    assert turn("4", requests=[Request(0, [1], arrival=0.1)] * 500) == 500
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
