@@ -3,14 +3,11 @@
 Each way is measured in a process of its own, so that neither pays for the other's leftovers. Model bytes and process bytes apart.
 """
 
-import ctypes
-import gc
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +17,7 @@ from embedft.errors import EmbedftError
 from embedft.lean import EAGER, without_unused
 from embedft.methods import load_adapter
 from embedft.model_folder import Task
+from embedft.steady import settle
 
 Way = Literal["shared", "merged"]
 
@@ -47,7 +45,7 @@ def _measure(base: Path, adapters: Sequence[Path], *, task: Task, way: Way) -> F
     import psutil
 
     load_model(base, task=task)  # what the libraries themselves take is not counted
-    _settle()
+    settle()
     process = psutil.Process()
     before = process.memory_full_info().pss
     models = (
@@ -58,15 +56,8 @@ def _measure(base: Path, adapters: Sequence[Path], *, task: Task, way: Way) -> F
     for model in models:
         for tensor in model.state_dict().values():
             tensor.sum()  # a mapped file takes memory only once it is read
-    _settle()
+    settle()
     return Footprint(way, len(adapters), sum(tensor_bytes(model) for model in models), process.memory_full_info().pss - before)
-
-
-def _settle() -> None:
-    """Give back what is freed but still held, which would hide what comes next."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # glibc's own; elsewhere there is nothing to do
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _shared(base: Path, adapters: Sequence[Path], task: Task) -> list[Any]:

@@ -3,7 +3,7 @@
 import ctypes
 import gc
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _TRIM, _MAP = -1, -3  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 _MOST, _LARGEST = 2**31 - 1, 32 << 20  # the largest that it takes of either
@@ -16,8 +16,8 @@ def steady() -> Generator[None]:
     collector leaves alone what was there before, which is every library's. Elsewhere than on glibc only the second.
     What others froze stays frozen."""
     frozen = gc.get_freeze_count()
-    _glibc(_MAP, _LARGEST)
-    _glibc(_TRIM, _MOST)
+    _glibc("mallopt", _MAP, _LARGEST)
+    _glibc("mallopt", _TRIM, _MOST)
     if not frozen:
         gc.freeze()
     try:
@@ -25,11 +25,15 @@ def steady() -> Generator[None]:
     finally:
         if not frozen:
             gc.unfreeze()
-            _glibc(_TRIM, _AFTER)
+            _glibc("mallopt", _TRIM, _AFTER)
 
 
-def _glibc(option: int, value: int) -> None:
-    try:
-        ctypes.CDLL(None).mallopt(option, value)
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
+def settle() -> None:
+    """Give back what is freed but still held: memory that is measured from here on would come out of it unseen."""
+    gc.collect()
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        getattr(ctypes.CDLL(None), function)(*arguments)

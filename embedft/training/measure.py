@@ -5,6 +5,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from embedft.steady import settle
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -13,7 +15,7 @@ class PeakMemory:
     """Context manager; afterwards `.bytes` is the most memory that the block added.
 
     On CUDA torch's own count of allocated bytes (exact); elsewhere the growth of the process's resident set, sampled
-    every 20 ms, so a shorter peak may be missed.
+    every 20 ms, so a shorter peak may be missed. What the process freed before and still held is given back first.
     """
 
     interval = 0.02
@@ -32,6 +34,7 @@ class PeakMemory:
             return self
         import psutil
 
+        settle()
         process = psutil.Process()
         self._start = process.memory_info().rss
         self._thread = threading.Thread(target=self._sample, args=(process,), daemon=True)

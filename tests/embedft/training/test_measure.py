@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from embedft.recipe import TrainSection
+from embedft.steady import steady
 from embedft.training.arguments import hf_arguments, steps_an_epoch
 from embedft.training.measure import PeakMemory, trainable
 from embedft.training.progress import ProgressETA
@@ -21,6 +22,18 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
         time.sleep(0.1)
         block.close()
     assert 35_000_000 < peak.bytes < 500_000_000
+
+
+def test_a_second_block_is_not_served_unseen_from_what_the_first_one_freed() -> None:
+    import time
+
+    with steady():
+        for _ in range(2):
+            with PeakMemory() as peak:
+                block = [bytes(range(256)) * 4096 for _ in range(40)]  # 40 MiB, in pieces that the heap keeps when they are freed
+                time.sleep(0.1)
+                del block
+            assert 35_000_000 < peak.bytes < 500_000_000
 
 
 def test_trainable_counts_a_packed_weight_by_its_elements() -> None:
