@@ -52,15 +52,20 @@ def cache_root() -> Path:
 
 
 def source_folder(spec: BaseSpec) -> Path:
-    """The folder with the unquantized files. A built-in or a local path never touches the network."""
-    if spec.model == "minilm":
+    """The folder with the unquantized files. A built-in or a local path never touches the network.
+
+    Raises BaseNotFound, and UsageError for a revision of what has none.
+    """
+    if _on_hub(spec.model):
+        folder = _from_hub(spec)
+    elif spec.revision is not None:
+        raise UsageError(f"base {spec.model!r} is no hub id, so it has no revision {spec.revision!r}: leave the revision out")
+    elif spec.model == "minilm":
         return _minilm()
-    if spec.model == "seed-lm":
+    elif spec.model == "seed-lm":
         folder = Path(os.environ.get("EMBEDFT_SEED_LM", Path(__file__).parent / "seed" / "model"))
     else:
         folder = Path(spec.model).expanduser()
-        if not folder.is_dir() and not folder.is_absolute() and folder.parts[:1] not in {(".",), ("..",)}:
-            folder = _from_hub(spec)
     if not (folder / "config.json").is_file():
         raise BaseNotFound(
             f"base {spec.model!r}: {folder} holds no config.json; name a model folder, a hub id or one of {', '.join(BUILT_INS)}"
@@ -69,10 +74,13 @@ def source_folder(spec: BaseSpec) -> Path:
 
 
 def config_folder(spec: BaseSpec) -> Path:
-    """A folder with the base's config; of a hub id nothing else is downloaded."""
-    if spec.model in BUILT_INS or Path(spec.model).expanduser().is_dir() or Path(spec.model).is_absolute():
-        return source_folder(spec)
-    return _from_hub(spec, ["*.json"])
+    """A folder with the base's config; of a hub id nothing else is downloaded. Raises as source_folder."""
+    return _from_hub(spec, ["*.json"]) if _on_hub(spec.model) else source_folder(spec)
+
+
+def _on_hub(model: str) -> bool:
+    folder = Path(model).expanduser()
+    return not (model in BUILT_INS or folder.is_dir() or folder.is_absolute() or folder.parts[:1] in {(".",), ("..",)})
 
 
 def _minilm() -> Path:

@@ -105,7 +105,8 @@ def trained_base(passport: Passport, given: str | Path | None = None) -> Path:
     Raises BaseMismatch where that holds other bytes.
     """
     named = passport.base
-    folder = base_folder(BaseSpec(str(given or named.model), named.quantization, named.revision))
+    source = BaseSpec(named.model, named.quantization, named.revision) if given is None else BaseSpec(str(given), named.quantization)
+    folder = base_folder(source)
     if fingerprint(folder) != named.fingerprint:
         raise BaseMismatch(passport.name, trained_on=named.fingerprint, serving=fingerprint(folder))
     return folder

@@ -120,7 +120,8 @@ def evaluate_adapter(
         report["mteb"] = through_mteb(model, folder, settings, retrieval, side=passport.side, batch_size=batch_size)
     if against is not None:
         model, folder, other = open_adapter(against, store, base=base)
-        theirs = compare_towers(model, folder, _settings(other), retrieval, side=other.side, batch_size=batch_size).results["adapter"]
+        found = compare_towers(model, folder, _settings(other), retrieval, side=other.side, batch_size=batch_size, progress=progress)
+        theirs = found.results["adapter"]
         interval = paired_bootstrap(theirs.per_query[metric], towers.results["adapter"].per_query[metric])
         report["against"] = {"name": against, "side": other.side, **theirs.metrics, "difference_ci95": list(interval)}
     return report

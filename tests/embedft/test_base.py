@@ -70,6 +70,12 @@ def test_a_base_that_is_nowhere_is_said_so(tmp_path: Path) -> None:
         source_folder(BaseSpec(str(tmp_path)))
 
 
+@pytest.mark.parametrize("model", ["minilm", "seed-lm", "."])
+def test_a_revision_of_what_has_none_is_refused_not_ignored(model: str) -> None:
+    with pytest.raises(UsageError, match="is no hub id, so it has no revision 'main'"):
+        base_folder(BaseSpec(model, revision="main"))
+
+
 def test_all_linear_leaves_out_what_the_output_does_not_depend_on() -> None:
     base = load_base(BaseSpec("minilm"), task="embedding")
     names = targeted_modules(base.model, "all-linear")

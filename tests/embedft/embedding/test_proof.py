@@ -117,7 +117,8 @@ def test_a_query_only_adapter_is_held_against_one_that_moves_documents_too(
     assert made["index"]["bytes"] == TOPICS * 64 * 4
     command = ["eval", "query", "--data", beir, "--base", base, "--against", "both", "--adapters", str(store.root)]
     assert main(command) == 0
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert progress.count(" 0:00 left") == 2  # both comparisons came to their end
     assert "query-only: an index of the base's vectors serves it as it is" in said
     assert "against both (side both)" in said
     assert main([*command, "--json"]) == 0
