@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,7 @@ from embedft.base import BaseSpec, exact_dtype, load_model, source_folder
 from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, UsageError
 from embedft.files import publish_folder, staged_folder
 from embedft.methods import load_adapter, method_named, save_weights
+from embedft.methods.companion import lora_layers
 from embedft.model_folder import fingerprint
 from embedft.quantize import copy_rest, quantize
 from embedft.verify import as_record, outputs, record, settings_of, trained_base
@@ -45,7 +47,9 @@ def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | No
     settings = settings_of(passport) if passport.task == "embedding" else None
     model: Any = load_model(source, task=passport.task, dtype=exact_dtype())
     plain = outputs(model, recorded.probes, folder=source, settings=settings)
-    model = load_adapter(model, folder).merge_and_unload()
+    model = load_adapter(model, folder)
+    _untie(model)
+    model = model.merge_and_unload()
     adapted = outputs(model, recorded.probes, folder=source, settings=settings)
     report = compare(recorded, base=plain, adapted=adapted, base_again=plain)
     with staged_folder(out.resolve().parent) as stage:
@@ -57,6 +61,17 @@ def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | No
         else:
             publish_folder(stage, out)
     return Merged(str(out), report.error)
+
+
+def _untie(model: Any) -> None:
+    """An adapted output embedding gets weights of its own: its change must not reach the input's."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = model.get_base_model().get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        layer: Any = head.get_base_layer()
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
 def _tied(model: Any) -> bool:
@@ -86,8 +101,10 @@ def combine(
     passports = [read_passport(folder) for folder in folders]
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}: expected a whole number of at least 1")
-    if not any(weights):
-        raise UsageError("all weights are 0: nothing would be left of any adapter")
+    if not any(weights) or not all(isfinite(weight) for weight in weights):
+        raise UsageError(f"weights {', '.join(f'{weight:g}' for weight in weights)}: expected finite numbers, not all of them 0")
+    if not 0 < density <= 1:
+        raise UsageError(f"density {density:g}: it is a share of the weights that are kept, above 0 and at most 1")
     _check(passports, weights, how)
     first = passports[0]
     base_dir = trained_base(first, base)
@@ -98,11 +115,28 @@ def combine(
     if how in {"ties", "dare_linear", "dare_ties"}:
         options["density"] = density
     names = [f"a{number}" for number in range(len(folders))]
+    _like_a_sum([model.peft_config[each] for each in names], [[name for name, _ in lora_layers(model, each)] for each in names])
     model.add_weighted_adapter(names, list(weights), "default", combination_type=how, **options)
+    model.set_adapter("default")
     for each in names:
         model.delete_adapter(each)
     save_weights(model, out, base_name=model.peft_config["default"].base_model_name_or_path)
     return _finish(folders[0], out, first, name, base_dir, config=model.peft_config["default"], others=passports, how=how, weights=weights)
+
+
+def _like_a_sum(configs: Sequence[Any], layers: Sequence[Sequence[str]]) -> None:
+    """PEFT writes the sum by the first one's config: its scale (rsLoRA's is another) and its choice of layers, which must not leave out
+    what the others adapt."""
+    configs[0].use_rslora = False
+    chosen = [tuple(getattr(config, key) for key in _CHOICE) for config in configs]
+    if any(each != chosen[0] for each in chosen):
+        for config, names in zip(configs, layers, strict=True):
+            for key in _CHOICE:
+                setattr(config, key, None)
+            config.target_modules = set(names)
+
+
+_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def _check(passports: Sequence[Passport], weights: Sequence[float], how: str) -> None:

@@ -11,7 +11,15 @@ from tests.fixtures_lm import planted_rows, write_jsonl
 
 
 def published(
-    folder: Path, base: Path, method: str, quantization: str = "none", *, name: str | None = None, r: int = 4, **settings: Any
+    folder: Path,
+    base: Path,
+    method: str,
+    quantization: str = "none",
+    *,
+    name: str | None = None,
+    r: int = 4,
+    targets: Any = "all-linear",
+    **settings: Any,
 ) -> Path:
     """The path of the adapter in the store `folder`/store."""
     folder.mkdir(exist_ok=True, parents=True)
@@ -21,7 +29,7 @@ def published(
         "task": "causal_lm",
         "name": name or method.replace("_", "-"),
         "base": {"model": str(base), "quantization": quantization},
-        "adapter": {"method": method, "r": r},
+        "adapter": {"method": method, "r": r, "targets": targets},
         "data": data,
         "train": train_settings,
     }

@@ -13,7 +13,9 @@ from embedft.convert import CERTIFICATE, convert
 from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, ProbesFailed, UsageError
 from embedft.merge import combine, merge
 from embedft.methods import METHODS, load_adapter
+from embedft.recipe import EmbeddingAdapterSection
 from embedft.verify import verify
+from tests.embedft import adapter_fixtures
 from tests.embedft.methods.cells import WHOLE
 from tests.embedft.methods.published import published
 from tests.fixtures_lm import tiny_llama
@@ -128,6 +130,13 @@ def test_merging_writes_a_model_that_answers_as_the_adapter_does(
         assert 1e-3 < merged.error < 1
 
 
+def test_an_adapted_head_is_merged_beside_the_input_embedding_that_it_shared(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = published(tmp_path / "head", bases["causal_lm"], "lora", targets=["lm_head"])
+    assert merge(folder, tmp_path / "out", base=bases["causal_lm"]).error < 1e-3
+    model = load_model(tmp_path / "out", task="causal_lm")
+    assert not model.config.tie_word_embeddings
+
+
 def test_a_merged_model_can_be_quantized_and_holds_its_tokenizer(adapter: Any, bases: dict[str, Path], tmp_path: Path) -> None:
     from embedft.model_folder import describe
 
@@ -150,12 +159,13 @@ def test_nothing_is_merged_into_another_base_of_the_same_shapes(adapter: Any, tm
 
 
 @pytest.mark.parametrize(("how", "exact"), [("cat", True), ("svd", False), ("linear", False), ("ties", False), ("dare_linear", False)])
-def test_combining_adds_the_adapters_updates(adapter: Any, tmp_path: Path, how: Any, exact: bool) -> None:
+@pytest.mark.parametrize("methods", [("lora", "rslora"), ("rslora", "lora")])
+def test_combining_adds_the_adapters_updates(adapter: Any, tmp_path: Path, how: Any, exact: bool, methods: tuple[str, str]) -> None:
     import torch
 
     from embedft.convert import deltas
 
-    parts = [adapter("lora", r=4), adapter("rslora", r=4)]
+    parts = [adapter(method, r=4) for method in methods]
     base = parts[0][1]
     passport = combine([folder for folder, _ in parts], tmp_path / "out", name="both", weights=[1.0, -0.5], how=how, base=base)
     assert verify(tmp_path / "out", base=base).passed
@@ -165,6 +175,34 @@ def test_combining_adds_the_adapters_updates(adapter: Any, tmp_path: Path, how: 
     )
     close = [torch.allclose(both[name], one[name] - 0.5 * other[name], atol=1e-5) for name in one]
     assert all(close) if exact else not all(close)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_combining_keeps_the_layers_of_all_whichever_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: int) -> None:
+    import torch
+
+    from embedft.convert import deltas
+
+    monkeypatch.setattr(adapter_fixtures, "AdapterSection", lambda r: EmbeddingAdapterSection(r=r, layers=2))
+    few = adapter_fixtures.make_adapter(tmp_path / "few")
+    monkeypatch.undo()
+    parts = [few, adapter_fixtures.make_adapter(tmp_path / "all", seed=1)][::order]
+    combine(parts, tmp_path / "out", name="both", weights=[1.0, 1.0])
+    base = base_folder(BaseSpec("minilm"))
+    one, other, both = (deltas(load_adapter(load_model(base, task="embedding"), each)) for each in (*parts, tmp_path / "out"))
+    zero = torch.zeros(1)
+    assert both.keys() == one.keys() | other.keys()
+    assert all(torch.allclose(both[name], one.get(name, zero) + other.get(name, zero), atol=1e-5) for name in both)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"weights": [float("nan"), 1.0]}, {"weights": [0.0, 0.0]}, {"weights": [1.0, 1.0], "how": "dare_linear", "density": 0.0}],
+)
+def test_weights_and_densities_that_would_leave_no_numbers_are_refused(adapter: Any, tmp_path: Path, given: dict[str, Any]) -> None:
+    folder, base = adapter("lora", r=4)
+    with pytest.raises(UsageError, match=r"weights|density"):
+        combine([folder, folder], tmp_path / "out", name="x", base=base, **given)
 
 
 def test_adapters_that_do_not_belong_together_are_not_combined(adapter: Any, tmp_path: Path) -> None:
