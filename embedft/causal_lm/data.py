@@ -146,7 +146,7 @@ def _messages(record: Mapping[str, Any]) -> tuple[Message, ...] | str:
         messages.append(Message(message["role"], message["content"]))
     if messages[-1].role != "assistant":
         return f"the last message is by the {messages[-1].role}, expected the assistant"
-    return tuple(messages)
+    return tuple(messages) if len(messages) > 1 else "the only message is the answer, expected one of the user before it"
 
 
 PARSERS: dict[str, Callable[[Mapping[str, Any]], tuple[Message, ...] | str]] = {

@@ -145,7 +145,7 @@ def _by_length(sequences: Sequence[Sequence[int]], batch: int) -> Iterator[list[
 
 def pad_token(tokenizer: Any) -> int:
     """Padding is masked everywhere, so any token will do where a tokenizer has none."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    return int(next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0))
 
 
 def compare(base: Generation | None, adapter: Generation | None, metric: str) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from embedft.causal_lm.data import Message, Row
-from embedft.errors import UsageError
+from embedft.errors import BaseError, DataError, UsageError
 from embedft.model_folder import CHATML, PLAIN, stop_tokens, template_hash
 
 IGNORED = -100  # label of a token without a loss
@@ -40,7 +42,7 @@ class Template:
         """The text after which the model writes the row's last answer."""
         if self.source is None:
             return self._plain(row.messages[:-1])
-        return self._render(row.messages[:-1], ask=True)
+        return self._render(row, len(row.messages) - 1, ask=True)
 
     def prompt_ids(self, row: Row) -> list[int]:
         return self._ids(self.prompt(row), first=True)
@@ -64,14 +66,14 @@ class Template:
 
     def _segments(self, row: Row) -> list[tuple[str, bool]]:
         """The rendered row in pieces: (text, is it an answer). Where a template rewrites earlier turns (as reasoning
-        templates do), only the last answer is learnt."""
+        templates do), only the last answer is learnt. What opens a conversation answers nothing, and is not learnt."""
         if self.source is None:
-            return [(self._plain(row.messages[:-1]), False), (row.answer + str(self.tokenizer.eos_token), True)]
+            return [(self._plain(row.messages[:-1]), False), (self._ended(row.answer), True)]
         pieces: list[tuple[str, bool]] = []
-        done, ends = "", [i for i, message in enumerate(row.messages) if message.role == "assistant"]
-        whole = self._render(row.messages, ask=False)
+        done, ends = "", [i for i, message in enumerate(row.messages) if i and message.role == "assistant"]
+        whole = self._render(row, len(row.messages), ask=False)
         for end in ends:
-            before, after = self._render(row.messages[:end], ask=True), self._render(row.messages[: end + 1], ask=False)
+            before, after = self._render(row, end, ask=True), self._render(row, end + 1, ask=False)
             if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
                 before, pieces, done = self.prompt(row), [], ""
                 after = before + self._tail(before, whole, row)
@@ -82,16 +84,26 @@ class Template:
         return pieces
 
     def _tail(self, before: str, whole: str, row: Row) -> str:
-        return whole[len(before) :] if whole.startswith(before) else row.answer + str(self.tokenizer.eos_token)
+        return whole[len(before) :] if whole.startswith(before) else self._ended(row.answer)
+
+    def _ended(self, answer: str) -> str:
+        if self.tokenizer.eos_token is None:
+            raise BaseError("the base's tokenizer has no eos_token, so nothing would end an answer: name it in tokenizer_config.json")
+        return answer + str(self.tokenizer.eos_token)
 
     def _plain(self, messages: Sequence[Message]) -> str:
         if len(messages) != 1 or messages[0].role != "user":
             raise UsageError("this base has no chat template, so its rows are one prompt and one completion: set data.template=chatml")
         return messages[0].content
 
-    def _render(self, messages: Sequence[Message], *, ask: bool) -> str:
-        listed = [{"role": message.role, "content": message.content} for message in messages]
-        return str(self.tokenizer.apply_chat_template(listed, chat_template=self.source, tokenize=False, add_generation_prompt=ask))
+    def _render(self, row: Row, count: int, *, ask: bool) -> str:
+        """The row's first `count` messages. DataError where the template raises, as it may on roles that it does not know."""
+        listed = [{"role": message.role, "content": message.content} for message in row.messages[:count]]
+        try:
+            return str(self.tokenizer.apply_chat_template(listed, chat_template=self.source, tokenize=False, add_generation_prompt=ask))
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in listed)
+            raise DataError([f"row {row.id} ({roles}): the chat template refuses it: {error}; expected roles that it knows"]) from None
 
     def _ids(self, text: str, *, first: bool) -> list[int]:
         special = first and self.source is None  # a template writes its special tokens itself
@@ -101,7 +113,8 @@ class Template:
 def template_of(tokenizer: Any, name: str | None = None) -> Template:
     """The base's own template (or plain text where it has none), or a named one: 'chatml', 'plain'. UsageError otherwise."""
     if name is None:
-        return Template(tokenizer, tokenizer.chat_template or None)
+        own = tokenizer.chat_template
+        return Template(tokenizer, (own.get("default") if isinstance(own, dict) else own) or None)
     if name == PLAIN:
         return Template(tokenizer, None)
     if name not in NAMED:

@@ -119,7 +119,15 @@ def within(recipe: CausalLMRecipe, positions: int) -> CausalLMRecipe:
 
 def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -> list[Example]:
     """Examples of the rows whose answer begins within max_length; the others are told of. DataError if they are more than one in ten."""
-    made = [template.example(row, max_length=recipe.train.max_length, train_on_inputs=recipe.data.train_on_inputs) for row in rows]
+    made: list[Example | None] = []
+    problems: list[str] = []
+    for row in rows:
+        try:
+            made.append(template.example(row, max_length=recipe.train.max_length, train_on_inputs=recipe.data.train_on_inputs))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
     kept = [example for example in made if example is not None]
     if lost := len(rows) - len(kept):
         fault = f"{lost} of {len(rows)} prompts fill all {recipe.train.max_length} tokens and leave no answer"

@@ -68,6 +68,7 @@ def test_all_bad_rows_are_reported_at_once_with_their_lines(tmp_path: Path) -> N
         ([{"role": "user", "content": "a"}], "the last message is by the user"),
         ([{"role": "robot", "content": "a"}], "expected one of system, user, assistant"),
         ([{"role": "assistant"}], "message 1: no 'content'"),
+        ([{"role": "assistant", "content": "a"}], "the only message is the answer"),
     ],
 )
 def test_conversations_that_cannot_be_learnt_are_refused(tmp_path: Path, messages: list[dict[str, str]], fault: str) -> None:

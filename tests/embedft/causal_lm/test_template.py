@@ -6,8 +6,8 @@ import torch
 from embedft.causal_lm.batches import Collate, LengthGrouped
 from embedft.causal_lm.data import Message, Row
 from embedft.causal_lm.template import IGNORED, Example, template_of, template_with_hash
-from embedft.errors import UsageError
-from embedft.model_folder import stop_tokens
+from embedft.errors import BaseError, DataError, UsageError
+from embedft.model_folder import CHATML, stop_tokens
 from tests.fixtures_lm import tiny_tokenizer
 
 ROW = Row("0", (Message("user", "what does red mean?"), Message("assistant", "stop")))
@@ -40,6 +40,35 @@ def test_train_on_inputs_puts_the_loss_on_all_tokens() -> None:
 def test_every_answer_of_a_conversation_is_learnt() -> None:
     tokenizer = tiny_tokenizer()
     assert learnt(template_of(tokenizer).example(TALK, max_length=128), tokenizer) == "stop<|im_end|>go<|im_end|>"
+
+
+def test_a_greeting_that_opens_a_conversation_is_read_and_not_learnt() -> None:
+    tokenizer = tiny_tokenizer()
+    greeted = Row("2", (Message("assistant", "night"), *ROW.messages))
+    example = template_of(tokenizer).example(greeted, max_length=128)
+    assert learnt(example, tokenizer) == "stop<|im_end|>"
+    assert example is not None
+    assert "night" in tokenizer.decode(list(example.ids))
+
+
+def test_a_conversation_that_the_template_refuses_is_named_with_its_reason() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    with pytest.raises(DataError, match=r"row 3 \(system, user\): the chat template refuses it: no system role"):
+        template_of(tokenizer).prompt(Row("3", (Message("system", "x"), *ROW.messages)))
+
+
+def test_of_several_templates_the_default_one_is_the_bases_own() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": THINKING}
+    assert template_of(tokenizer).source == CHATML
+
+
+def test_a_base_whose_tokenizer_ends_nothing_is_refused_rather_than_taught_a_word() -> None:
+    tokenizer = tiny_tokenizer(template=False)
+    tokenizer.eos_token = None
+    with pytest.raises(BaseError, match="no eos_token"):
+        template_of(tokenizer).example(ROW, max_length=64)
 
 
 def test_a_template_that_rewrites_earlier_turns_teaches_the_last_answer_alone() -> None:
