@@ -1,7 +1,8 @@
 """What a causal LM answers on held-out rows, row by row: exact match, token F1, BLEU, chrF, bits per character."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,11 +72,13 @@ def evaluate_generation(
 
 
 def greedy(model: Any, template: Template, rows: Sequence[Row], *, max_new_tokens: int, batch: int, max_length: int) -> list[str]:
-    """The model's most likely continuation of each row's prompt, up to a stop token."""
+    """The model's most likely continuation of each row's prompt, up to a stop token of the tokenizer's or of the base's own settings."""
     import torch
 
-    stops = stop_tokens(template.tokenizer)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stops = stops_of(inner, template.tokenizer)
     pad = pad_token(template.tokenizer)
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": stops, "pad_token_id": pad}
     room = _room(model, max_length, max_new_tokens)
     prompts = [template.prompt_ids(row)[-room:] for row in rows]
     answers = [""] * len(rows)
@@ -83,22 +86,30 @@ def greedy(model: Any, template: Template, rows: Sequence[Row], *, max_new_token
         length = max(len(prompts[i]) for i in chosen)
         ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
         mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device)
-        with torch.inference_mode():
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=stops,
-                pad_token_id=pad,
-            )
+        with torch.inference_mode(), _bare(inner):
+            made = model.generate(input_ids=ids, attention_mask=mask, **settings)
         for i, tokens in zip(chosen, made[:, length:].tolist(), strict=True):
             end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
             answers[i] = str(template.tokenizer.decode(tokens[:end], skip_special_tokens=True))
     return answers
+
+
+def stops_of(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer, as engines end it."""
+    named: Any = getattr(model.generation_config, "eos_token_id", None)
+    return sorted({*stop_tokens(tokenizer), *(named if isinstance(named, list) else [named] if named is not None else [])})
+
+
+@contextmanager
+def _bare(model: Any) -> Generator[None]:
+    """Without the base's own repetition penalty and the like: no engine applies them unless a request asks for it."""
+    from transformers.generation.configuration_utils import GenerationConfig
+
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def answer_bits(model: Any, template: Template, rows: Sequence[Row], *, batch: int, max_length: int) -> list[float]:

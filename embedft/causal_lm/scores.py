@@ -21,11 +21,11 @@ def best_f1(answer: str, references: Sequence[str]) -> float:
 
 
 def token_f1(answer: str, expected: str) -> float:
-    """Harmonic mean of precision and recall over lower-case words (as SQuAD, arXiv 1606.05250, without its article rule); 1 when
-    both have none."""
+    """Harmonic mean of precision and recall over lower-case words (as SQuAD, arXiv 1606.05250, without its article rule); where
+    either has none, as of signs alone, 1 if they are equal."""
     left, right = Counter(_words(answer)), Counter(_words(expected))
     if not left or not right:
-        return float(left == right)
+        return exact_match(answer, [expected])
     shared = (left & right).total()
     return 2.0 * shared / (left.total() + right.total())
 

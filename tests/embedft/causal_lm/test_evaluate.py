@@ -21,6 +21,7 @@ def test_token_f1_counts_shared_words() -> None:
     assert token_f1("", "") == 1.0
     assert token_f1("", "x") == 0.0
     assert token_f1("a a a", "a") == pytest.approx(0.5)
+    assert (token_f1("👍", "👎"), token_f1("", "👍"), token_f1("👍 ", "👍")) == (0.0, 0.0, 1.0)
 
 
 def test_any_of_several_references_is_right() -> None:
@@ -57,6 +58,19 @@ def test_batched_answers_equal_those_of_one_row_at_a_time(tiny_base: Path) -> No
     alone = [greedy(base.model, template, [row], max_new_tokens=5, batch=1, max_length=256)[0] for row in ROWS]
     assert batched == alone
     assert len(set(batched)) > 1
+
+
+def test_a_bases_own_penalties_change_no_answer_and_its_own_ends_end_one(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    template = template_of(base.tokenizer)
+    options: dict[str, Any] = {"max_new_tokens": 6, "batch": 3, "max_length": 256}
+    plain = greedy(base.model, template, ROWS, **options)
+    monkeypatch.setattr(base.model.generation_config, "repetition_penalty", 9.0)
+    monkeypatch.setattr(base.model.generation_config, "no_repeat_ngram_size", 1)
+    assert greedy(base.model, template, ROWS, **options) == plain
+    first = base.tokenizer(plain[0], add_special_tokens=False)["input_ids"][0]
+    monkeypatch.setattr(base.model.generation_config, "eos_token_id", [first])
+    assert greedy(base.model, template, ROWS, **options)[0] == ""
 
 
 def test_bits_are_the_likelihood_of_the_answer_given_the_prompt(tiny_base: Path) -> None:
