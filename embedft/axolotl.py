@@ -94,20 +94,13 @@ def _method(given: Mapping[str, Any], made: Translation) -> None:
     if adapter not in (None, "lora", "qlora", "llama-adapter"):
         made.left_out["adapter"] = f"no adapter {adapter!r} here: see adapter.method"
     method = {None: "full", "llama-adapter": "llama_adapter"}.get(adapter, "lora")
-    start = given.get("peft_init_lora_weights")
-    started = re.match(r"(pissa|olora|eva|loftq)", str(start).lower()) if start is not None else None
-    peft = given.get("peft")
-    if started:
-        method = started[1]
-    elif isinstance(peft, dict) and "loftq_config" in peft:
-        method = "loftq"
-    elif start not in (None, True, "gaussian"):
-        made.left_out["peft_init_lora_weights"] = f"no start {start!r} here: pissa, olora, eva and loftq are methods"
-    for key, other in (("peft_use_dora", "dora"), ("peft_use_rslora", "rslora"), ("relora", "relora"), ("relora_steps", "relora")):
-        if given.get(key):
-            method = other
-    if given.get("loraplus_lr_ratio"):
-        method = "lora_plus"
+    claims = _claims(given, made)
+    if claims:
+        chosen, method = claims[-1]
+        for key, other in claims:
+            if other != method:
+                made.left_out[key] = f"one method a recipe: {chosen} makes it {method}, so it is no {other}"
+    if method == "lora_plus":
         made.put("adapter.options", {"ratio": float(given["loraplus_lr_ratio"])})
     if method == "relora":
         _relora(given, made)
@@ -119,6 +112,28 @@ def _method(given: Mapping[str, Any], made: Translation) -> None:
         made.recipe["adapter"].pop("targets", None)  # all linear layers: the default
         if given.get("lora_target_modules") not in (None, "all-linear") and not given.get("lora_target_linear"):
             made.left_out["lora_target_modules"] = "a list of layer names is wanted: set adapter.targets"
+
+
+def _claims(given: Mapping[str, Any], made: Translation) -> list[tuple[str, str]]:
+    """(Axolotl's key, our method) wherever the file asks for another than plain LoRA; the last is taken."""
+    claims: list[tuple[str, str]] = []
+    start, peft = given.get("peft_init_lora_weights"), given.get("peft")
+    if started := re.match(r"(pissa|olora|eva|loftq)", str(start).lower()):
+        claims.append(("peft_init_lora_weights", started[1]))
+    elif isinstance(peft, dict) and "loftq_config" in peft:
+        claims.append(("peft", "loftq"))
+    elif start not in (None, True, "gaussian"):
+        made.left_out["peft_init_lora_weights"] = f"no start {start!r} here: pissa, olora, eva and loftq are methods"
+    return claims + [(key, method) for key, method in _METHOD_KEYS.items() if given.get(key)]
+
+
+_METHOD_KEYS = {
+    "peft_use_dora": "dora",
+    "peft_use_rslora": "rslora",
+    "relora": "relora",
+    "relora_steps": "relora",
+    "loraplus_lr_ratio": "lora_plus",
+}
 
 
 def _relora(given: Mapping[str, Any], made: Translation) -> None:
@@ -186,7 +201,9 @@ def _row_format(one: Mapping[str, Any], key: str, made: Translation) -> None:
 def _steps(given: Mapping[str, Any], made: Translation) -> None:
     """Steps given as shares of the run, or warm-up given in steps: ours are the other way round."""
     warm, total = given.get("warmup_steps"), given.get("max_steps")
-    if warm and total:
+    if warm is not None and float(warm) == 0:
+        made.put("train.warmup", 0.0)
+    elif warm and total:
         made.put("train.warmup", min(1.0, float(warm) / int(total)))
     elif warm:
         made.left_out["warmup_steps"] = "warm-up is a share of all steps here: set train.warmup (default 0.1)"

@@ -106,6 +106,17 @@ def test_each_way_to_name_a_method_is_understood(given: dict[str, Any], method: 
     assert (adapter.method, adapter.options) == (method, options)
 
 
+def test_of_two_methods_the_one_that_is_not_taken_is_named() -> None:
+    made = translate(lora(peft_use_rslora=True, loraplus_lr_ratio=16), name="x")
+    assert made.recipe["adapter"] == {"method": "lora_plus", "options": {"ratio": 16.0}}
+    assert "it is no rslora" in made.left_out["peft_use_rslora"]
+    assert set(translate(lora(relora=True, relora_steps=10, max_steps=40), name="x").left_out) == set()
+
+
+def test_no_steps_of_warm_up_are_none() -> None:
+    assert recipe_of(warmup_steps=0).train.warmup == 0
+
+
 def test_steps_and_shares_are_turned_round() -> None:
     train = recipe_of(
         warmup_steps=50, max_steps=200, eval_steps=20, early_stopping_patience=3, test_datasets=[{"path": "v.jsonl", "type": "alpaca"}]
