@@ -110,8 +110,11 @@ def _vera(base: Base, adapter: AdapterSection) -> dict[str, Any]:
 
 def _adalora(base: Base, adapter: AdapterSection) -> dict[str, Any]:
     """`total_step` is set when training begins and the number of steps is known."""
+    first = int(option(adapter, "init_r")) or -(-3 * adapter.r // 2)
+    if first < adapter.r:
+        raise MethodUnsupported(adapter.method, where=f"with init_r={first} under r={adapter.r}", why="ranks only fall: raise it")
     return {
-        "init_r": int(option(adapter, "init_r")) or -(-3 * adapter.r // 2),
+        "init_r": first,
         "target_r": adapter.r,
         "lora_alpha": adapter.scale_alpha,
         "lora_dropout": adapter.dropout,

@@ -96,9 +96,10 @@ def _loftq(model: Any, base: Base, adapter: AdapterSection) -> None:
         lost = weights(name) - dequantized(layer.get_base_layer())
         u, s, v = torch.linalg.svd(lost, full_matrices=False)
         root = s[: adapter.r].sqrt()
+        rank = len(root)  # less than r in a layer that has no more directions: the rest begins as in any LoRA
         with torch.no_grad():
-            layer.lora_A["default"].weight.copy_(root[:, None] * v[: adapter.r])
-            layer.lora_B["default"].weight.copy_(u[:, : adapter.r] * root / layer.scaling["default"])
+            layer.lora_A["default"].weight[:rank] = root[:, None] * v[:rank]
+            layer.lora_B["default"].weight.zero_()[:, :rank] = u[:, :rank] * root / layer.scaling["default"]
 
 
 def original_weights(base: Base) -> Any:

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ DECOMPRESSED = ("w4a16", "w8a8")  # packed in their files, plain floating-point 
 class Method:
     """One PEFT method. Trainers, converters and engines ask for a capability and never for a name.
 
-    form: how its config is built;  fixed: config fields that make it this method;  options: what `adapter.options` may set;
+    form: how its config is built;  fixed: config fields that make it this method;  options: what `adapter.options` may set;  ranges: the
+    least and the most of an option, outside of which it would not be this method;
     quantizations, tasks, kinds: the bases it trains on, `why` says why no others;  mixed_batch: several of its adapters in one forward
     pass;  vllm: vLLM's LoRA kernels serve what is published;  to_lora: how that becomes plain LoRA;  merges: into the base's
     weights;  neutral_start: attaching changes no output;  checkpointing, packing: goes with either;  start, update, optimizer: what it does
@@ -32,6 +34,7 @@ class Method:
     form: Form = "lora"
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
     quantizations: tuple[str, ...] = (NONE, NF4, INT8, *DECOMPRESSED)
     tasks: tuple[Task, ...] = ("embedding", "causal_lm")
     kinds: tuple[str, ...] = ("encoder", "decoder")
@@ -73,7 +76,15 @@ _ROWS = (
     _lora("llm_int8", "arXiv 2208.07339", quantizations=(INT8,), why="LLM.int8() is an int8 base: set base.quantization=int8"),
     _lora("rslora", "arXiv 2312.03732", fixed=_with(use_rslora=True)),
     Method("dora", "LoraConfig", "arXiv 2402.09353", fixed=_with(use_dora=True), to_lora="approximate"),
-    _lora("pissa", "arXiv 2404.02948", start="pissa", quantizations=(NONE,), why=_EDITS, options=_with(iterations=0)),
+    _lora(
+        "pissa",
+        "arXiv 2404.02948",
+        start="pissa",
+        quantizations=(NONE,),
+        why=_EDITS,
+        options=_with(iterations=0),
+        ranges=_with(iterations=(0, inf)),
+    ),
     _lora("olora", "arXiv 2406.01775", start="olora", quantizations=(NONE,), why=_EDITS),
     _lora(
         "loftq",
@@ -83,8 +94,8 @@ _ROWS = (
         why="it makes good what quantization lost: set base.quantization=nf4 or int8",
         neutral_start=False,
     ),
-    _lora("eva", "arXiv 2410.07170", start="eva", options=_with(rho=1.0)),
-    _lora("lora_plus", "arXiv 2402.12354", optimizer="lora_plus", options=_with(ratio=16.0)),
+    _lora("eva", "arXiv 2410.07170", start="eva", options=_with(rho=1.0), ranges=_with(rho=(1, inf))),
+    _lora("lora_plus", "arXiv 2402.12354", optimizer="lora_plus", options=_with(ratio=16.0), ranges=_with(ratio=(1, inf))),
     _lora("lora_fa", "arXiv 2308.03303", optimizer="lora_fa"),
     Method("vera", "VeraConfig", "arXiv 2310.11454", "vera", options=_with(d_initial=0.1, seed=0), to_lora="exact"),
     Method(
@@ -93,6 +104,7 @@ _ROWS = (
         "arXiv 2303.10512",
         "adalora",
         options=_with(init_r=0, warm=0.15, settle=0.3, every=1, orthogonal=0.5),
+        ranges=_with(init_r=(0, inf), warm=(0, 0.9), settle=(0, 0.9), every=(1, inf), orthogonal=(0, inf)),
         to_lora="exact",
         update="adalora",
     ),
@@ -123,17 +135,21 @@ _ROWS = (
         kinds=("decoder",),
         why="encoders take no key/value prefix (transformers drops it without a word): use prompt_tuning",
         options=_with(projection=False, hidden_size=0),
+        ranges=_with(hidden_size=(0, inf)),
         checkpointing=False,
     ),
-    _prompt("p_tuning", "PromptEncoderConfig", "arXiv 2103.10385", options=_with(hidden_size=0)),
+    _prompt("p_tuning", "PromptEncoderConfig", "arXiv 2103.10385", options=_with(hidden_size=0), ranges=_with(hidden_size=(0, inf))),
     _prompt("prompt_tuning", "PromptTuningConfig", "arXiv 2104.08691", options=_with(text="")),
-    _prompt("multitask_prompt_tuning", "MultitaskPromptTuningConfig", "arXiv 2303.02861", options=_with(ranks=1)),
+    _prompt(
+        "multitask_prompt_tuning", "MultitaskPromptTuningConfig", "arXiv 2303.02861", options=_with(ranks=1), ranges=_with(ranks=(1, inf))
+    ),
     Method(
         "llama_adapter",
         "AdaptionPromptConfig",
         "arXiv 2303.16199",
         "attention",
         options=_with(layers=0),
+        ranges=_with(layers=(0, inf)),
         tasks=("causal_lm",),
         kinds=("decoder",),
         why="its gated attention is made for Llama-like language models: use prefix_tuning or lora",
@@ -141,8 +157,21 @@ _ROWS = (
         dropout=False,
         targets=False,
     ),
-    _lora("delta_lora", "arXiv 2309.02411", update="delta_lora", dropout=False, options=_with(ratio=2.0, begin=0.25)),
-    _lora("relora", "arXiv 2307.05695", update="relora", options=_with(restarts=2, prune=0.99, warm=4)),
+    _lora(
+        "delta_lora",
+        "arXiv 2309.02411",
+        update="delta_lora",
+        dropout=False,
+        options=_with(ratio=2.0, begin=0.25),
+        ranges=_with(ratio=(0, inf), begin=(0, 1)),
+    ),
+    _lora(
+        "relora",
+        "arXiv 2307.05695",
+        update="relora",
+        options=_with(restarts=2, prune=0.99, warm=4),
+        ranges=_with(restarts=(0, inf), prune=(0, 1), warm=(0, inf)),
+    ),
     Method(
         "full",
         "LNTuningConfig",
@@ -181,6 +210,10 @@ def supported(adapter: AdapterSection, *, task: Task, info: BaseInfo) -> Method:
         kind = type(method.options[name])
         if not (type(value) is kind or (kind is float and type(value) is int)):
             raise MethodUnsupported(method.name, where=f"with {name}={value!r}", why=f"expected {_KINDS[kind]}")
+        least, most = method.ranges.get(name, (-inf, inf))
+        if kind in (int, float) and not least <= float(value) <= most:
+            span = f"from {least:g} to {most:g}" if most < inf else f"of at least {least:g}"
+            raise MethodUnsupported(method.name, where=f"with {name}={value!r}", why=f"expected {_KINDS[kind]} {span}")
     if adapter.dropout and not method.dropout:
         raise MethodUnsupported(method.name, where="with dropout", why="it has nothing to drop: set adapter.dropout=0")
     if adapter.targets != "all-linear" and not method.targets:

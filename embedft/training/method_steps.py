@@ -35,7 +35,8 @@ class AdaLoraRanks(MethodSteps):
         config = self.model.peft_config["default"]
         config.total_step = max(2, state.max_steps)
         config.tinit = int(config.total_step * float(option(self.adapter, "warm")))
-        config.tfinal = min(int(config.total_step * float(option(self.adapter, "settle"))), config.total_step - config.tinit - 1)
+        latest = max(0, config.total_step - config.tinit - 2)  # before the last ranks are chosen, importance is measured once
+        config.tfinal = min(int(config.total_step * float(option(self.adapter, "settle"))), latest)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.model.base_model.update_and_allocate(state.global_step + 1)

@@ -60,7 +60,7 @@ def cell(folder: Path, base: Path, task: str, method: str, quantization: str, **
     loaded = load_base(BaseSpec(str(base), quantization), task=task)  # type: ignore[arg-type]
     make = _lm if task == "causal_lm" else _embedding
     options = settings.pop("options", {})
-    adapter = {"method": method, "r": 4, "options": options}
+    adapter = {"method": method, "r": 4, "options": options} | settings.pop("adapter", {})
     train = {"batch": 12, "lr": RATES.get(method, 0.02), "max_length": 48, "max_steps": STEPS, "warmup": 0.0, "schedule": "constant"}
     torch.manual_seed(7)
     return make(folder, loaded, adapter, train | settings)

@@ -97,6 +97,15 @@ def test_loftq_comes_closer_to_the_full_weights_than_the_quantized_base(llama: P
         assert left < lost.norm()
 
 
+def test_loftq_takes_what_there_is_of_a_layer_with_fewer_directions_than_its_rank(llama: Path, tmp_path: Path) -> None:
+    made = cell(tmp_path, llama, "causal_lm", "loftq", "nf4", adapter={"r": 96})
+    weight_of, pairs = original_weights(made.base), plain_pairs(made.model)
+    for name, layer in lora_layers(made.model):
+        lost = weight_of(name) - dequantized(layer.get_base_layer())
+        if min(lost.shape) <= 96:
+            assert (lost - pairs[name][1] @ pairs[name][0]).norm() < 1e-3 * lost.norm()
+
+
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_a_start_that_would_edit_the_base_is_published_as_plain_lora_of_twice_the_rank(llama: Path, tmp_path: Path, method: str) -> None:
     import torch
@@ -256,6 +265,35 @@ def test_an_unknown_option_or_method_is_named(llama: Path, tmp_path: Path) -> No
         cell(tmp_path, llama, "causal_lm", "lora_plus", "none", options={"rate": 3})
     with pytest.raises(MethodUnsupported, match="did you mean 'lora_plus'"):
         cell(tmp_path, llama, "causal_lm", "LoRA-plus", "none")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("adalora", {"every": 0}, "a whole number of at least 1"),
+        ("adalora", {"warm": 2.0}, "a number from 0 to 0.9"),
+        ("adalora", {"init_r": 2}, "ranks only fall"),
+        ("delta_lora", {"begin": 3}, "a number from 0 to 1"),
+        ("eva", {"rho": 0.5}, "of at least 1"),
+        ("lora_plus", {"ratio": -4}, "of at least 1"),
+        ("multitask_prompt_tuning", {"ranks": 0}, "of at least 1"),
+    ],
+)
+def test_an_option_that_would_make_it_another_method_is_refused(
+    llama: Path, tmp_path: Path, method: str, options: dict[str, Any], expected: str
+) -> None:
+    from embedft.errors import MethodUnsupported
+
+    with pytest.raises(MethodUnsupported, match=expected):
+        cell(tmp_path, llama, "causal_lm", method, "none", options=options)
+
+
+@pytest.mark.parametrize("settle", [0.0, 0.9])
+def test_adalora_reaches_its_budget_however_early_its_ranks_settle(llama: Path, tmp_path: Path, settle: float) -> None:
+    made = cell(tmp_path, llama, "causal_lm", "adalora", "none", options={"settle": settle, "warm": 0.0})
+    model = trained(made)
+    pattern: Any = model.peft_config["default"].rank_pattern
+    assert sum(sum(kept) for kept in pattern.values()) == 4 * len(pattern)
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.quantizations[0] == "none"])
