@@ -29,7 +29,7 @@ class MethodSteps(TrainerCallback):
 
 class AdaLoraRanks(MethodSteps):
     """Calls PEFT's update_and_allocate after each optimizer step, while the gradients are still there. No stock trainer does:
-    there the ranks never change."""
+    there the ranks never change. Its penalty counts once a step, whatever the task and however many batches a step has."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         config = self.model.peft_config["default"]
@@ -37,6 +37,23 @@ class AdaLoraRanks(MethodSteps):
         config.tinit = int(config.total_step * float(option(self.adapter, "warm")))
         latest = max(0, config.total_step - config.tinit - 2)  # before the last ranks are chosen, importance is measured once
         config.tfinal = min(int(config.total_step * float(option(self.adapter, "settle"))), latest)
+
+        tuned = self.model.base_model
+        tuned.forward = tuned.model.forward  # PEFT's own adds the penalty to each loss that a model takes itself, evaluations' too
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if weight := float(option(self.adapter, "orthogonal")):
+            (weight * self._unorthogonal()).backward()
+
+    def _unorthogonal(self) -> Any:
+        """Mean over P and Q of all layers of ‖PᵀP − I‖ or ‖QQᵀ − I‖ (Frobenius; arXiv 2303.10512, equation 4, as PEFT takes it)."""
+        import torch
+
+        found: list[Any] = []
+        for _, layer in lora_layers(self.model):
+            p, q = layer.lora_B["default"], layer.lora_A["default"]
+            found += [torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)) for gram in (p.T @ p, q @ q.T)]
+        return torch.stack(found).mean()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.model.base_model.update_and_allocate(state.global_step + 1)

@@ -8,6 +8,7 @@ import pytest
 from embedft.methods import METHODS, attach, save_weights
 from embedft.methods.companion import lora_layers, plain_pairs
 from embedft.methods.starts import dequantized, original_weights
+from tests.embedft.causal_lm.test_settings import keep_gradients
 from tests.embedft.methods.cells import STEPS, cell
 
 
@@ -286,6 +287,31 @@ def test_an_option_that_would_make_it_another_method_is_refused(
 
     with pytest.raises(MethodUnsupported, match=expected):
         cell(tmp_path, llama, "causal_lm", method, "none", options=options)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "embedding"])
+def test_adaloras_penalty_counts_once_a_step_in_either_task(bases: dict[str, Path], tmp_path: Path, task: str) -> None:
+    def penalty(accumulate: int) -> float:
+        norms: list[Any] = []
+        for weight in (0.0, 0.5):
+            settings = {"max_steps": 1, "lr": 1e-12, "max_grad_norm": 1e9, "batch": 6, "accumulate": accumulate}
+            folder = tmp_path / f"{accumulate}-{weight}"
+            folder.mkdir()
+            made = cell(folder, bases[task], task, "adalora", "none", options={"orthogonal": weight}, **settings)
+            gradients: dict[str, Any] = {}
+            keep_gradients(made.trainer, gradients)
+            made.trainer.train()
+            norms.append(gradients)
+        return sum(float((norms[1][name] - norms[0][name]).norm()) for name in norms[0] if "lora_A" in name)
+
+    once = penalty(1)
+    assert once > 0
+    assert penalty(4) == pytest.approx(once, rel=0.05)
+
+
+def test_adaloras_penalty_is_no_part_of_an_evaluations_loss(llama: Path, tmp_path: Path) -> None:
+    made = cell(tmp_path, llama, "causal_lm", "adalora", "none", options={"orthogonal": 50.0}, max_steps=1, lr=1e-12)
+    assert made.loss(trained(made)) < 20
 
 
 @pytest.mark.parametrize("settle", [0.0, 0.9])
