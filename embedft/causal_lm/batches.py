@@ -28,9 +28,14 @@ class Collate:
         kept = min(length, rounded(1 + max(learnt_tail(example) for example in examples), self._dtype, steps=SHAPES))
         ids = torch.tensor([[self._pad_id] * (length - len(e.ids)) + list(e.ids) for e in examples])
         mask = torch.tensor([[0] * (length - len(e.ids)) + [1] * len(e.ids) for e in examples])
-        labels = torch.tensor([([IGNORED] * (length - len(e.ids)) + list(e.labels))[length - kept :] for e in examples])
+        labels = torch.tensor([([IGNORED] * (length - len(e.ids)) + _after_the_first(e))[length - kept :] for e in examples])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels, "logits_to_keep": kept}
+
+
+def _after_the_first(example: Example) -> list[int]:
+    """Its labels, but for its first token: alone there is nothing before it, and in a batch there is padding or another example."""
+    return [IGNORED, *example.labels[1:]]
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,20 @@ MIN_ROOM = 4  # tokens; a bin with less left is not looked at again
 
 
 def _packed(members: Sequence[Example]) -> Pack:
-    # alone, an example's first token has no loss, for nothing stands before it
-    labels = [label for example in members for label in (IGNORED, *example.labels[1:])]
+    labels = [label for example in members for label in _after_the_first(example)]
     segments = [number for number, example in enumerate(members) for _ in example.ids]
     return Pack(tuple(token for example in members for token in example.ids), tuple(labels), tuple(segments))
+
+
+def packing_fault(base: Any, *, length: int) -> str | None:
+    """Why examples in one row of `length` tokens would see each other, or too much of themselves, in this model; None: they would not."""
+    config = base.config.get_text_config()
+    if base.config._attn_implementation != "sdpa":
+        return "its attention takes no mask that keeps examples apart"
+    if getattr(base, "_is_stateful", False) or set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return "some of its layers carry a state on from one example to the next"
+    window = getattr(config, "sliding_window", None)
+    return f"it attends to {window} tokens, and a row has up to {length}" if window and window < length else None
 
 
 class PackedCollate:

@@ -9,7 +9,7 @@ from embedft.base import Base, BaseSpec, load_base
 from embedft.causal_lm.data import Row, data_hash, read_rows
 from embedft.causal_lm.evaluate import Generation, compare, evaluate_generation, pad_token
 from embedft.causal_lm.template import Example, Template, template_of
-from embedft.errors import DataError, MethodUnsupported, RecipeError
+from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError
 from embedft.methods import attach, supported
 from embedft.recipe import CausalLMRecipe, CausalLMTrain
 from embedft.records import sample
@@ -182,10 +182,14 @@ def best_checkpoint(trainer: Any, settings: CausalLMTrain, *, folder: Path) -> "
 
 
 def _check_together(model: Any, settings: CausalLMTrain) -> None:
+    from embedft.causal_lm.batches import packing_fault
+
     row = model.embedft.method
     if settings.packing and not row.packing:
         why = "its virtual tokens stand before a row, not each example: set train.packing=false"
         raise MethodUnsupported(row.name, where="with packing", why=why)
+    if settings.packing and (fault := packing_fault(model.get_base_model(), length=settings.max_length)):
+        raise BaseError(f"examples cannot be packed on {type(model.get_base_model()).__name__}: {fault}: set train.packing=false")
     if settings.gradient_checkpointing and not row.checkpointing:
         why = "a block that is computed again finds its prefix already used: set train.gradient_checkpointing=false"
         raise MethodUnsupported(row.name, where="with gradient checkpointing", why=why)

@@ -9,9 +9,9 @@ import torch
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, load_base
 from embedft.causal_lm.batches import Collate, PackedCollate, pack
-from embedft.causal_lm.template import IGNORED, template_of
+from embedft.causal_lm.template import IGNORED, Example, template_of
 from embedft.causal_lm.train import best_checkpoint, build_trainer, read_split, tokenized, train
-from embedft.errors import MethodUnsupported, RecipeError
+from embedft.errors import BaseError, MethodUnsupported, RecipeError
 from embedft.methods import attach
 from embedft.recipe import AdapterSection
 from tests.fixtures_lm import planted_recipe, planted_rows, write_jsonl
@@ -59,6 +59,36 @@ def test_in_a_pack_each_examples_loss_equals_its_loss_alone(parts: Any, inputs: 
             assert float(own.sum()) == pytest.approx(by_ids[ids], rel=1e-4, abs=1e-4)
             found += 1
     assert found == len(examples)
+
+
+def test_in_a_padded_batch_no_token_is_learnt_from_the_padding_before_it(parts: Any) -> None:
+    recipe, base, _ = parts
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_inputs": True})})
+    examples = tokenized(read_split(recipe).train, template_of(base.tokenizer), recipe)[:6]
+    examples = [Example(example.ids[place % 3 :], example.labels[place % 3 :]) for place, example in enumerate(examples)]
+    collate = Collate(base.tokenizer.pad_token_id, torch.float32)
+    together = losses(base.model, collate(examples)).sum(1)
+    for example, loss in zip(examples, together, strict=True):
+        assert float(loss) == pytest.approx(float(losses(base.model, collate([example])).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"sliding_window": 64}, "attends to 64 tokens"),
+        ({"_attn_implementation": "eager"}, "takes no mask"),
+        ({"layer_types": ["conv"]}, "carry a state"),
+    ],
+)
+def test_a_base_that_would_see_past_an_example_is_not_packed(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], fault: str
+) -> None:
+    recipe, base, examples = parts
+    model = attach(base, AdapterSection(r=4), task="causal_lm")
+    for key, value in changes.items():
+        monkeypatch.setattr(base.model.config, key, value, raising=False)
+    with pytest.raises(BaseError, match=rf"{fault}.* set train\.packing=false"):
+        build_trainer(model, base, examples, recipe.train.model_copy(update={"packing": True}), folder=tmp_path)
 
 
 def test_a_batch_in_bf16_is_a_little_longer_and_no_loss_is_another(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
