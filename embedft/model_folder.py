@@ -83,7 +83,7 @@ def describe(folder: Path) -> BaseInfo:
     """Read what `folder` says of itself; loads no weights."""
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["unknown"])[0]
-    decoder = "CausalLM" in architecture
+    decoder = "CausalLM" in architecture or architecture == "GPT2LMHeadModel"
     pooling, normalize = _pooling(folder, decoder=decoder)
     max_length, positions = lengths(folder, config)
     return BaseInfo(

@@ -55,7 +55,7 @@ def evaluate_generation(
     """Greedy answers to the rows' last turn, and how likely the model holds the true ones.
 
     A prompt keeps its last `max_length` tokens. bits_per_character: the negative log2-likelihood of answer and end token over
-    the answer's characters. BLEU and chrF are taken where `metric` is one of them.
+    the answer's characters, as far as the base has positions for it. BLEU and chrF are taken where `metric` is one of them.
     """
     import numpy as np
 
@@ -64,7 +64,7 @@ def evaluate_generation(
     scores = {
         "exact_match": [exact_match(answer, row.expected) for answer, row in zip(answers, rows, strict=True)],
         "token_f1": [best_f1(answer, row.expected) for answer, row in zip(answers, rows, strict=True)],
-        "bits_per_character": [value / len(row.answer) for value, row in zip(bits, rows, strict=True)],
+        "bits_per_character": [value / _characters(template, row, model) for value, row in zip(bits, rows, strict=True)],
     }
     each, whole = text_scores(answers, [row.expected for row in rows]) if metric in TEXT else ({}, {})
     made = {name: np.array(values) for name, values in (scores | each).items()}
@@ -142,9 +142,21 @@ def _room(model: Any, max_length: int, answer: int) -> int:
 
 
 def _scored(template: Template, row: Row, model: Any, max_length: int) -> Example:
-    answer = template.answer_ids(row)
+    answer = _placed(template.answer_ids(row), model)
     prompt = template.prompt_ids(row)[-_room(model, max_length, len(answer)) :]
     return Example(tuple(prompt + answer), tuple([IGNORED] * len(prompt) + answer))
+
+
+def _placed(answer: list[int], model: Any) -> list[int]:
+    """What of an answer stands within the base's positions after one token of its prompt."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return answer[: positions - 1] if positions else answer
+
+
+def _characters(template: Template, row: Row, model: Any) -> int:
+    answer = template.answer_ids(row)
+    placed = _placed(answer, model)
+    return len(row.answer) if len(placed) == len(answer) else max(1, len(template.tokenizer.decode(placed)))
 
 
 def _by_length(sequences: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:

@@ -37,7 +37,11 @@ def targeted_modules(model: "PreTrainedModel", targets: "Literal['all-linear'] |
     names = linear_modules(model)
     if targets == "all-linear":
         head = model.get_output_embeddings()
-        return [name for name in names if "pooler" not in name.split(".") and model.get_submodule(name) is not head]
+        found = [name for name in names if "pooler" not in name.split(".") and model.get_submodule(name) is not head]
+        if not found:
+            why = "it has no linear layers but the output's (GPT-2's are convolutions): train it by method=full, or take another base"
+            raise MethodUnsupported("lora", where=f"on {type(model).__name__}", why=why)
+        return found
     found = [name for name in names if any(name == target or name.endswith("." + target) for target in targets)]
     missing = [target for target in targets if not any(name == target or name.endswith("." + target) for name in names)]
     if missing:

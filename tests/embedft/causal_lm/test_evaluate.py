@@ -98,11 +98,16 @@ def test_prompt_and_answer_stay_within_the_bases_positions(tiny_base: Path, monk
 
     monkeypatch.setattr(base.model, "forward", watched)
     monkeypatch.setattr(base.model.config, "max_position_embeddings", 24)
-    row = Row("long", (Message("user", "find the note " * 20), Message("assistant", "stop")))
-    greedy(base.model, template, [row], max_new_tokens=5, batch=1, max_length=256)
-    answer_bits(base.model, template, [row], batch=1, max_length=256)
+    rows = [
+        Row("prompt", (Message("user", "find the note " * 20), Message("assistant", "stop"))),
+        Row("answer", (Message("user", "find the note"), Message("assistant", "stop go " * 40))),
+    ]
+    greedy(base.model, template, rows, max_new_tokens=5, batch=1, max_length=256)
+    bits = answer_bits(base.model, template, rows, batch=1, max_length=256)
     assert len(seen) >= 2
     assert max(seen) <= 24
+    made = evaluate_generation(base.model, template, rows, max_new_tokens=5)
+    assert bits[1] / len(rows[1].answer) < made.scores["bits_per_character"][1] < bits[1]
 
 
 def test_a_gain_is_positive_where_fewer_bits_are_better(tiny_base: Path) -> None:

@@ -322,6 +322,22 @@ def test_adalora_reaches_its_budget_however_early_its_ranks_settle(llama: Path, 
     assert sum(sum(kept) for kept in pattern.values()) == 4 * len(pattern)
 
 
+def test_a_decoder_without_linear_layers_is_known_for_one_and_refused_with_what_to_do(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from embedft.base import BaseSpec, load_base
+    from embedft.errors import MethodUnsupported
+    from embedft.recipe import AdapterSection
+    from tests.fixtures_lm import tiny_tokenizer
+
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=400)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    base = load_base(BaseSpec(str(tmp_path)), task="causal_lm")
+    assert base.info.kind == "decoder"
+    with pytest.raises(MethodUnsupported, match=r"are convolutions.*method=full"):
+        attach(base, AdapterSection(), task="causal_lm")
+
+
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.quantizations[0] == "none"])
 def test_dropout_and_targets_are_there_or_refused_as_the_table_says(llama: Path, method: str) -> None:
     """The table's columns against what PEFT then holds."""
