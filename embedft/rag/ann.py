@@ -1,6 +1,7 @@
 """FAISS indexes of three kinds over rows 0 … n-1: inner product, so cosine for vectors of length 1. Knows no lineage and no text."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +91,7 @@ class Ann:
         return int(self.index.d)
 
     def search(self, queries: Rows, k: int, *, over: Any = None) -> tuple[Rows, NDArray[np.int64]]:
-        """(q, d) → (scores, row numbers), both (q, k), best first, -1 where there are fewer. `over`: made by `passing_over`."""
+        """(q, d) → (scores, row numbers), both (q, k), best first, -1 where there are fewer. `over`: of a Dead."""
         import faiss
 
         queries = np.ascontiguousarray(queries, dtype=np.float32)
@@ -154,11 +155,19 @@ class Ann:
         return cls(index, kind, settings, raw)
 
 
-def passing_over(rows: NDArray[np.int64]) -> Any:
-    """What `search` takes to leave out `rows`; worth keeping, for it takes time in proportion to them."""
-    import faiss
+class Dead:
+    """`rows` (n,) that are passed over, of which an Ann holds those below `sealed`."""
 
-    return faiss.IDSelectorNot(faiss.IDSelectorBatch(rows))
+    def __init__(self, rows: NDArray[np.int64], *, sealed: int) -> None:
+        self.rows, self._sealed = rows, sealed
+
+    @cached_property
+    def over(self) -> Any:
+        """What an Ann's `search` takes to leave them out; None where all of its rows live. Made once: it takes time in proportion."""
+        import faiss
+
+        held = self.rows[self.rows < self._sealed]
+        return faiss.IDSelectorNot(faiss.IDSelectorBatch(held)) if len(held) else None
 
 
 def _divisor(dimension: int, wanted: int) -> int:

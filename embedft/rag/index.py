@@ -4,6 +4,7 @@ FOLDER/versions/<version>/    meta.json, vectors.faiss, rows.sqlite, bm25/ (vers
 FOLDER/maps/<lineage>.npz     fitted linear maps from other lineages
 """
 
+import copy
 import shutil
 import sqlite3
 import tempfile
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedft.errors import IndexInvalid, IndexNotFound, LineageMismatch
-from embedft.rag.ann import BLOCK, Ann, AnnSettings, Kind, passing_over
+from embedft.rag.ann import BLOCK, Ann, AnnSettings, Dead, Kind
 from embedft.rag.engines import Labelled, Rows
 from embedft.rag.linear_map import LinearMap
 from embedft.rag.rows import Chunk, RowTable
@@ -38,7 +39,10 @@ class Found:
 
 
 class VectorIndex:
-    """A version of an index, opened from disk or new, with what has been added and deleted since; `save` publishes the next version."""
+    """A version of an index, opened from disk or new, with what has been added and deleted since; `save` publishes the next version.
+
+    Threads may search while another adds, deletes or saves: each of several steps of one search goes to one `snapshot`.
+    """
 
     def __init__(
         self, folder: Path, *, lineage: str, made_by: str, settings: AnnSettings | None = None, adapter: str | None = None
@@ -52,9 +56,9 @@ class VectorIndex:
         self._ann: Ann | None = None
         self._new: list[Rows] = []
         self._table, self._own_table = RowTable(None, writable=True), True
-        self._dead = np.zeros(0, dtype=np.int64)
-        self._over: tuple[NDArray[np.int64], Any] | None = None  # (the dead, what passes them over)
-        self._lock = threading.RLock()
+        self._dead = Dead(np.zeros(0, dtype=np.int64), sealed=0)
+        self._lock = threading.RLock()  # of those who change it, for as long as that takes
+        self._turn = threading.Lock()  # of all, for the moment in which one state takes another's place
 
     @property
     def name(self) -> str:
@@ -73,7 +77,7 @@ class VectorIndex:
         index.version, index.notes = version, dict(meta.notes)
         try:
             index._table, index._own_table = RowTable(place / "rows.sqlite"), False
-            index._dead = index._table.dead()
+            index._dead = Dead(index._table.dead(), sealed=meta.rows)
             if index._table.count() != meta.chunks:
                 raise IndexInvalid(folder.name, f"rows.sqlite holds {index._table.count()} chunks, its record says {meta.chunks}")
         except sqlite3.DatabaseError as error:
@@ -99,6 +103,11 @@ class VectorIndex:
     def __len__(self) -> int:
         return self._table.count()
 
+    def snapshot(self) -> "VectorIndex":
+        """What it is now, to search in: later changes do not reach it, but for chunks that are deleted, which it no longer finds."""
+        with self._turn:
+            return copy.copy(self)
+
     def check(self, *, lineage: str, made_by: str) -> None:
         """LineageMismatch unless vectors that are to be compared with documents of `lineage` belong here."""
         if lineage != self.lineage:
@@ -116,25 +125,31 @@ class VectorIndex:
         kept = sorted(last.values())
         with self._lock:
             self._writable()
-            self._table.add(self._rows(), [chunks[place] for place in kept])
-            self._new.append(vectors[kept])
-            self._dead = self._table.dead()
+            with self._turn:
+                self._table.add(self._rows(), [chunks[place] for place in kept])
+                self._new = _joined([*self._new, vectors[kept]])
+                self._bury()
 
     def delete(self, *, ids: Sequence[str] = (), document: str | None = None) -> int:
         """Forget chunks by id, or all of a document; returns how many there were."""
         with self._lock:
             self._writable()
             rows = self._table.find(list(ids)) + (self._table.of_document(document) if document is not None else [])
-            self._table.drop(rows)
-            self._dead = self._table.dead()
+            with self._turn:
+                self._table.drop(rows)
+                self._bury()
         return len(rows)
+
+    def _bury(self) -> None:
+        self._dead = Dead(self._table.dead(), sealed=self._ann.rows if self._ann else 0)
 
     def search(self, query: Labelled, k: int, *, mapped: bool = False) -> list[Found]:
         """The k chunks nearest to one query. `mapped`: a query of another lineage goes through its fitted linear map.
 
         Raises LineageMismatch, or IndexInvalid on a dimension mismatch.
         """
-        return self.found(self.nearest(self.accept(query, mapped=mapped), k))
+        now = self.snapshot()
+        return now.found(now.nearest(now.accept(query, mapped=mapped), k))
 
     def accept(self, query: Labelled, *, mapped: bool = False) -> Rows:
         """The query as a vector of this index, (d,). Raises as `search` does."""
@@ -171,13 +186,15 @@ class VectorIndex:
 
     def vectors(self, rows: NDArray[np.int64]) -> Rows:
         """(n,) row numbers → (n, d) exact vectors."""
-        sealed = self._ann.rows if self._ann else 0
+        first = self._ann.rows if self._ann else 0
         made = np.zeros((len(rows), self.dimension or 0), dtype=np.float32)
-        old = rows < sealed
+        old = rows < first
         if self._ann and old.any():
             made[old] = self._ann.vectors(rows[old])
-        if not old.all():
-            made[~old] = self._buffer()[rows[~old] - sealed]
+        for part in self._new:
+            here = (rows >= first) & (rows < first + len(part))
+            made[here] = part[rows[here] - first]
+            first += len(part)
         return made
 
     def map_from(self, lineage: str) -> LinearMap | None:
@@ -193,9 +210,9 @@ class VectorIndex:
         """
         with self._lock:
             version = publish(self.folder, lambda stage: self._write(stage, bm25=bm25), before=self.version, lineage=self.lineage)
-        opened = VectorIndex.open(self.folder)
-        self._table.close()
-        self.__dict__.update({name: value for name, value in opened.__dict__.items() if name != "_lock"})
+            opened = VectorIndex.open(self.folder)
+            with self._turn:
+                self.__dict__.update({name: value for name, value in opened.__dict__.items() if name not in ("_lock", "_turn")})
         return version
 
     def _write(self, stage: Path, *, bm25: bool) -> None:
@@ -232,7 +249,7 @@ class VectorIndex:
         """The graph or lists as they are, with the new rows added, where few rows are new or dead; None: build anew."""
         ann, new = self._ann, sum(map(len, self._new))
         worthwhile = ann is not None and ann.kind != "flat" and ann.kind == self.settings.chosen(live)
-        if ann is None or not worthwhile or len(self._dead) > MOST_DEAD * rows or new > MOST_NEW * rows or self.version is None:
+        if ann is None or not worthwhile or len(self._dead.rows) > MOST_DEAD * rows or new > MOST_NEW * rows or self.version is None:
             return None
         import faiss
 
@@ -254,38 +271,30 @@ class VectorIndex:
         found: list[tuple[int, float]] = []
         if self._ann:
             sealed = self._ann.rows
-            scores, rows = self._ann.search(vector[None], min(k, sealed), over=self._passing_over())
+            scores, rows = self._ann.search(vector[None], min(k, sealed), over=self._dead.over)
             found = [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
         if not self._new:
             return found
-        with self._lock:
-            scores, first = self._buffer() @ vector, self._ann.rows if self._ann else 0
-            scores[self._dead[self._dead >= first] - first] = -np.inf
+        scores, first = np.concatenate([part @ vector for part in self._new]), self._ann.rows if self._ann else 0
+        scores[self._dead.rows[self._dead.rows >= first] - first] = -np.inf
         best = np.argsort(-scores, kind="stable")[:k]
         found += [(first + int(row), float(scores[row])) for row in best if np.isfinite(scores[row])]
         return sorted(found, key=lambda pair: -pair[1])[:k]
 
-    def _passing_over(self) -> Any:
-        """FAISS' selector of the rows that are not dead, made once for each set of them; None where all live."""
-        dead = self._dead
-        if self._over is None or self._over[0] is not dead:
-            sealed = dead[dead < self._ann.rows] if self._ann else dead
-            self._over = (dead, passing_over(sealed) if len(sealed) else None)
-        return self._over[1]
-
     def _rows(self) -> int:
         return (self._ann.rows if self._ann else 0) + sum(map(len, self._new))
-
-    def _buffer(self) -> Rows:
-        if len(self._new) > 1:
-            self._new = [np.concatenate(self._new)]
-        return self._new[0]
 
     def _writable(self) -> None:
         if self._own_table:
             return
-        copy = Path(tempfile.mkdtemp(prefix="embedft-rows-")) / "rows.sqlite"
-        self._table.copy_to(copy)
-        self._table.close()
-        self._table, self._own_table = RowTable(copy, writable=True), True
-        weakref.finalize(self._table, shutil.rmtree, copy.parent, ignore_errors=True)  # SQLite does not write to an unlinked file
+        own = Path(tempfile.mkdtemp(prefix="embedft-rows-")) / "rows.sqlite"
+        self._table.copy_to(own)
+        self._table, self._own_table = RowTable(own, writable=True), True
+        weakref.finalize(self._table, shutil.rmtree, own.parent, ignore_errors=True)  # SQLite does not write to an unlinked file
+
+
+def _joined(parts: list[Rows]) -> list[Rows]:
+    """Few parts however many were added: a short last part is put together with the one before it that is no longer."""
+    while len(parts) > 1 and len(parts[-2]) <= len(parts[-1]) < BLOCK:
+        parts[-2:] = [np.concatenate(parts[-2:])]
+    return parts

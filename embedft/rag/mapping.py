@@ -23,6 +23,7 @@ def fit_map(
     `queries`: real questions to measure with; without them up to a fifth of the chunks is held back from the sample, and their texts
     stand in, embedded as queries. Raises UsageError where the index is too small.
     """
+    index = index.snapshot()
     rows = np.random.default_rng(seed).permutation(index.rows())
     held = 0 if queries else min(QUERIES, len(rows) // 5)
     chosen = rows[held : held + sample]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sqlite3
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,10 @@ class Chunk:
 
 
 class RowTable:
-    """`path` None keeps it in memory. Without `writable` the file is taken as unchangeable. Safe to share between threads."""
+    """`path` None keeps it in memory. Without `writable` the file is taken as unchangeable. Safe to share between threads.
+
+    It closes when nobody holds it any more: SQLite crashes where one thread closes what another reads.
+    """
 
     def __init__(self, path: Path | None, *, writable: bool = False) -> None:
         if path is None or writable:
@@ -52,6 +56,7 @@ class RowTable:
         else:
             self._db = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True, check_same_thread=False)
             self._db.execute("PRAGMA mmap_size=1073741824")
+        weakref.finalize(self, self._db.close)
 
     def add(self, first: int, chunks: Sequence[Chunk]) -> None:
         """Rows first, first + 1, …; an id that is there already is replaced, its old row is dead."""

@@ -34,6 +34,7 @@ def search(index: VectorIndex, question: str, vector: Labelled | None, stages: S
 
     Raises LineageMismatch, IndexInvalid; UsageError where BM25 is asked for and the index has none.
     """
+    index = index.snapshot()  # the rows of every stage are of one state
     depth = max(stages.k, stages.rerank_depth if stages.rerank else 0, stages.depth if stages.fusion in ("rrf", "weights") else 0)
     dense: Scores = []
     if stages.fusion != "sparse":

@@ -99,10 +99,11 @@ class LineageVectorStore(FaissVectorStore):
             stages = Stages(k=query.hybrid_top_k or query.similarity_top_k, fusion=_WITH_WORDS.get(query.mode, "none"))  # pyright: ignore[reportArgumentType]
             found = search(self._index, query.query_str or "", vector, stages)
         else:
-            self._index.accept(vector)
-            rows = super().query(query)
+            now = self._index.snapshot()
+            now.accept(vector)
+            rows = FaissVectorStore(faiss_index=_Searched(now)).query(query)
             scored = zip(rows.ids or [], rows.similarities or [], strict=True)
-            found = self._index.found([(int(row), float(score)) for row, score in scored])
+            found = now.found([(int(row), float(score)) for row, score in scored])
         return VectorStoreQueryResult(
             nodes=[node_of(hit.chunk) for hit in found], similarities=[hit.score for hit in found], ids=[hit.chunk.id for hit in found]
         )

@@ -1,6 +1,7 @@
 """The index: what it finds, what it refuses, and what is left of it after a restart, a crash or damage."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,39 @@ def test_ivfpq_of_too_few_rows_is_flat_until_there_are_enough(tmp_path: Path) ->
     settings = AnnSettings(kind="ivfpq", bits=4)
     assert [settings.chosen(rows) for rows in (623, 624)] == ["flat", "ivfpq"]
     assert [AnnSettings(kind="ivfpq").chosen(rows) for rows in (9983, 9984)] == ["flat", "ivfpq"]
+
+
+def test_threads_search_while_another_adds_deletes_and_saves(tmp_path: Path) -> None:
+    rows = vectors(200)
+    index = filled(tmp_path / "i", rows)
+    index.save()
+    ended, wrong = threading.Event(), list[str]()
+
+    def ask() -> None:
+        while not ended.is_set():
+            try:
+                wrong.extend(hit.chunk.id for hit in index.search(label(rows[199]), 1) if hit.chunk.id != "c199")
+            except Exception as error:
+                wrong.append(repr(error))
+
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    for number in range(10):  # a crash of the interpreter before chunks were read apart from what is written
+        index.add([Chunk(f"n{number}", "new", "new")], vectors(1, seed=number + 1), lineage="L", made_by="base")
+        index.delete(ids=[f"c{number}"])
+        index.save()
+    ended.set()
+    for thread in asking:
+        thread.join()
+    assert not wrong
+    assert len(index) == 200
+
+
+def test_rows_added_one_at_a_time_are_all_found(tmp_path: Path) -> None:
+    rows = vectors(70)
+    index = filled(tmp_path / "i", rows[:9])
+    for number in range(9, 70):
+        index.add(chunks(1, first=number), rows[number : number + 1], lineage="L", made_by="base")
+    assert [ids(index, row, 1)[0] for row in rows] == [f"c{number}" for number in range(70)]
+    np.testing.assert_array_equal(index.vectors(np.array([69, 3, 40])), rows[[69, 3, 40]])

@@ -73,3 +73,17 @@ def test_citations_and_faithfulness() -> None:
     assert cited("eighty degrees", sources) == [1]
     assert cited("nothing alike", sources) == []
     assert faithfulness("eighty flour moon", sources) == pytest.approx(2 / 3)
+
+
+def test_an_index_saved_in_the_middle_of_a_search_does_not_mix_up_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = vectors(30)
+    index = filled(tmp_path / "i", rows)
+    index.save()
+
+    def busy(*_: object) -> list[tuple[int, float]]:
+        index.delete(document="d0")  # the rows behind it move up by ten
+        index.save()
+        return []
+
+    monkeypatch.setattr(index.bm25, "search", busy)
+    assert search(index, "anything", label(rows[15]), Stages(k=1, fusion="rrf"))[0].chunk.id == "c15"
