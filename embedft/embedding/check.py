@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from embedft.embedding.beir import is_beir, read_beir, splits
-from embedft.embedding.near import NearIndex, words
+from embedft.embedding.near import NearIndex
 from embedft.embedding.pairs import as_list, columns_of, no_text
 from embedft.errors import DataError
 from embedft.files import expect_jsonl, staged_folder, write_jsonl
 from embedft.records import Record, read_records
+from embedft.words import folded, words
 
 EXAMPLES = 3
 PHRASE = 4  # words; shorter phrases are language, not a template
@@ -202,7 +203,7 @@ def _repeated(state: _State) -> None:
     seen: dict[tuple[str, str], str] = {}
     hits: list[tuple[Pair, str]] = []
     for pair in state.pairs:
-        key = (" ".join(words(pair.query)), " ".join(words(pair.document)))
+        key = (folded(pair.query), folded(pair.document))
         if key in seen:
             hits.append((pair, f"the same pair as {seen[key]}: {_short(pair.query)}"))
         seen.setdefault(key, pair.where)

@@ -16,6 +16,7 @@ from embedft.embedding.data import RetrievalSet
 from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder, EncodeSettings, Progress
 from embedft.ranks import fused
+from embedft.words import bm25_of, content_words
 
 METRICS = ("ndcg@10", "mrr@10", "hit@1", "hit@5", "hit@10", "recall@10")
 DEPTH = 10
@@ -66,7 +67,7 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def bm25_baseline(data: RetrievalSet) -> RetrievalResult:
-    """BM25 (Robertson's, bm25s' defaults) over words split at underscores, English stop words left out."""
+    """BM25 as `bm25_of` has it."""
     ids = list(data.documents)
     ranked = bm25_top(list(data.queries.values()), list(data.documents.values()), depth=POOL)
     return score(data, [[ids[row] for row in rows] for rows in ranked])
@@ -74,14 +75,11 @@ def bm25_baseline(data: RetrievalSet) -> RetrievalResult:
 
 def bm25_top(queries: Sequence[str], documents: Sequence[str], *, depth: int) -> list[list[int]]:
     """For each query the rows of its best documents, best first; none that shares no word with it."""
-    import bm25s
-
-    def words(texts: Sequence[str]) -> Any:
-        return bm25s.tokenize(list(texts), token_pattern=r"(?u)[^\W_]+", stopwords="english", show_progress=False, return_ids=False)
-
-    index: Any = bm25s.BM25()
-    index.index(words(documents), show_progress=False)
-    found, scores = index.retrieve(words(queries), k=min(depth, len(documents)), show_progress=False)
+    index: Any = bm25_of(documents)
+    if index is None:
+        return [[] for _ in queries]
+    asked = [content_words(query) for query in queries]
+    found, scores = index.retrieve(asked, k=min(depth, len(documents)), show_progress=False)
     return [[int(row) for row, value in zip(rows, values, strict=True) if value > 0] for rows, values in zip(found, scores, strict=True)]
 
 

@@ -1,6 +1,5 @@
 """Which texts are nearly the same: MinHash finds candidates (Broder 1997), their exact Jaccard similarity decides. Knows no data format."""
 
-import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from zlib import crc32
@@ -8,14 +7,10 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from embedft.words import words
+
 BANDS, ROWS = 20, 4  # a pair of similarity 0.8 shares a band with probability 0.9999
 _PRIME = np.uint64((1 << 31) - 1)
-_WORD = re.compile(r"[^\W_]+")
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words, without punctuation."""
-    return _WORD.findall(text.lower())
 
 
 def shingles(text: str) -> frozenset[str]:

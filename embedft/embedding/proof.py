@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from embedft.embedding.data import RetrievalSet
 from embedft.embedding.evaluate import DEPTH, RetrievalResult, Towers, compare_towers
-from embedft.embedding.near import words
+from embedft.words import content_words, words
 
 if TYPE_CHECKING:
     from embedft.adapters.passport import Passport
@@ -44,13 +44,10 @@ def comparison(towers: Towers, data: RetrievalSet, *, metric: str, seed: int = 7
 
 def overlaps(data: RetrievalSet) -> NDArray[np.float64]:
     """(queries,) share of a query's distinct words that stand in its relevant document that shares most of them; stop words left out."""
-    from bm25s.stopwords import STOPWORDS_EN
-
-    skipped = frozenset(STOPWORDS_EN)
     said: dict[str, frozenset[str]] = {}
     shares: list[float] = []
     for identifier, query in data.queries.items():
-        asked = frozenset(words(query)) - skipped or frozenset(words(query))
+        asked = frozenset(content_words(query) or words(query))
         best = 0.0
         for document in data.relevant[identifier]:
             found = said.setdefault(document, frozenset(words(data.documents[document])))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.embedding.beir import is_beir
-from embedft.embedding.near import words
 from embedft.errors import DataError, UsageError
 from embedft.files import expect_jsonl, hash_json, write_jsonl, write_text
 from embedft.records import read_records, sample
+from embedft.words import folded, words
 
 if TYPE_CHECKING:
     from embedft.encode import EncodeSettings
@@ -264,9 +264,9 @@ def _unrepeated(pairs: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, i
     """A query that was made for several passages says nothing about which; it is dropped."""
     owners: dict[str, set[int]] = {}
     for query, _, place in pairs:
-        owners.setdefault(" ".join(words(query)), set()).add(place)
+        owners.setdefault(folded(query), set()).add(place)
     seen: set[str] = set()
-    return [p for p in pairs if len(owners[key := " ".join(words(p[0]))]) == 1 and not (key in seen or seen.add(key))]
+    return [p for p in pairs if len(owners[key := folded(p[0])]) == 1 and not (key in seen or seen.add(key))]
 
 
 def _why_none(synth: Synth, passages: Sequence[Passage], *, made: int, unique: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from embedft.rag.engines import Embedder, Labelled, Reader
 from embedft.rag.index import Found, VectorIndex
 from embedft.rag.search import Stages, search
+from embedft.words import words
 
 PROMPT = "Passages:\n{passages}\n\nQuestion: {question}"
 PASSAGE_CHARACTERS = 1200
@@ -44,22 +45,18 @@ def cited(answer: str, sources: Sequence[Source]) -> list[int]:
     named = [int(number) for number in re.findall(r"\[(\d+)\]", answer) if int(number) in known]
     if named:
         return list(dict.fromkeys(named))
-    words = _words(answer)
-    shares = [(len(words & _words(source.text)), -source.number) for source in sources]
+    said = set(words(answer))
+    shares = [(len(said.intersection(words(source.text))), -source.number) for source in sources]
     best = max(shares, default=(0, 0))
     return [-best[1]] if best[0] else []
 
 
 def faithfulness(answer: str, sources: Sequence[Source]) -> float:
     """The share of the answer's distinct words that stand in the passages; 1 for an answer without words."""
-    words = _words(answer)
-    if not words:
+    said = set(words(answer))
+    if not said:
         return 1.0
-    return len(words & set().union(*(_words(source.text) for source in sources))) / len(words)
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
+    return len(said.intersection(word for source in sources for word in words(source.text))) / len(said)
 
 
 def retrieve(index: VectorIndex, question: str, embedder: Embedder, *, adapter: str | None, stages: Stages) -> list[Source]:

@@ -10,13 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from embedft.rag.documents import Document
 from embedft.rag.rows import Chunk
+from embedft.words import UNSPACED
 
-_PIECES = re.compile(r"[^\W_]{1,6}|[^\w\s]|_")
-_SENTENCE = re.compile(r"(?<=[.!?。？！])\s+|\n{2,}")
+_PIECES = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]{{1,6}}|[^\w\s]|_")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。？！])\s*|\n{2,}")
 
 
 class Chunking(BaseModel):
-    """In tokens, counted as a word-piece tokenizer roughly would: pieces of up to six letters, and punctuation marks."""
+    """In tokens, counted as a word-piece tokenizer roughly would: pieces of up to six letters, punctuation marks, and each
+    character of Chinese and Japanese."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,11 +1,13 @@
-"""BM25 over the chunks' texts (Robertson's, bm25s' defaults), kept on disk beside the vectors. Words are split at underscores."""
+"""BM25 over the chunks' texts, kept on disk beside the vectors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from embedft.words import bm25_of, content_words
 
 
 class Bm25:
@@ -17,23 +19,16 @@ class Bm25:
     @classmethod
     def build(cls, texts: Iterator[tuple[int, str]]) -> "Bm25 | None":
         """Of (row, text) pairs; None where no text has a word."""
-        import bm25s
-
         rows, contents = list[int](), list[str]()
         for row, text in texts:
             rows.append(row)
             contents.append(text)
-        tokens = _words(contents)
-        if not any(tokens):
-            return None
-        index: Any = bm25s.BM25()
-        index.index(tokens, show_progress=False)
-        return cls(index, np.array(rows, dtype=np.int64))
+        index = bm25_of(contents)
+        return cls(index, np.array(rows, dtype=np.int64)) if index is not None else None
 
     def search(self, text: str, k: int) -> list[tuple[int, float]]:
         """(row, score) of the k best with a score above 0, best first."""
-        (words,) = _words([text])
-        known = [word for word in words if word in self._index.vocab_dict]
+        known = [word for word in content_words(text) if word in self._index.vocab_dict]
         if not known:
             return []
         scores: NDArray[np.float32] = self._index.get_scores(known)
@@ -52,9 +47,3 @@ class Bm25:
         import bm25s
 
         return cls(bm25s.BM25.load(str(folder), mmap=True), np.load(folder / "rows.npy", mmap_mode="r"))
-
-
-def _words(texts: Sequence[str]) -> list[list[str]]:
-    import bm25s
-
-    return bm25s.tokenize(list(texts), token_pattern=r"(?u)[^\W_]+", stopwords="english", show_progress=False, return_ids=False)  # pyright: ignore[reportReturnType]

@@ -56,6 +56,13 @@ def test_repeated_empty_and_identical_rows_are_dropped(tmp_path: Path) -> None:
     assert kept == rows
 
 
+def test_rows_that_differ_only_in_signs_are_not_repeated(tmp_path: Path) -> None:
+    signs = [{"query": f"What does a {sign} b give in Python", "document": f"a {sign} b is what you want here"} for sign in "+-*/"]
+    report, kept = fixed(tmp_path, [*clean_rows(), *signs, {**signs[0], "query": signs[0]["query"].upper() + "?"}])
+    assert found(report, "duplicates").count == 1
+    assert kept == [*clean_rows(), *signs]
+
+
 def test_a_query_that_the_evaluation_asks_in_other_words_order_or_case_is_leakage(tmp_path: Path) -> None:
     rows = clean_rows()
     test = [

@@ -7,7 +7,7 @@ import pytest
 
 from embedft.base import BaseSpec, load_base, load_model
 from embedft.embedding.data import RetrievalSet, load_retrieval
-from embedft.embedding.evaluate import METRICS, Towers, bm25_baseline, compare_towers, evaluate_retrieval, fuse, score
+from embedft.embedding.evaluate import METRICS, Towers, bm25_baseline, bm25_top, compare_towers, evaluate_retrieval, fuse, score
 from embedft.embedding.proof import comparison
 from embedft.encode import Encoder, EncodeSettings
 from embedft.methods import attach
@@ -60,6 +60,14 @@ def test_bm25_finds_shared_words_and_gives_no_rank_to_documents_without_any() ->
     assert result.ranked[0] == ("1",)
     assert result.ranked[1] == ()
     assert result.metrics["ndcg@10"] == 0.5
+
+
+def test_bm25_finds_a_word_inside_a_sentence_without_spaces() -> None:
+    assert bm25_top(["机器学习"], ["今天天气很好", "什么是机器学习和深度学习"], depth=1) == [[1]]
+
+
+def test_bm25_over_texts_without_words_finds_nothing() -> None:
+    assert bm25_top(["a moon", "?"], ["???", "of the"], depth=5) == [[], []]
 
 
 @pytest.mark.parametrize("side", ["both", "query"])

@@ -105,6 +105,13 @@ def test_a_query_made_for_two_passages_is_dropped(tmp_path: Path) -> None:
     assert (report.made, report.repeated, report.kept) == (5, 4, 1)
 
 
+def test_queries_that_differ_in_a_sign_are_made_for_one_passage_each(tmp_path: Path) -> None:
+    signed = zip(("", "++", "#", "*"), FACTS.values(), strict=True)
+    texts = [{"_id": sign, "title": f"Compile a C{sign} program", "text": text} for sign, text in signed]
+    report = synthesize(write_rows(tmp_path / "c.jsonl", texts), tmp_path / "out.jsonl", synth=Synth(count=1), base=None)
+    assert (report.made, report.repeated, report.kept) == (4, 0, 4)
+
+
 def test_a_run_that_makes_nothing_says_why_and_leaves_no_file(tmp_path: Path, server: Server) -> None:
     alike = [{"_id": str(i), "title": "About the house", "text": text} for i, text in enumerate(FACTS.values())]
     outdone = [

@@ -87,6 +87,13 @@ def test_a_class_that_fits_is_one_chunk_and_of_a_longer_one_each_method_is() -> 
     assert sorted(together) == sorted(POT.split())  # nothing is lost and nothing is there twice
 
 
+def test_chinese_is_cut_between_sentences_and_no_longer_than_what_is_read() -> None:
+    text = "机器学习是人工智能的一个分支。" * 40
+    made = [chunk.text for chunk in chunks_of([Document("c", text, "text")], Chunking(size=40, overlap=0))]
+    assert "".join(made) == text
+    assert {len(piece) for piece in made} == {30}  # two sentences; a word-piece tokenizer takes each character for a token
+
+
 @pytest.fixture
 def unprivileged() -> Iterator[Path]:
     """A folder that anybody may enter, for a process whose rights are anybody's while the test runs."""
