@@ -12,7 +12,7 @@ from typing import Any
 
 from embedft.embedding.beir import is_beir, read_beir, splits
 from embedft.embedding.near import NearIndex
-from embedft.embedding.pairs import as_list, columns_of, no_text
+from embedft.embedding.pairs import QUERY, as_list, columns_of, no_text
 from embedft.errors import DataError
 from embedft.files import expect_jsonl, staged_folder, write_jsonl
 from embedft.records import Record, read_records
@@ -29,7 +29,7 @@ ASKING = frozenset(("what", "how", "which", "who", "whom", "whose", "when", "whe
 @dataclass(frozen=True)
 class Pair:
     """One row as it stands; `label` None where the file has no such column. `scores`: a teacher's, of the document and each negative.
-    `ids`: query and document id in a BEIR folder."""
+    `ids`: query and document id in a BEIR folder, `grade` what its qrels give the pair."""
 
     where: str
     query: str
@@ -38,6 +38,7 @@ class Pair:
     label: Any = None
     scores: tuple[Any, ...] = ()
     ids: tuple[str, str] | None = None
+    grade: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _State:
 
 def check(train: str, *, eval: str | None = None, max_length: int = 256, base: str = "minilm", fix: Path | None = None) -> CheckReport:
     """Examine training rows, and their likeness to the evaluation's. Raises DataError where nothing can be read, or where `fix`
-    would hold no row.
+    would hold no row, or where `eval` asks nothing that can be read.
 
     `max_length` in tokens of `base`'s tokenizer. `fix`: a new file (.jsonl) or, for a BEIR folder, a new folder.
     """
@@ -95,9 +96,9 @@ def check(train: str, *, eval: str | None = None, max_length: int = 256, base: s
     for step in (_labels, _swapped, _empty, _negatives, _repeated, _false_negatives, _templates):
         step(state)
     _too_long(state, max_length=max_length, base=base)
-    source = eval or (train if is_beir(train) else None)
+    source = eval or (train if is_beir(train) and not {"test", "dev"}.isdisjoint(splits(Path(train))) else None)
     if source:
-        _leaks(state, _evaluation_queries(source))
+        _leaks(state, _evaluation_queries(source, state))
     if fix is None:
         return CheckReport(rows, tuple(state.findings))
     if not state.pairs:
@@ -112,9 +113,9 @@ def _read(source: str, state: _State) -> list[Pair]:
     if is_beir(source):
         beir = read_beir(Path(source), "train", problems)
         pairs = [
-            Pair(f"{query}/{document}", beir.queries[query], beir.documents[document], ids=(query, document))
+            Pair(f"{query}/{document}", beir.queries[query], beir.documents[document], ids=(query, document), grade=grade)
             for query, grades in beir.relevant.items()
-            for document in grades
+            for document, grade in grades.items()
         ]
     else:
         pairs: list[Pair] = []
@@ -284,16 +285,34 @@ def _too_long(state: _State, *, max_length: int, base: str) -> None:
         state.note(f"long_{part}", hits, says, "")
 
 
-def _evaluation_queries(source: str) -> list[str]:
+def _evaluation_queries(source: str, state: _State) -> list[str]:
+    """What the evaluation asks; rows need no document for that. DataError where it asks nothing: no leak would be found in it."""
     problems: list[str] = []
     if is_beir(source):
         known = splits(Path(source))
-        split = next((name for name in ("test", "dev") if name in known), None)
-        if split is None:
-            return []
-        beir = read_beir(Path(source), split, problems)
-        return [beir.queries[query] for query in beir.relevant]
-    return list(dict.fromkeys(pair.query for row in read_records(source, problems, split="test") if (pair := _pair(row, problems))))
+        beir = read_beir(Path(source), next((name for name in ("test", "dev") if name in known), "test"), problems)
+        queries = {beir.queries[query] for query in beir.relevant}
+    else:
+        queries = {query for row in read_records(source, problems, split="test") if (query := _asked(row, problems))}
+    if not queries:
+        nothing = f"{Path(source).name}: no query to compare with; expected rows with a column {' or '.join(QUERY[:3])}, or a BEIR folder"
+        raise DataError([nothing, *problems])
+    if problems:
+        says = "of the evaluation's rows cannot be read, and a leak of theirs is not seen"
+        examples = tuple(problems[:EXAMPLES])
+        state.findings.append(Finding("unreadable_evaluation", len(problems), len(problems) + len(queries), says, "", examples))
+    return sorted(queries)
+
+
+def _asked(row: Record, problems: list[str]) -> str:
+    """A row's query, '' where it has none."""
+    named = [name for name in row.values if name.strip().lower() in QUERY]
+    query = row.values[named[0]] if len(named) == 1 else None
+    if not isinstance(query, str):
+        problems.append(f"{row.where}: " + (no_text(named[0], query) if len(named) == 1 else f"{len(named) or 'no'} query columns"))
+    elif not query.strip():
+        problems.append(f"{row.where}: {named[0]} is empty; expected text")
+    return query.strip() if isinstance(query, str) else ""
 
 
 def _leaks(state: _State, queries: Sequence[str]) -> None:
@@ -331,7 +350,7 @@ def _write(source: str, out: Path, pairs: Sequence[Pair]) -> None:
 
     with staged_folder(out.parent) as stage:
         shutil.copytree(source, stage / "copy")
-        lines = ["query-id\tcorpus-id\tscore", *(f"{pair.ids[0]}\t{pair.ids[1]}\t1" for pair in pairs if pair.ids)]
+        lines = ["query-id\tcorpus-id\tscore", *(f"{pair.ids[0]}\t{pair.ids[1]}\t{pair.grade}" for pair in pairs if pair.ids)]
         (stage / "copy" / "qrels" / "train.tsv").chmod(0o644)
         (stage / "copy" / "qrels" / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (stage / "copy").rename(out)

@@ -146,7 +146,31 @@ def test_a_column_that_holds_no_text_is_told_as_training_tells_it(tmp_path: Path
 def test_evaluation_rows_that_cannot_be_read_hide_no_leak(tmp_path: Path) -> None:
     rows = clean_rows()
     test = write_rows(tmp_path / "test.jsonl", [{"query": 5, "document": "x"}, {"a": "b"}, rows[0]])
-    assert found(check(write_rows(tmp_path / "rows.jsonl", rows), eval=test), "leakage").count == 1
+    report = check(write_rows(tmp_path / "rows.jsonl", rows), eval=test)
+    assert found(report, "leakage").count == 1
+    unread = ("test.jsonl:1: query is a int; expected text", "test.jsonl:2: no query columns")
+    assert found(report, "unreadable_evaluation").examples == unread
+
+
+def test_an_evaluation_needs_queries_alone_and_one_without_any_is_an_error(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", clean_rows())
+    asked = write_rows(tmp_path / "asked.jsonl", [{"question": clean_rows()[0]["query"]}])
+    assert found(check(rows, eval=asked), "leakage").count == 1
+    beir = write_beir(tmp_path / "beir", train=4, test=4)
+    (Path(beir) / "qrels" / "test.tsv").unlink()
+    for unusable in (write_rows(tmp_path / "empty.jsonl", [{"text": "Who asks?"}]), beir):
+        with pytest.raises(DataError, match=r"no query to compare with|no test\.tsv"):
+            check(rows, eval=unusable)
+    assert check(beir).rows == 4  # it has nothing to leak from, and nobody said that it has
+
+
+def test_a_cleaned_beir_folder_keeps_its_grades(tmp_path: Path) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=8, test=4))
+    lines = (folder / "qrels" / "train.tsv").read_text().splitlines()
+    graded = [lines[0], *(f"{line.rpartition(chr(9))[0]}\t{2 + number % 2}" for number, line in enumerate(lines[1:]))]
+    (folder / "qrels" / "train.tsv").write_text("\n".join(graded) + "\n")
+    check(str(folder), fix=tmp_path / "fixed")
+    assert (tmp_path / "fixed" / "qrels" / "train.tsv").read_text().splitlines()[1:] == graded[1:]
 
 
 def test_a_beir_folder_is_checked_against_its_own_test_split_and_copied_clean(tmp_path: Path) -> None:
