@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.embedding.beir import is_beir
+from embedft.embedding.passages import Passage, read_passages
 from embedft.errors import DataError, UsageError
 from embedft.files import expect_jsonl, hash_json, write_jsonl, write_text
-from embedft.records import read_records, sample
+from embedft.records import sample
 from embedft.words import folded, words
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ PROMPT = (
 )
 WORDS = (3, 32)  # a query's shortest and longest length
 KEY = "EMBEDFT_SYNTH_KEY"
-_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
+_SENTENCE = re.compile(r"(?<=[.!?؟])\s+(?=[A-Z0-9\"'(]|[^\x00-\x7f])|(?<=[。？！])\s*(?=.)")
 _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as of an emoji that was cut
+PATIENCE = 60.0  # seconds: the longest wait that a server may ask for
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,6 @@ class SynthReport:
     repeated: int
     resumed: int
     path: str
-
-
-@dataclass(frozen=True)
-class Passage:
-    """`title` '' where there is none."""
-
-    identifier: str
-    title: str
-    text: str
 
 
 Generate = Callable[[Passage], list[tuple[str, str]]]
@@ -117,63 +110,11 @@ def synthesize(
     return SynthReport(len(passages), len(pairs), len(kept), len(unique) - len(kept), len(pairs) - len(unique), resumed, str(out))
 
 
-def read_passages(corpus: str) -> list[Passage]:
-    """Passages with text, in the corpus' order."""
-    problems: list[str] = []
-    path = Path(corpus)
-    if is_beir(corpus) and not any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
-        return _of_files(path)
-    source = next((str(path / name) for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).is_file()), corpus)
-    passages: list[Passage] = []
-    for row in read_records(source, problems):
-        text, title = row.values.get("text"), row.values.get("title")
-        if not isinstance(text, str):
-            problems.append(f"{row.where}: no text; expected columns text and, where there is one, title")
-        elif text.strip() or title:
-            passages.append(Passage(str(row.values.get("_id", row.where)), (title or "").strip(), text.strip()))
-    if problems:
-        raise DataError(problems)
-    if not passages:
-        raise DataError([f"{path.name}: no passages; expected a BEIR folder, rows with a column text, or a folder of .md and .txt files"])
-    return passages
-
-
-def _of_files(folder: Path) -> list[Passage]:
-    """Each section of each .md and .txt file; a Markdown heading is its section's title."""
-    passages: list[Passage] = []
-    problems: list[str] = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in {".md", ".txt"} and p.is_file()):
-        title, lines = "", list[str]()
-        name = str(path.relative_to(folder))
-
-        def close(title: str, lines: list[str], name: str = name) -> None:
-            if body := "\n".join(lines).strip():
-                passages.append(Passage(f"{name}#{len(passages)}", title, body))
-
-        try:
-            content = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            problems.append(f"{name}: not UTF-8 (byte {error.start}): convert it")
-            continue
-        for line in content.splitlines():
-            if path.suffix == ".md" and (heading := re.match(r"#{1,6}\s+(.*)", line)):
-                close(title, lines)
-                title, lines = heading.group(1).strip(" #`*"), []
-            else:
-                lines.append(line)
-        close(title, lines)
-    if problems:
-        raise DataError(problems)
-    if not passages:
-        raise DataError([f"{folder.name}: no .md or .txt file with text in it"])
-    return passages
-
-
 def from_text(synth: Synth) -> Generate:
     """No model: the title asks for the text, the first sentences ask for what follows. The same corpus gives the same queries."""
 
     def generate(passage: Passage) -> list[tuple[str, str]]:
-        sentences = [sentence.strip() for sentence in _SENTENCE.split(passage.text) if sentence.strip()]
+        sentences = _sentences(passage.text)
         title = passage.title.rstrip(" .")
         found: list[tuple[str, str]] = []
         if _fits(title) and passage.text and passage.text.lower().startswith(title.lower()):
@@ -190,6 +131,12 @@ def from_text(synth: Synth) -> Generate:
     return generate
 
 
+def _sentences(text: str) -> list[str]:
+    """What a full stop ends, unless the next word is in lower case."""
+    ends = [match.end() for match in _SENTENCE.finditer(text) if not text[match.end() : match.end() + 1].islower()]
+    return [part for start, end in zip([0, *ends], [*ends, None], strict=True) if (part := text[start:end].strip())]
+
+
 def _fits(query: str) -> bool:
     return WORDS[0] <= len(words(query)) <= WORDS[1]
 
@@ -199,18 +146,27 @@ def from_server(synth: Synth) -> Generate:
     import httpx
 
     headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
-    client = httpx.Client(base_url=synth.generator.rstrip("/") + "/", headers=headers, timeout=120)
+    try:
+        client = httpx.Client(base_url=synth.generator.rstrip("/") + "/", headers=headers, timeout=120)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"generator {synth.generator!r} is no URL ({error}): expected one such as http://localhost:8000/v1") from None
 
     def generate(passage: Passage) -> list[tuple[str, str]]:
         text = f"{passage.title}\n{passage.text}".strip()
         asked = synth.prompt.replace("{count}", str(synth.count)).replace("{passage}", text[: synth.max_characters])
         body = {"model": synth.model, "messages": [{"role": "user", "content": asked}], "temperature": synth.temperature}
         answer = _ask(client, body | {"seed": synth.seed, "max_tokens": 64 * synth.count})
-        lines = [_NUMBERING.sub("", line).strip().strip('"') for line in answer.splitlines()]
-        queries = list(dict.fromkeys(line for line in lines if _fits(line)))[: synth.count]
+        queries = _queries(answer)[: synth.count]
         return [(query, f"{passage.title} {passage.text}".strip()) for query in queries]
 
     return generate
+
+
+def _queries(answer: str) -> list[str]:
+    """One a line, without its number, marks and quotes; what a model thinks aloud or says before them ("Here are two:") is none."""
+    said = answer.rpartition("</think>")[2].partition("<think>")[0]
+    lines = [_NUMBERING.sub("", line).strip(' \t"“”*') for line in said.splitlines()]
+    return list(dict.fromkeys(line for line in lines if _fits(line) and line[-1] not in ":：" and not _SURROGATE.search(line)))
 
 
 def _ask(client: Any, body: Mapping[str, Any]) -> str:
@@ -218,10 +174,10 @@ def _ask(client: Any, body: Mapping[str, Any]) -> str:
 
     from embedft.errors import EngineFailed
 
-    reason = ""
+    reason, wait = "", 0.0
     for attempt in range(5):
         if attempt:
-            time.sleep(0.25 * 2**attempt)
+            time.sleep(max(0.25 * 2**attempt, wait))
         try:
             response = client.post("chat/completions", json=body)
         except httpx.TransportError as error:
@@ -233,7 +189,8 @@ def _ask(client: Any, body: Mapping[str, Any]) -> str:
             except (ValueError, LookupError, TypeError):
                 reason = f"an answer that is no chat completion: {response.text[:200]}"
                 break
-        reason = f"{response.status_code}: {response.text[:200]}"
+        reason, asked = f"{response.status_code}: {response.text[:200]}", response.headers.get("retry-after", "")
+        wait = min(float(asked), PATIENCE) if asked.isdecimal() else 0.0
         if response.status_code < 500 and response.status_code != 429:
             break
     raise EngineFailed(f"{client.base_url}chat/completions did not answer: {reason}; run the same command again to go on")
@@ -243,7 +200,7 @@ def _resume(parts: Path, identity: str) -> dict[str, list[tuple[str, str]]]:
     """What a stopped run left; a line that cannot be read, as a last one that was cut off, is done again."""
     begun = json.dumps({"settings": identity})
     if not parts.exists():
-        parts.write_text(begun + "\n", encoding="utf-8")
+        write_text(parts, begun + "\n")
         return {}
     first, *lines = parts.read_bytes().split(b"\n")  # texts may hold what str.splitlines takes for a line's end
     if first != begun.encode():
@@ -299,7 +256,10 @@ def _round_trip(
 def _ranks(
     pairs: Sequence[tuple[str, str, int]], texts: Sequence[str], base: str | None, quantization: str, max_length: int, *, depth: int
 ) -> Iterator[int]:
-    """For each pair how many other passages come before its document; all of them where those are `depth` or more."""
+    """For each pair how many other passages come before its document; all of them where those are `depth` or more.
+
+    BM25 (`base` None) is asked for the passage as it stands: the words that became the query are no longer in the document.
+    """
     import numpy as np
 
     if base is None:

@@ -1,6 +1,7 @@
 """Queries for a bare corpus: the same every time, found again, never leaking into their passage, and resumable against a real server."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from embedft.cli import main
-from embedft.embedding.synth import Synth, read_passages, synthesize
+from embedft.embedding.passages import read_passages
+from embedft.embedding.synth import Synth, synthesize
 from embedft.errors import DataError, EngineFailed, UsageError
 from embedft.records import read_records
 from tests.fixtures_embedding import write_rows
@@ -32,12 +34,14 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 class Server:
-    """A chat endpoint that asks about the passage's title; `broken`: the number of the first request that it refuses with 500."""
+    """A chat endpoint that asks about the passage's title, or says `said`; `broken`: the number of the first request that it refuses."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.broken: int | None = None
         self.status = 400
+        self.said: str | None = None
+        self.wait: str | None = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,11 +50,13 @@ class Server:
                 server.asked.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
                 failed = server.broken is not None and len(server.asked) >= server.broken
                 self.send_response(server.status if failed else 200)
+                if failed and server.wait:
+                    self.send_header("Retry-After", server.wait)
                 self.end_headers()
                 passage = body["messages"][0]["content"].split("Passage:\n")[-1]
                 title, _, text = passage.partition("\n")
                 content = f"1. What is there to know about {title.lower()}?\n2) {' '.join(text.split()[:6])}?\n- x"
-                self.wfile.write(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
+                self.wfile.write(json.dumps({"choices": [{"message": {"content": server.said or content}}]}).encode())
 
             def log_message(self, format: str, *args: Any) -> None: ...
 
@@ -190,6 +196,63 @@ def test_a_server_that_is_busy_is_asked_again(tmp_path: Path, server: Server, mo
     assert len(server.asked) == 5
 
 
+@pytest.mark.parametrize(("asked", "waited"), [("20", 20.0), ("86400", 60.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.5), (None, 0.5)])
+def test_a_server_that_says_how_long_to_wait_is_not_asked_before(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, asked: str | None, waited: float
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", lambda seconds: (slept.append(seconds), setattr(server, "broken", None)))
+    server.broken, server.status, server.wait = 1, 429, asked
+    synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=Synth(generator=server.url), base=None)
+    assert slept == [waited]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Here are two different questions:\n\n1. **What heats the whole house?**\n2. “When should one bleed it?”",
+        "<think>\nThe user wants two questions.\nLet me write them.\n</think>\nWhat heats the whole house?\nWhen should one bleed it?",
+        "What heats the whole house?\nWhen should one bleed it?\n<think>The model begins to think again",
+        "What heats \ud83d the house well?\nWhat heats the whole house?\nWhen should one bleed it?",
+    ],
+)
+def test_what_a_model_says_beside_its_questions_is_none(tmp_path: Path, server: Server, said: str) -> None:
+    server.said, one = said, [{"_id": "d", "text": FACTS["Boilers"]}]
+    source = write_rows(tmp_path / "one.jsonl", one)
+    synthesize(source, tmp_path / "out.jsonl", synth=Synth(generator=server.url), base=None)
+    assert [row["query"] for row in rows(tmp_path / "out.jsonl")] == ["What heats the whole house?", "When should one bleed it?"]
+
+
+def test_an_address_that_is_none_is_the_callers_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no URL"):
+        synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=Synth(generator="http://[::1/v1"), base=None)
+
+
+def test_passages_are_told_apart_by_their_ids_and_what_is_no_text_is_named(tmp_path: Path) -> None:
+    texts = [{"_id": None, "title": title, "text": text} for title, text in FACTS.items()]
+    assert [p.title for p in read_passages(write_rows(tmp_path / "none.jsonl", texts))] == list(FACTS)
+    wrong = [{"_id": "a", "text": "one"}, {"_id": "a", "text": "two"}, {"_id": "b", "title": 3, "text": "three"}]
+    with pytest.raises(DataError) as caught:
+        read_passages(write_rows(tmp_path / "twice.jsonl", wrong))
+    assert caught.value.problems == [
+        "twice.jsonl:2: _id 'a' occurs twice; expected distinct ids",
+        "twice.jsonl:3: title is a int; expected text",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "queries"),
+    [
+        ("Котёл греет воду для всего дома. Зимой его надо заранее спустить дважды.", 2),
+        ("锅炉为整个房子加热水。冬天之前要放气。", 2),
+        ("A boiler (e.g. an old one) heats all water. Bleed it well before each winter.", 2),
+    ],
+)
+def test_sentences_end_where_their_script_ends_them(tmp_path: Path, text: str, queries: int) -> None:
+    source = write_rows(tmp_path / "c.jsonl", [{"text": text}])
+    assert synthesize(source, tmp_path / "out.jsonl", synth=Synth(count=9), base=None).made == queries
+
+
 def test_a_length_without_room_for_a_text_is_refused_before_a_query_is_paid_for(tmp_path: Path, server: Server) -> None:
     asked = len(server.asked)
     with pytest.raises(UsageError, match="max_length of 2"):
@@ -220,6 +283,15 @@ def test_headings_of_markdown_files_are_titles(tmp_path: Path) -> None:
         ("Configure it", "Write a file."),
         ("", "Plain text here."),
     ]
+
+
+def test_code_in_markdown_has_no_headings_and_a_byte_order_mark_hides_none(tmp_path: Path) -> None:
+    text = "\ufeff# Install the tool\nRun it.\n\n```bash\n# as root\nmake\n```\n\n## Configure it\nWrite a file.\n"
+    (tmp_path / os.fsdecode(b"caf\xe9.md")).write_text(text)
+    found = read_passages(str(tmp_path))
+    assert [p.title for p in found] == ["Install the tool", "Configure it"]
+    assert "# as root\nmake" in found[0].text
+    assert found[0].identifier == "caf\N{REPLACEMENT CHARACTER}.md#0"  # a name that is not UTF-8
 
 
 def test_files_that_are_not_utf_8_are_named_all_at_once(tmp_path: Path) -> None:
