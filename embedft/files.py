@@ -164,6 +164,11 @@ def _settle(stage: Path) -> None:
     _fsync(stage)
 
 
+def path_text(path: Path) -> str:
+    """With slashes, in characters that any file and database takes: a byte that is not UTF-8 is written out, as \\xe9."""
+    return os.fsencode(path.as_posix()).decode(errors="backslashreplace")
+
+
 def expect_jsonl(path: Path) -> None:
     """Raises DataError where a file of this name would not be read as JSONL again."""
     if not path.name.endswith((".jsonl", ".jsonl.gz")):

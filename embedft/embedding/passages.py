@@ -1,6 +1,5 @@
 """A bare corpus → its passages: a BEIR folder, rows with a text, or Markdown and text files by their sections. Asks no model."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from embedft.embedding.beir import is_beir
 from embedft.embedding.pairs import no_text
 from embedft.errors import DataError
+from embedft.files import path_text
 from embedft.records import read_records
 
 _FENCE = ("```", "~~~")
@@ -54,7 +54,7 @@ def _of_files(folder: Path) -> list[Passage]:
     problems: list[str] = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix in {".md", ".txt"} and p.is_file()):
         title, lines, code = "", list[str](), False
-        name = os.fsencode(path.relative_to(folder)).decode(errors="replace")
+        name = path_text(path.relative_to(folder))
 
         def close(title: str, lines: list[str], name: str = name) -> None:
             if body := "\n".join(lines).strip():

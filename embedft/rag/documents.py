@@ -9,6 +9,7 @@ from stat import S_ISDIR
 from typing import Literal
 
 from embedft.errors import DocumentsUnusable
+from embedft.files import path_text
 
 Format = Literal["markdown", "text", "html", "pdf", "python"]
 FORMATS: dict[str, Format] = {
@@ -59,7 +60,7 @@ def read_documents(source: Path, *, max_bytes: int = MAX_BYTES) -> Reading:
     root = source if S_ISDIR(mode) else source.parent
     documents, skipped, other = list[Document](), list[str](), 0
     for path in _files(source, skipped) if root is source else filter(_is_document, [source]):
-        name = path.relative_to(root).as_posix()
+        name = path_text(path.relative_to(root))
         if path.suffix.lower() not in FORMATS:
             other += 1
             if path == source:
@@ -83,7 +84,7 @@ def _files(source: Path, skipped: list[str]) -> list[Path]:
     """In the order of their paths, without what is hidden; folders that cannot be listed go to `skipped`."""
 
     def closed(error: OSError) -> None:
-        skipped.append(f"{Path(error.filename).relative_to(source).as_posix()}: {_why(error)}")
+        skipped.append(f"{path_text(Path(error.filename).relative_to(source))}: {_why(error)}")
 
     found = list[Path]()
     for folder, below, names in os.walk(source, onerror=closed):
@@ -155,7 +156,7 @@ def _html(text: str) -> str:
 
 
 class _Text(HTMLParser):
-    """Visible text; headings as Markdown's, so that chunks know their section."""
+    """Visible text; headings and code as Markdown's, so that chunks know their section."""
 
     hidden = frozenset({"script", "style", "noscript", "template", "svg", "title"})  # not head: its end may be left out
     blocks = frozenset(
@@ -169,8 +170,10 @@ class _Text(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: object) -> None:  # noqa: ARG002
         self._hidden += tag in self.hidden
-        self._pre += tag == "pre"
-        if tag[0] == "h" and tag[1:].isdigit():
+        if tag == "pre":
+            self._pre += 1
+            self._fence(outermost=self._pre == 1)
+        elif tag[0] == "h" and tag[1:].isdigit():
             self._parts.append(f"\n\n{'#' * int(tag[1:])} ")
         elif tag in self.blocks:
             self._parts.append("\n")
@@ -179,9 +182,16 @@ class _Text(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden = max(0, self._hidden - (tag in self.hidden))
-        self._pre = max(0, self._pre - (tag == "pre"))
-        if tag in self.blocks or (tag[0] == "h" and tag[1:].isdigit()):
+        if tag == "pre" and self._pre:
+            self._pre -= 1
+            self._fence(outermost=not self._pre)
+        elif tag in self.blocks or (tag[0] == "h" and tag[1:].isdigit()):
             self._parts.append("\n")
+
+    def _fence(self, *, outermost: bool) -> None:
+        """Around code, lest its comments be headings."""
+        if outermost and not self._hidden:
+            self._parts.append("\n```\n")
 
     def handle_data(self, data: str) -> None:
         if self._pre and not self._hidden:

@@ -25,11 +25,25 @@ def html(folder: Path, text: str) -> str:
         ("<p>Wash <b>it</b> now, <i>then</i>\n<b>rest</b>.</p>", "Wash it now, then rest.\n"),
         ("<p> Wash  <b> it </b> now</p>\n <p> Rest</p>", "Wash it now\n\nRest\n"),
         ("<table><tr><th>Rice</th><th>Water</th></tr>\n<tr><td>1</td><td>2</td></tr></table>", "Rice Water\n\n1 2\n"),
-        ("<p>a</p><pre>if x:\n    y</pre>", "a\n\nif x:\n    y\n"),
+        ("<p>a</p><pre>if x:\n    y</pre>", "a\n\n```\nif x:\n    y\n```\n"),
     ],
 )
 def test_words_of_html_stay_apart_where_a_browser_shows_them_apart(tmp_path: Path, page: str, text: str) -> None:
     assert html(tmp_path, page) == text
+
+
+def test_a_comment_in_the_code_of_a_page_is_no_heading(tmp_path: Path) -> None:
+    text = html(tmp_path, "<h1>Guide</h1><pre><code>\n# as root\nmake\n</code></pre><h2>Use</h2><p>Call it.</p>")
+    made = list(chunks_of([Document("page.html", text, "html")], Chunking()))
+    assert [(chunk.metadata.get("section"), "as root" in chunk.text) for chunk in made] == [(None, True), ("Guide", False)]
+
+
+def test_names_that_are_not_utf_8_are_indexed_apart(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.md", b"caf\xe8.md"):
+        (tmp_path / os.fsdecode(name)).write_text("Coffee.")
+    names = [document.id for document in read_documents(tmp_path).documents]
+    assert sorted(names) == [r"caf\xe8.md", r"caf\xe9.md"]
+    assert all(name.encode() for name in names)
 
 
 @pytest.mark.parametrize("close", ["</head>", ""])
