@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.cli.options import command, store_of, store_option
+from embedft.cli.options import command, finite, positive, store_of, store_option
 from embedft.cli.show import Progress
 from embedft.errors import UsageError
 
@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
     )
     index.add_argument("--chunk-size", type=int, default=180, metavar="TOKENS")
     index.add_argument("--overlap", type=int, default=20, metavar="TOKENS")
-    index.add_argument("--max-mib", type=float, default=32.0, help="a larger file is refused (default: 32)")
+    index.add_argument("--max-mib", type=finite, default=32.0, help="a larger file is refused (default: 32)")
     index.add_argument("--no-bm25", action="store_true", help="vectors only: no hybrid search later")
     index.add_argument("--strict", action="store_true", help="fail where a file cannot be read, instead of naming and skipping it")
     ask = command(group, "ask", _ask, "answer a question from an index, with its sources")
@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
     ask.add_argument(
         "--map", action="store_true", help="where the adapter's lineage is not the index's: fit a linear map, and say its loss"
     )
-    ask.add_argument("--max-tokens", type=int, default=128)
+    ask.add_argument("--max-tokens", type=positive, default=128)
     ask.add_argument("--sources-only", action="store_true", help="no answer, only what was found")
     evaluate = command(group, "eval", _eval, "score retriever adapters and reader adapters against each other")
     evaluate.add_argument("data", metavar="DATA", type=Path, help="a BEIR folder, or a file of questions and answers (then with --index)")
@@ -62,8 +62,8 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--lm-adapter", action="append", help="a reader's adapter; 'base' is the base; may be repeated")
     evaluate.add_argument("--index", type=Path, metavar="DIR", help="an index that there is; else one is made for each lineage")
     evaluate.add_argument("--out", type=Path, default=Path("runs/rag-eval"), metavar="DIR")
-    evaluate.add_argument("--queries", type=int, help="at most so many questions")
-    evaluate.add_argument("--answers", type=int, default=100, help="questions put to each reader (default: 100)")
+    evaluate.add_argument("--queries", type=positive, help="at most so many questions")
+    evaluate.add_argument("--answers", type=positive, default=100, help="questions put to each reader (default: 100)")
     evaluate.add_argument("--rerank", action="store_true", help="also measure the server's /v1/rerank")
     for parser in (index, ask, evaluate):
         parser.add_argument("--server", metavar="URL", help="a running `embedft serve`; without it, the models are loaded here")
@@ -83,6 +83,7 @@ def _index(arguments: argparse.Namespace) -> int:
     from embedft.rag.chunks import Chunking, chunks_of
     from embedft.rag.documents import read_documents
 
+    adapter = _named(arguments.adapter)
     try:
         chunking = Chunking(size=arguments.chunk_size, overlap=arguments.overlap)
     except ValidationError as error:
@@ -95,8 +96,8 @@ def _index(arguments: argparse.Namespace) -> int:
     report = build_index(
         arguments.out,
         chunks_of(reading.documents, chunking),
-        _embedder(arguments, arguments.adapter),
-        adapter=arguments.adapter,
+        _embedder(arguments, adapter),
+        adapter=adapter,
         recorded=_own_name(arguments),
         settings=AnnSettings(kind=arguments.kind),
         bm25=not arguments.no_bm25,

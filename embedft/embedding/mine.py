@@ -106,6 +106,9 @@ def mine(
     if out.exists() or (review and review.exists()):
         raise DataError([f"{out if out.exists() else review} exists already: name a new file"])
     rows, documents = _read(source)
+    for path in (out, review):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
     rankers = _rankers(base, quantization, adapter, store, max_length)
     judge = _judge(cross_encoder)
     queries = _queries(rows, documents, rankers, mining)
@@ -116,7 +119,6 @@ def mine(
         raise DataError(
             [f"{Path(source).name}: no pair has a negative left ({dict(reasons)}); expected more documents, or smaller margins"]
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(out, lines)
     doubts = [row for query in queries for row in _doubts(query, documents)]
     if review:

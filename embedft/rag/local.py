@@ -213,8 +213,12 @@ class LocalReader:
             listed = [dict(message) for message in messages]
             text = self._tokenizer.apply_chat_template(listed, chat_template=template.source, tokenize=False, add_generation_prompt=True)
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        count = int(options.get("max_tokens") or 256)
-        room = self._base.info.max_length - count
+        given, most = options.get("max_tokens"), self._base.info.max_length
+        count = 256 if given is None else int(given)
+        if not 0 < count < most:
+            message = f"max_tokens {count}: the model has room for {most} tokens, prompt and answer together: ask for at least 1, and fewer"
+            raise InputInvalid("max_tokens_invalid", message, "max_tokens")
+        room = most - count
         if len(ids) > room:
             raise InputInvalid(
                 "input_too_long", f"the prompt has {len(ids)} tokens, and {room} fit before the answer: retrieve less", "input"

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 
 from embedft.encode import InputType
-from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, EngineFailed, InputInvalid, NotAuthorized
+from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, EngineFailed, InputInvalid, NotAuthorized, UsageError
 from embedft.rag.engines import Chat, Vectors
 from embedft.rag.transports import LoopTransport
 
@@ -23,7 +23,7 @@ class RemoteEngine:
     def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None, timeout: float = 120.0) -> None:
         self.url, self.model = server_root(url), model
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        options: dict[str, Any] = {"base_url": self.url, "headers": headers, "timeout": httpx.Timeout(timeout, connect=5.0)}
+        options: dict[str, Any] = {"base_url": _address(self.url), "headers": headers, "timeout": httpx.Timeout(timeout, connect=5.0)}
         self._http = httpx.Client(**options)
         weakref.finalize(self, self._http.close)
         self._async = httpx.AsyncClient(transport=LoopTransport(), **options)
@@ -143,6 +143,17 @@ class RemoteEngine:
 def server_root(url: str) -> str:
     """http://host:port of a URL that may end in /v1, as OpenAI's clients write it."""
     return url.rstrip("/").removesuffix("/v1")
+
+
+def _address(url: str) -> httpx.URL:
+    """UsageError where it is none."""
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"{url!r} is no URL ({error}): expected one such as http://localhost:8000") from None
+    if address.scheme not in ("http", "https") or not address.host:
+        raise UsageError(f"{url!r} is no server's URL: expected one such as http://localhost:8000")
+    return address
 
 
 def unreachable(url: str, error: Exception) -> EngineFailed:

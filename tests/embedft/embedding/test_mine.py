@@ -60,6 +60,13 @@ def test_negatives_are_near_and_never_a_known_answer(tmp_path: Path) -> None:
     assert examples.negatives == 3
 
 
+def test_both_files_may_go_to_folders_that_are_not_there_yet(tmp_path: Path) -> None:
+    out, review = tmp_path / "new" / "mined.jsonl", tmp_path / "other" / "review.jsonl"
+    mine(beir(tmp_path / "beir"), out, mining=Mining(negatives=1, depth=8, relative=0.0), review=review)
+    assert out.exists()
+    assert review.exists()
+
+
 def test_an_unjudged_copy_of_the_answer_is_no_negative(tmp_path: Path) -> None:
     copy = {"copy": answer("fig").replace(" a ", " the ").replace("A ripe", "a RIPE") + "!"}
     report, rows, _ = mined(beir(tmp_path / "beir", extra=copy), tmp_path, mining={"relative": 0.0})

@@ -112,6 +112,33 @@ def test_mistakes_are_named(run: Run, docs: Path, tmp_path: Path) -> None:
     assert len(VectorIndex.open(tmp_path / "i")) > 0  # the last good index is still there
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("index", "docs", "--out", "i", "--max-mib", "inf"),
+        ("ask", "x", "--index", "i", "--max-tokens", "-1"),
+        ("eval", "qa.jsonl", "--index", "i", "--queries", "0"),
+        ("eval", "qa.jsonl", "--index", "i", "--answers", "0"),
+    ],
+)
+def test_a_number_that_cannot_be_meant_is_wrong_usage(wrong: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["rag", *wrong])
+    assert stopped.value.code == 2
+    assert "expected a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "localhost:8000", "http://"])
+def test_a_server_whose_address_is_none_is_wrong_usage(docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str) -> None:
+    assert main(["rag", "index", str(docs), "--out", str(tmp_path / "i"), "--server", url]) == 2
+    assert "URL" in capsys.readouterr().err
+
+
+def test_the_base_is_named_alike_when_indexing_and_when_asking(run: Run, docs: Path, tmp_path: Path) -> None:
+    assert run("index", docs, "--out", tmp_path / "i", "--adapter", "base", "--base", "texts")[1]["made_by"] == "base"
+    assert run("ask", "tea", "--index", tmp_path / "i", "--adapter", "base", "--sources-only")[1]["adapter"] is None
+
+
 def beir(folder: Path) -> Path:
     (folder / "qrels").mkdir(parents=True)
     texts = [f"story {i} of animal{i}" for i in range(12)]

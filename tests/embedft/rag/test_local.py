@@ -46,6 +46,12 @@ def test_a_stream_that_is_closed_stops_generating(seed_reader: LocalReader) -> N
         hook.remove()
 
 
+@pytest.mark.parametrize("count", [-1, 0, 100_000])
+def test_an_answer_of_no_length_or_beyond_the_model_is_refused_by_its_length(seed_reader: LocalReader, count: int) -> None:
+    with pytest.raises(InputInvalid, match=f"max_tokens {count}: the model has room for"):
+        seed_reader.chat(ASKED, adapter=None, max_tokens=count)
+
+
 def in_time_error(reader: LocalReader) -> None:
     """What goes wrong in the worker is raised to the reader, and the base is free again."""
     list(reader.stream(ASKED, adapter=None, top_p=0.5))
