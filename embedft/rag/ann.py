@@ -161,6 +161,13 @@ class Dead:
     def __init__(self, rows: NDArray[np.int64], *, sealed: int) -> None:
         self.rows, self._sealed = rows, sealed
 
+    def __contains__(self, row: int) -> bool:
+        return row in self._known
+
+    @cached_property
+    def _known(self) -> frozenset[int]:
+        return frozenset(self.rows.tolist())
+
     @cached_property
     def over(self) -> Any:
         """What an Ann's `search` takes to leave them out; None where all of its rows live. Made once: it takes time in proportion."""

@@ -219,7 +219,7 @@ def _lists(index: VectorIndex, questions: Sequence[Question], vectors: Sequence[
     made: list[Any] = []
     for question, vector in zip(questions, vectors, strict=True):
         dense = index.search(vector, 50)
-        sparse = index.bm25.search(question.text, 50) if index.bm25 else []
+        sparse = index.by_words(question.text, 50)
         rows = {hit.row for hit in dense if hit.chunk.document in question.relevant}
         rows |= {hit.row for hit in index.found(sparse) if hit.chunk.document in question.relevant}
         made.append(([(hit.row, hit.score) for hit in dense], sparse, rows))

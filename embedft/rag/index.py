@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedft.errors import IndexInvalid, IndexNotFound, LineageMismatch
+from embedft.errors import IndexInvalid, IndexNotFound, LineageMismatch, UsageError
 from embedft.rag.ann import BLOCK, Ann, AnnSettings, Dead, Kind
 from embedft.rag.engines import Labelled, Rows
 from embedft.rag.linear_map import LinearMap
@@ -150,6 +150,14 @@ class VectorIndex:
         """
         now = self.snapshot()
         return now.found(now.nearest(now.accept(query, mapped=mapped), k))
+
+    def by_words(self, text: str, k: int) -> list[tuple[int, float]]:
+        """(row, BM25 score) of the k best live rows of the last save. UsageError where it was made without BM25, or never saved."""
+        if self.bm25 is None and len(self):
+            why = "was made without BM25: index again with it" if self.version else "is without BM25 until it is saved: save it"
+            raise UsageError(f"index {self.name!r} {why}, or turn the hybrid stage off")
+        found = self.bm25.search(text, k + len(self._dead.rows)) if self.bm25 else []
+        return [pair for pair in found if pair[0] not in self._dead][:k]
 
     def accept(self, query: Labelled, *, mapped: bool = False) -> Rows:
         """The query as a vector of this index, (d,). Raises as `search` does."""

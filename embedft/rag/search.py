@@ -43,10 +43,7 @@ def search(index: VectorIndex, question: str, vector: Labelled | None, stages: S
         dense = index.nearest(index.accept(vector, mapped=stages.mapped), depth)
     scored = dense
     if stages.fusion != "none":
-        if index.bm25 is None and len(index):
-            raise UsageError(f"index {index.name!r} was made without BM25: index again with it, or turn the hybrid stage off")
-        sparse = index.bm25.search(question, depth) if index.bm25 else []
-        scored = _fused(dense, sparse, stages)
+        scored = _fused(dense, index.by_words(question, depth), stages)
     found = index.found(scored[:depth])
     if stages.rerank and found:
         found = _reranked(found, question, stages.rerank, stages.rerank_depth)

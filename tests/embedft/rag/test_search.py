@@ -75,6 +75,17 @@ def test_citations_and_faithfulness() -> None:
     assert faithfulness("eighty flour moon", sources) == pytest.approx(2 / 3)
 
 
+def test_what_was_deleted_since_the_last_save_takes_no_place_among_the_words_found(tmp_path: Path) -> None:
+    index = filled(tmp_path / "i", vectors(3))
+    index.add([Chunk("e", "e", "number0 number0")], vectors(1, seed=5), lineage="L", made_by="base")
+    with pytest.raises(UsageError, match="save it"):
+        search(index, "number0", None, Stages(k=1, fusion="sparse"))
+    index.save()
+    assert search(index, "number0", None, Stages(k=1, fusion="sparse"))[0].chunk.id == "e"
+    index.delete(ids=["e"])
+    assert [hit.chunk.id for hit in search(index, "text number0", None, Stages(k=1, fusion="sparse"))] == ["c0"]
+
+
 def test_an_index_saved_in_the_middle_of_a_search_does_not_mix_up_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = vectors(30)
     index = filled(tmp_path / "i", rows)
