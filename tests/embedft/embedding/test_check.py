@@ -1,6 +1,7 @@
 """Faults planted in data are found, and gone from the cleaned copy; clean data has none."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from embedft.embedding.check import CheckReport, Finding, check
 from embedft.embedding.data import load_data
-from embedft.embedding.near import NearIndex
+from embedft.embedding.near import NearIndex, jaccard, shingles
 from embedft.errors import DataError
 from embedft.recipe import EmbeddingData, EmbeddingEval
 from tests.fixtures_embedding import write_beir, write_rows
@@ -202,6 +203,25 @@ def test_near_texts_are_found_at_the_threshold_and_not_below_it() -> None:
     assert (best, similarity) == (1, 1.0)
     assert sum(1 for _ in index.like(texts[0])) == len(texts)
     assert not list(index.like("one two three and then all other words entirely"))
+
+
+def test_near_texts_are_those_that_comparing_all_would_find() -> None:
+    generator = random.Random(7)
+    texts = [" ".join(generator.choices("abcdefghijklmnop", k=generator.randint(0, 14))) for _ in range(200)]
+    asked = [text.replace(generator.choice("abcdefgh"), "z") for text in texts]
+    for threshold in (0.5, 0.8, 1.0):
+        index = NearIndex(texts, threshold=threshold)
+        every = [[i for i, other in enumerate(texts) if jaccard(shingles(text), shingles(other)) >= threshold] for text in asked]
+        assert [sorted(number for number, _ in index.like(text)) for text in asked] == every
+        assert any(every)
+
+
+def test_queries_of_one_template_are_not_all_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[object] = []
+    monkeypatch.setattr("embedft.embedding.near.jaccard", lambda *sets: compared.append(sets) or jaccard(*sets))
+    index = NearIndex([f"what are the treatments for illness{number}" for number in range(500)])
+    assert [number for number, _ in index.like("what are the treatments for ILLNESS7?")] == [7]
+    assert len(compared) < 5
 
 
 def test_columns_are_read_as_the_trainer_reads_them(tmp_path: Path) -> None:
