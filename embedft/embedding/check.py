@@ -4,7 +4,6 @@ Each check is a function from the rows to a Finding; `remedy` says what --fix do
 """
 
 import statistics
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,17 +12,13 @@ from typing import Any
 from embedft.embedding.beir import is_beir, read_beir, splits
 from embedft.embedding.near import NearIndex
 from embedft.embedding.pairs import QUERY, as_list, columns_of, no_text
+from embedft.embedding.phrases import phrases_in, without
 from embedft.errors import DataError
 from embedft.files import expect_jsonl, staged_folder, write_jsonl
 from embedft.records import Record, read_records
 from embedft.words import folded, words
 
 EXAMPLES = 3
-PHRASE = 4  # words; shorter phrases are language, not a template
-SHARE, LEAST = 0.1, 8  # of the distinct queries, and so many, that must hold a phrase
-ASKING = frozenset(("what", "how", "which", "who", "whom", "whose", "when", "where", "why", "is", "are", "was", "were")) | frozenset(
-    ("can", "could", "do", "does", "did", "should", "would")
-)
 
 
 @dataclass(frozen=True)
@@ -224,49 +219,13 @@ def _false_negatives(state: _State) -> None:
 def _templates(state: _State) -> None:
     """The same phrase in many queries; a phrase at their beginning or end is cut off by --fix."""
     queries = list(dict.fromkeys(pair.query for pair in state.pairs))
-    phrases = _phrases(queries)
+    phrases = phrases_in(queries)
     for phrase in phrases:
         hits = [(pair, _short(pair.query)) for pair in state.pairs if phrase in " ".join(words(pair.query))]
-        outer = [pair for pair, _ in hits if _without(pair.query, phrase)]
+        outer = [pair for pair, _ in hits if without(pair.query, phrase)]
         remedy = "cut off where it begins or ends the query" if outer else ""
         state.note("template", hits, f"say {phrase!r} in the query", remedy)
-        state.pairs = [
-            replace(pair, query=_without(pair.query, phrase) or pair.query) if pair.ids is None else pair for pair in state.pairs
-        ]
-
-
-def _phrases(queries: Sequence[str]) -> list[str]:
-    """Word sequences of at least PHRASE words in many queries, each as long as it can be without losing a fifth of them.
-
-    With a question word in it a phrase is how people ask ("what is the role of"), not what a generator left behind.
-    """
-    least = max(LEAST, SHARE * len(queries))
-    tokens = [words(query) for query in queries]
-    counts: Counter[tuple[str, ...]] = Counter()
-    for size in range(PHRASE, 13):
-        grams = ({tuple(row[i : i + size]) for i in range(len(row) - size + 1)} for row in tokens)
-        counts.update(gram for row in grams for gram in row if ASKING.isdisjoint(gram))
-    common = sorted((gram for gram, count in counts.items() if count >= least), key=lambda gram: (-len(gram), -counts[gram], gram))
-    kept: list[tuple[str, ...]] = []
-    for gram in common:
-        text = f" {' '.join(gram)} "
-        inside = [other for other in kept if text in f" {' '.join(other)} " and counts[other] >= 0.8 * counts[gram]]
-        overlapping = [other for other in kept if set(gram) & set(other) and counts[other] >= 0.8 * counts[gram]]
-        if not inside and not overlapping:
-            kept.append(gram)
-    return [" ".join(gram) for gram in kept[:5]]
-
-
-def _without(query: str, phrase: str) -> str:
-    """The query without the phrase at its beginning or end; '' where it is in the middle or nothing is left."""
-    parts, target = query.split(), phrase.split()
-    for end in range(1, len(parts)):
-        if words(" ".join(parts[:end])) == target:
-            rest = " ".join(parts[end:]).lstrip(" ,:;-–")
-            return rest[:1].upper() + rest[1:]
-        if words(" ".join(parts[end:])) == target:
-            return " ".join(parts[:end]).rstrip(" ,:;-–")
-    return ""
+        state.pairs = [replace(pair, query=without(pair.query, phrase) or pair.query) if pair.ids is None else pair for pair in state.pairs]
 
 
 def _too_long(state: _State, *, max_length: int, base: str) -> None:

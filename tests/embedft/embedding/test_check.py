@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,31 @@ def test_the_same_phrase_in_many_queries_is_cut_off(tmp_path: Path) -> None:
     assert "based on the context information" in found(report, "template").says
     assert found(report, "template").count == 18
     assert [row["query"].lower() for row in kept] == [row["query"].lower() for row in rows]
+
+
+def test_a_phrase_of_chinese_is_longer_than_the_words_of_a_question(tmp_path: Path) -> None:
+    subjects = ["锅炉", "小提琴", "冰川", "电车", "蜂箱", "天文台", "面包", "茶叶", "肥皂", "玻璃"]
+    rows = [{"query": f"{subject}是什么意思", "document": f"{subject}的说明在这里可以找到"} for subject in subjects]
+    assert check(write_rows(tmp_path / "asked.jsonl", rows)).clean
+    made = [{**row, "query": f"根据上述文章的内容{row['query']}"} for row in rows]
+    assert found(check(write_rows(tmp_path / "made.jsonl", made)), "template").count == len(rows)
+
+
+def test_many_long_queries_are_searched_for_phrases_in_little_memory(tmp_path: Path) -> None:
+    generator = random.Random(7)
+    rows = [
+        {"query": " ".join(f"w{generator.randrange(9999)}" for _ in range(40)) + " according to the passage", "document": f"d{i} " * 60}
+        for i in range(1000)
+    ]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    tracemalloc.start()
+    try:
+        report = check(source)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found(report, "template").count == 1000
+    assert peak < 20 << 20  # 50 MiB where every phrase of every query was counted
 
 
 def test_texts_beyond_the_limit_are_told_and_stay(tmp_path: Path) -> None:
