@@ -54,7 +54,7 @@ def _reader(path: Path) -> Callable[[Path, list[str]], Iterator[Record]]:
 def read_jsonl(path: Path, problems: list[str]) -> Iterator[Record]:
     """One JSON object a line; empty lines are skipped."""
     with open_text(path) as file:
-        for number, line in enumerate(_lines(file, path, problems), start=1):
+        for number, line in enumerate(lines_of(file, path, problems), start=1):
             if not line.strip():
                 continue
             where = f"{path.name}:{number}"
@@ -74,7 +74,8 @@ def read_jsonl(path: Path, problems: list[str]) -> Iterator[Record]:
                 problems.append(f"{where}: a JSON {type(values).__name__}; expected an object")
 
 
-def _lines(file: IO[str], path: Path, problems: list[str]) -> Iterator[str]:
+def lines_of(file: IO[str], path: Path, problems: list[str]) -> Iterator[str]:
+    """The lines up to one that cannot be decoded or unpacked, which is noted."""
     try:
         yield from file
     except UnicodeDecodeError:
@@ -142,7 +143,7 @@ def read_csv(path: Path, problems: list[str]) -> Iterator[Record]:
     """Comma-separated with a header line. `where` is the line on which the row ends."""
     csv.field_size_limit(1 << 27)
     with open_text(path) as file:
-        lines = _lines(file, path, problems)
+        lines = lines_of(file, path, problems)
         header = next(lines, "")
         if "," not in header and (mark := next((name for sign, name in DELIMITERS.items() if sign in header), None)):
             problems.append(f"{path.name}: its fields are delimited by a {mark}; expected a comma: write it again with commas")

@@ -3,12 +3,15 @@
 Source of the format: Thakur et al. 2021, arXiv 2104.08663. A document is its title, a space and its text.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from embedft.errors import DataError
-from embedft.records import open_text, read_jsonl
+from embedft.records import lines_of, open_text, read_jsonl
+
+_GRADE = re.compile(r" *-?[0-9]+ *")
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,12 @@ def _texts(path: Path, problems: list[str], *, titled: bool) -> dict[str, str]:
 
 def _qrels(path: Path, documents: Mapping[str, str], queries: Mapping[str, str], problems: list[str]) -> Iterator[tuple[str, str, int]]:
     with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(lines_of(file, path, problems), start=1):
             fields = line.rstrip("\r\n").split("\t")
             where = f"qrels/{path.name}:{number}"
-            if (number == 1 and not fields[-1].lstrip("-").isdigit()) or not line.strip():
+            if (number == 1 and not _GRADE.fullmatch(fields[-1])) or not line.strip():
                 continue  # the header
-            if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
+            if len(fields) != 3 or not _GRADE.fullmatch(fields[2]):
                 problems.append(f"{where}: expected query-id, corpus-id and a whole number, separated by tabs")
             elif fields[0] not in queries:
                 problems.append(f"{where}: query {fields[0]!r} is not in queries.jsonl; expected one of its _ids")

@@ -85,7 +85,7 @@ def _beir(folder: Path, limit: int | None, training_limit: int) -> EvaluationSet
     def listed(source: Any, most: int | None) -> tuple[Question, ...]:
         return tuple(Question(source.queries[name], dict(relevant)) for name, relevant in list(source.relevant.items())[:most])
 
-    corpus = tuple(Chunk(name, name, text) for name, text in data.documents.items())
+    corpus = tuple(Chunk(name, name, text) for name, text in data.documents.items() if text)  # some engines refuse nothing
     return EvaluationSet(listed(data, limit), listed(train, training_limit) if train else (), corpus)
 
 

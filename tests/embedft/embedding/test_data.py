@@ -136,6 +136,21 @@ def test_a_beir_folder_trains_on_train_and_is_scored_on_test(tmp_path: Path) -> 
     assert set(retrieval.queries.values()).isdisjoint(row.query for row in examples.rows)
 
 
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("q1\td1\t²\n".encode(), "train.tsv:34: expected query-id, corpus-id and a whole number"),
+        (b"q1\td1\t--1\n", "train.tsv:34: expected query-id, corpus-id and a whole number"),
+        (b"q1\td\xe9\t1\n", "train.tsv:34: not UTF-8 (byte 0xe9)"),
+    ],
+)
+def test_a_judgement_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, line: bytes, fault: str) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=32, test=8))
+    with (folder / "qrels" / "train.tsv").open("ab") as file:
+        file.write(line)
+    assert any(fault in problem for problem in problems(str(folder)))
+
+
 def test_a_beir_folder_with_unknown_ids_and_repeats_is_refused_line_by_line(tmp_path: Path) -> None:
     folder = Path(write_beir(tmp_path / "beir", train=32, test=8))
     with (folder / "qrels" / "train.tsv").open("a") as file:

@@ -175,6 +175,14 @@ def test_the_matrix_of_retrievers_stages_and_readers(run: Run, tmp_path: Path) -
     assert not (out / "answers-f1.png").exists()
 
 
+def test_documents_without_text_are_not_indexed_for_an_evaluation(run: Run, tmp_path: Path) -> None:
+    data = beir(tmp_path / "beir")
+    with (data / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "blank", "title": "", "text": " "}\n')  # an engine whose tokenizer adds nothing refuses it
+    status, report = run("eval", data, "--adapter", "a", "--out", tmp_path / "out")
+    assert (status, report["indexes"][0]["chunks"]) == (0, 12)
+
+
 def test_a_file_of_questions_is_scored_against_an_index(run: Run, docs: Path, tmp_path: Path) -> None:
     run("index", docs, "--out", tmp_path / "i", "--adapter", "a")
     said = run("ask", "sourdough", "--index", tmp_path / "i", "--lm-adapter", "s", "--max-tokens", 48)[1]["answer"]
