@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embedft.errors import IndexInvalid
-from embedft.files import locked, publish_folder, staged_folder, write_text
+from embedft.files import abandoned_stages, locked, publish_folder, staged_folder, write_text
 from embedft.rag.ann import Kind
 
 OURS = {"versions", "work", "maps", ".lock", ".building"}  # beside `current`: what a build that was interrupted leaves, too
@@ -85,6 +85,8 @@ def publish(folder: Path, write: Callable[[Path], None], *, before: str | None, 
         if current_version(folder) != before:
             raise IndexInvalid(folder.name, "another process changed it meanwhile: open it again and repeat")
         versions = folder / "versions"
+        for stage in abandoned_stages(versions, seconds=0):  # whoever stages here holds the lock
+            shutil.rmtree(stage, ignore_errors=True)
         with staged_folder(versions) as stage:
             write(stage)
             number = int(before.partition("-")[0]) + 1 if before else 1

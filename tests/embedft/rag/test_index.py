@@ -229,6 +229,16 @@ def test_ivfpq_of_too_few_rows_is_flat_until_there_are_enough(tmp_path: Path) ->
     assert [AnnSettings(kind="ivfpq").chosen(rows) for rows in (9983, 9984)] == ["flat", "ivfpq"]
 
 
+def test_what_a_killed_save_has_written_is_gone_after_the_next(tmp_path: Path) -> None:
+    index = filled(tmp_path / "i", vectors(20))
+    index.save()
+    left = tmp_path / "i" / "versions" / ".stage-killed"
+    left.mkdir()
+    (left / "vectors.faiss").write_bytes(b"half")
+    index.save()
+    assert not left.exists()
+
+
 def test_threads_search_while_another_adds_deletes_and_saves(tmp_path: Path) -> None:
     rows = vectors(200)
     index = filled(tmp_path / "i", rows)
