@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from embedft.errors import IndexInvalid
 from embedft.files import abandoned_stages, locked, publish_folder, staged_folder, write_text
@@ -39,8 +39,9 @@ class Meta(BaseModel):
 
 
 def current_version(folder: Path) -> str | None:
+    """What `current` says, which may be damaged; None where there is none."""
     path = folder / "current"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
 
 
 def _occupied(folder: Path) -> bool:
@@ -58,7 +59,7 @@ def read_meta(place: Path, name: str, *, verify: bool) -> Meta:
     """A version's record, its files checked by size, and with `verify` by hash. IndexInvalid."""
     try:
         meta = Meta.model_validate_json((place / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # pydantic's is a ValueError, and so is what a damaged name or text raises
         raise IndexInvalid(name, f"meta.json of version {place.name} cannot be read ({str(error).splitlines()[0]}): index again") from None
     for relative, (size, digest) in meta.files.items():
         path = place / relative
@@ -89,9 +90,8 @@ def publish(folder: Path, write: Callable[[Path], None], *, before: str | None, 
             shutil.rmtree(stage, ignore_errors=True)
         with staged_folder(versions) as stage:
             write(stage)
-            number = int(before.partition("-")[0]) + 1 if before else 1
+            number = 1 + max((int(name) for path in versions.iterdir() if (name := path.name.partition("-")[0]).isdecimal()), default=0)
             version = f"{number:06d}-{lineage[:8]}"
-            shutil.rmtree(versions / version, ignore_errors=True)  # left by a crash between publishing and switching
             publish_folder(stage, versions / version)
         write_text(folder / "current", version + "\n")
         for path in versions.iterdir():

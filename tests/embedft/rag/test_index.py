@@ -13,6 +13,7 @@ from embedft.rag.engines import Labelled, Rows
 from embedft.rag.index import VectorIndex
 from embedft.rag.linear_map import fit
 from embedft.rag.rows import Chunk
+from embedft.rag.versions import current_version
 
 D = 32
 LISTS = {"lists": 4, "probes": 4, "bits": 4, "refine": 32}  # IVF-PQ that is trained in an instant
@@ -227,6 +228,18 @@ def test_ivfpq_of_too_few_rows_is_flat_until_there_are_enough(tmp_path: Path) ->
     settings = AnnSettings(kind="ivfpq", bits=4)
     assert [settings.chosen(rows) for rows in (623, 624)] == ["flat", "ivfpq"]
     assert [AnnSettings(kind="ivfpq").chosen(rows) for rows in (9983, 9984)] == ["flat", "ivfpq"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"../../elsewhere\n", b"000009-gone\n"])
+def test_an_index_whose_current_version_is_unreadable_says_so_and_can_be_made_again(tmp_path: Path, content: bytes) -> None:
+    filled(tmp_path / "i", vectors(20)).save()
+    (tmp_path / "i" / "current").write_bytes(content)
+    with pytest.raises(IndexInvalid, match="index again"):
+        VectorIndex.open(tmp_path / "i")
+    index = filled(tmp_path / "i", vectors(20))
+    index.version = current_version(tmp_path / "i")
+    index.save()
+    assert len(VectorIndex.open(tmp_path / "i", verify=True)) == 20
 
 
 def test_what_a_killed_save_has_written_is_gone_after_the_next(tmp_path: Path) -> None:
