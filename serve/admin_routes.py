@@ -8,7 +8,7 @@ from pydantic_core import to_json
 
 from embedft.adapters.probes import ProbeReport
 from embedft.adapters.store import check_name
-from embedft.errors import AdapterInvalid, AdapterNotFound, InputInvalid
+from embedft.errors import AdapterInvalid, InputInvalid
 from serve.body import read_body
 from serve.embedding import way_of
 from serve.gateway import Gateway
@@ -59,7 +59,8 @@ def admin_routes(gateway: Gateway) -> APIRouter:
 
     @router.post("/v1/adapters/{name}/verify", dependencies=only_admin, summary="Replay the probes through the live engine")
     async def verify(name: str) -> Response:
-        return _json({"name": name, "generation": lifecycle.get(name).generation, "probe": _report(await lifecycle.verify(name))})
+        resident, report = await lifecycle.verify(name)
+        return _json({"name": name, "generation": resident.generation, "probe": _report(report)})
 
     @router.get("/v1/aliases", summary="Names that split traffic")
     def aliases(request: Request) -> Response:
@@ -94,8 +95,6 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     @router.post("/v1/unload_lora_adapter", dependencies=only_admin, **described(UnloadLora, "vLLM's alias of DELETE"))
     async def unload(request: Request) -> Response:
         body = await read_body(request, UnloadLora, limit=ADMIN_BODY)
-        if "@" in body.lora_name:
-            raise AdapterNotFound(body.lora_name[:80])
         await lifecycle.delete(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -179,20 +179,22 @@ class Lifecycle:
         resident.passport, resident.report, resident.proven = passport, report, state
 
     async def delete(self, name: str) -> Resident:
-        """Stop serving `name`: it drains and is unloaded. The store keeps it. AdapterNotFound."""
-        self.get(name)
+        """Stop serving `name`: it drains and is unloaded. The store keeps it. AdapterNotFound, for `name@hex` too."""
+        if name not in self.live:
+            raise AdapterNotFound(name[:80], list(self.live))
         async with self._names.setdefault(name, asyncio.Lock()):
-            resident = self.get(name)
-            del self.live[name]
+            resident = self.live.pop(name, None)
+            if resident is None:
+                raise AdapterNotFound(name, list(self.live))
             self._retire(resident)
             return resident
 
-    async def verify(self, name: str) -> ProbeReport:
-        """Replay the probes of what serves `name` now."""
+    async def verify(self, name: str) -> tuple[Resident, ProbeReport]:
+        """Replay the probes of what `name` or `name@hex` means now."""
         async with self.lease(name) as resident:
             resident.engine.supervisor.require_ready()
             resident.report = await probe(resident.engine, resident.id, resident.folder)
-            return resident.report
+            return resident, resident.report
 
     async def populate(self, engine: Engine) -> None:
         """A fresh engine process: load what belongs in it. The first time that is the store's, later what was serving.

@@ -171,6 +171,14 @@ def test_delete_drains_and_unloads_and_put_brings_it_back(world: World, server: 
     assert server.client.post("/v1/adapters/off/verify", headers=ADMIN).json()["probe"]["passed"] is True
 
 
+def test_a_generation_is_not_what_is_deleted(world: World, server: Server) -> None:
+    generation = served(server, world, "whole", seed=74)
+    name = own("whole", generation)
+    refused(server.client.delete(f"/v1/adapters/{name}", headers=ADMIN), 404, "adapter_not_found")
+    refused(server.post("/v1/unload_lora_adapter", {"lora_name": name}, headers=ADMIN), 404, "adapter_not_found")
+    assert server.post("/v1/embeddings", {"input": "x", "adapter": "whole"}).status_code == 200
+
+
 def test_vllms_load_and_unload_are_aliases(world: World, server: Server) -> None:
     served(server, world, "v", seed=72)
 
