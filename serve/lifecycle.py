@@ -231,7 +231,7 @@ class Lifecycle:
                 try:
                     found = await asyncio.to_thread(find, self.store, name, identity)
                     passport = read_passport(found.folder, name=name)
-                    if passport.base.fingerprint == engine.info.fingerprint and name not in self.live:
+                    if self._home_of(passport) is engine and name not in self.live:
                         self.live[name] = await self._load(name, found, engine=engine)
                     break
                 except NotReady:
@@ -331,9 +331,13 @@ class Lifecycle:
                 return
 
     def _engine_for(self, name: str, passport: Passport) -> Engine:
-        of_task = [engine for engine in self.engines.values() if engine.config.task == passport.task]
-        for engine in of_task:
-            if engine.info.fingerprint == passport.base.fingerprint:
-                return engine
-        serving = ", ".join(engine.info.fingerprint for engine in of_task) or "none of its task"
-        raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=serving)
+        engine = self._home_of(passport)
+        if engine is None:
+            of_task = [engine.info.fingerprint for engine in self.engines.values() if engine.config.task == passport.task]
+            raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=", ".join(of_task) or "none of its task")
+        return engine
+
+    def _home_of(self, passport: Passport) -> Engine | None:
+        """Where one base is served twice, by two engines or for two tasks, the first of the adapter's task."""
+        wanted = (passport.task, passport.base.fingerprint)
+        return next((engine for engine in self.engines.values() if (engine.config.task, engine.info.fingerprint) == wanted), None)

@@ -17,7 +17,7 @@ import pytest
 
 from serve.guard import __file__ as guard_file
 from tests.serve.test_choice import refused
-from tests.serve.world import Server, World, put_adapter, wait_for
+from tests.serve.world import Server, World, launch, put_adapter, wait_for
 
 Start = Callable[..., Server]
 
@@ -193,3 +193,17 @@ time.sleep(600)
     assert guard.wait(timeout=10) == 128 + signal.SIGKILL
     assert not sockets.exists()
     wait_for(lambda: gone(processes), 5)
+
+
+def test_a_base_that_is_served_twice_has_each_adapter_once_and_by_its_task(world: World) -> None:
+    ways = {"first": "embedding", "second": "embedding", "third": "causal_lm"}
+    bases = [{"name": name, "model": str(world.texts), "task": task, "engine": "fake"} for name, task in ways.items()]
+    events = {"EMBEDFT_FAKE_EVENTS": str(world.folder / "events.jsonl")}
+    server = launch({"bases": bases, "stop_seconds": 3.0}, folder=world.folder, store=world.store.root, env=events)
+    try:
+        server.wait_ready()
+        rows = [row for row in server.client.get("/v1/adapters").json()["data"] if row["state"] == "serving"]
+        assert [(row["name"], row["base"], row.get("refused")) for row in rows] == [(name, "first", None) for name in "abq"]
+        assert len(server.events("load")) == 3
+    finally:
+        server.stop()
