@@ -47,6 +47,14 @@ class BaseConfig(_Section):
     slots: PositiveInt | None = None
     tool_parser: str | None = Field(default=None, pattern=r"^[a-z0-9_]+$")
 
+    @model_validator(mode="after")
+    def _sound(self) -> "BaseConfig":
+        if self.cores is not None:
+            parse_cores(self.cores)
+        if self.engine is not None and (self.engine == "cross") != (self.task == "cross_encoder"):
+            raise ValueError(f"engine {self.engine} cannot serve task {self.task}: leave `engine` out")
+        return self
+
     @property
     def spec(self) -> BaseSpec:
         return BaseSpec(self.model, self.quantization, self.revision)
@@ -113,21 +121,21 @@ def load_config(
     *,
     store: AdapterStore,
     engine: EngineKind | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    adapters: Path | None = None,
+    host: str | None = None,
+    port: int | None = None,
     indexes: Path | None = None,
     keys: Path | None = None,
 ) -> ServerConfig:
-    """The YAML file's settings, or the bases that the store's adapters need. `engine` is for the bases that name none.
+    """The YAML file's settings, or the bases that the adapters of `store` need. What else is given goes before the file's word, but for
+    `engine`, which is for the bases that name none; `store` is where neither names `adapters`.
 
     Raises UsageError with all that is wrong.
     """
-    content: dict[str, Any] = _read(path) if path else {"bases": bases_of(store)}
-    content = {"adapters": str(store.root), "host": host, "port": port, **content}
-    if indexes is not None:
-        content["indexes"] = str(indexes.resolve())
-    if keys is not None:
-        content["keys"] = str(keys.resolve())
+    content: dict[str, Any] = {"adapters": str(store.root), **(_read(path) if path else {"bases": bases_of(store)})}
+    given = {"adapters": adapters, "indexes": indexes, "keys": keys}
+    content |= {name: str(place.resolve()) for name, place in given.items() if place is not None}
+    content |= {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
     if "tenants" in content:
         raise UsageError(f"{path}: tenants stand in a file of their own: keys: FILE")
     for key in ("adapters", "indexes", "keys"):

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_validator
 
 from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS
 from embedft.adapters.probes import PROBES
@@ -23,13 +23,22 @@ SCHEMES = ("hf", "s3", "gs", "https", "http")
 
 
 class Sources(BaseModel):
-    """`allow`: prefixes such as hf://our-org/ or s3://bucket/adapters/. None: nothing is fetched from anywhere."""
+    """`allow`: prefixes such as hf://our-org/, hf://our-org/repo or s3://bucket/adapters/. None: nothing is fetched from anywhere."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     allow: tuple[str, ...] = ()
     max_bytes: PositiveInt = 2 << 30
     seconds: PositiveFloat = 300.0
+
+    @field_validator("allow")
+    @classmethod
+    def _places(cls, allow: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in allow:
+            place = urlsplit(prefix)
+            if place.scheme not in SCHEMES or not place.netloc:
+                raise ValueError(f"{prefix!r} allows nothing: write {', '.join(SCHEMES[:-1])} or http, then ://, a host, bucket or user")
+        return allow
 
 
 def fetch(source: str, stage: Path, rules: Sources, *, name: str) -> None:
@@ -53,7 +62,7 @@ def fetch(source: str, stage: Path, rules: Sources, *, name: str) -> None:
 
 
 def allowed(source: str, prefixes: Sequence[str]) -> SplitResult:
-    """`source` taken apart, if one of `prefixes` holds it: same scheme, same host, and a path below it."""
+    """`source` taken apart, if one of `prefixes` holds it: same scheme, same host, and a path below it. A repo holds its revisions."""
     refused = InputInvalid("source_refused", "this place is not among the server's allowed sources", "source")
     if len(source) > 1024 or any(ord(letter) <= 32 or ord(letter) > 126 or letter in "\\%" for letter in source):
         raise refused
@@ -63,11 +72,13 @@ def allowed(source: str, prefixes: Sequence[str]) -> SplitResult:
     except ValueError:
         raise refused from None
     path = PurePosixPath(place.path or "/")
+    repo = PurePosixPath(place.path.partition("@")[0] or "/") if place.scheme == "hf" else path
     plain = not (place.query or place.fragment or place.username or place.password) and ".." not in path.parts
     if place.scheme not in SCHEMES or not plain:
         raise refused
     for prefix in map(urlsplit, prefixes):
-        if (prefix.scheme, prefix.netloc) == (place.scheme, place.netloc) and path.is_relative_to(prefix.path or "/"):
+        below = path.is_relative_to(prefix.path or "/") or repo.is_relative_to(prefix.path or "/")
+        if (prefix.scheme, prefix.netloc) == (place.scheme, place.netloc) and below:
             return place
     raise refused
 

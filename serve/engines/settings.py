@@ -1,5 +1,6 @@
 """What one engine process is given, as the gateway and the engines both read it."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -35,9 +36,12 @@ class EngineSettings:
 
 
 def parse_cores(text: str) -> set[int]:
-    """'0-2,5' → {0, 1, 2, 5}."""
+    """'0-2,5' → {0, 1, 2, 5}. ValueError for what names none."""
     cores: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        cores.update(range(int(first), int(last or first) + 1))
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+        named = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
+        if not named:
+            raise ValueError(f"{text!r} names no cores: write them as 0-3 or 0,2,5")
+        cores.update(named)
     return cores

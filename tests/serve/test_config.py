@@ -44,6 +44,31 @@ def test_a_relative_store_is_relative_to_the_file(world: World, tmp_path: Path) 
     assert load_config(path, store=world.store).adapters == tmp_path / "mine"
 
 
+def test_what_the_command_line_says_goes_before_the_files_word(world: World, tmp_path: Path) -> None:
+    path = write(tmp_path, "bases: [{name: a, model: m, task: embedding}]\nadapters: mine\nhost: localhost\nport: 9000\n")
+    config = load_config(path, store=world.store)
+    assert (config.host, config.port) == ("localhost", 9000)
+    config = load_config(path, store=world.store, adapters=world.store.root, host="::1", port=0)
+    assert (config.adapters, config.host, config.port) == (world.store.root, "::1", 0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("cores: abc", "names no cores"),
+        ("cores: 3-1", "names no cores"),
+        ("cores: ''", "names no cores"),
+        ("cores: 0-99999999999", "names no cores"),
+        ("engine: cross", "cannot serve task embedding"),
+        ("task: cross_encoder, engine: vllm", "cannot serve task cross_encoder"),
+    ],
+)
+def test_what_no_engine_could_do_is_told_before_any_starts(world: World, tmp_path: Path, setting: str, told: str) -> None:
+    task = "" if "task" in setting else "task: embedding, "
+    with pytest.raises(UsageError, match=told):
+        load_config(write(tmp_path, f"bases: [{{name: a, model: m, {task}{setting}}}]\n"), store=world.store)
+
+
 def test_no_two_vllm_engines_share_a_core_while_another_is_free() -> None:
     def base(name: str, cores: str | None = None) -> BaseConfig:
         return BaseConfig(name=name, model=name, task="embedding", engine="vllm", cores=cores)

@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from pydantic import ValidationError
 
 from embedft.errors import AdapterInvalid, InputInvalid
 from serve.remote import Sources, allowed, copy_files, fetch, public_address
@@ -55,6 +56,20 @@ def test_allowed_places_are_taken_apart() -> None:
     assert allowed("s3://bucket/adapters/x", ALLOW).path == "/adapters/x"
     with pytest.raises(InputInvalid):
         allowed("https://files.example/a/x", ())
+
+
+def test_a_repo_of_the_hub_is_allowed_in_every_revision_or_in_one() -> None:
+    assert allowed("hf://our/one@v1", ("hf://our/one",)).path == "/one@v1"
+    assert allowed("hf://our/one@v1", ("hf://our/one@v1",)).path == "/one@v1"
+    for source in ("hf://our/one@v2", "hf://our/other@v1", "hf://our/one-more@v1"):
+        with pytest.raises(InputInvalid):
+            allowed(source, ("hf://our/one@v1",))
+
+
+@pytest.mark.parametrize("prefix", ["our-org/", "ftp://files.example/", "hf:our-org", "https://", ""])
+def test_a_prefix_that_could_allow_nothing_is_told(prefix: str) -> None:
+    with pytest.raises(ValidationError, match="allows nothing"):
+        Sources(allow=(prefix,))
 
 
 def test_a_name_that_resolves_into_the_own_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
