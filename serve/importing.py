@@ -7,7 +7,7 @@ from pathlib import Path
 from embedft.adapters.passport import PASSPORT
 from embedft.adapters.store import AdapterStore, check_folder
 from embedft.adapters.transfer import check_contents
-from embedft.errors import AdapterInvalid, GenerationConflict
+from embedft.errors import AdapterInvalid, InputInvalid
 from serve.engine import Engine
 from serve.errors import ModelNotFound
 from serve.prover import Prover
@@ -22,12 +22,13 @@ class Importer:
     def __init__(self, store: AdapterStore, engines: dict[str, Engine], prover: Prover, rules: Sources) -> None:
         self._store, self._engines, self._prover, self._rules = store, engines, prover, rules
 
-    async def source_of(self, name: str, source: str | None, *, base: str | None, generation: str | None) -> str | None:
+    async def source_of(self, name: str, source: str | None, *, base: str | None) -> str | None:
         """What the lifecycle can put: `source` itself where the store has it, else the generation of what was fetched.
 
-        `base` names the base of an adapter without passport; `generation` is what the content must be. Raises InputInvalid,
-        AdapterInvalid, ModelNotFound, GenerationConflict.
+        `base` names the base of an adapter without passport. Raises InputInvalid, AdapterInvalid, ModelNotFound.
         """
+        if source in (None, "store") and base is not None:
+            raise InputInvalid("invalid_parameter", "what the store has knows its base: leave `base` out, or name another `source`", "base")
         if source is None or ("://" not in source and base is None):
             return source
         if base is not None and base not in self._engines:
@@ -44,10 +45,7 @@ class Importer:
                 await asyncio.to_thread(strip, stage, name)
                 await self._prover.prove("import", stage, name=name, engine=self._engines[base])
             await asyncio.to_thread(check_contents, stage, name)
-            identity = await asyncio.to_thread(self._store.add, stage, renew=proven)
-        if generation and not identity.startswith(generation):
-            raise GenerationConflict(name, expected=generation, current=identity)
-        return identity
+            return await asyncio.to_thread(self._store.add, stage, renew=proven)
 
 
 def _copied(folder: Path, stage: Path, name: str) -> None:

@@ -131,11 +131,19 @@ class Lifecycle:
         return [resident for resident in self._held.values() if resident.retired]
 
     async def put(
-        self, name: str, *, source: str | None = None, pin: bool = False, expected: str | None = None, named: bool = True
+        self,
+        name: str,
+        *,
+        source: str | None = None,
+        generation: str | None = None,
+        pin: bool = False,
+        expected: str | None = None,
+        named: bool = True,
     ) -> Resident:
         """Load, prove and switch to the generation that `source` names; None or 'store' is the store's current one of that name.
 
-        `named` False: the store is not told, so the next server does not serve it.
+        `generation` is what it must be, `expected` what must be serving. `named` False: the store is not told, so the next server does
+        not serve it.
 
         Raises AdapterNotFound, AdapterInvalid, BaseMismatch, ProbesFailed, GenerationConflict; then nothing has changed.
         """
@@ -147,6 +155,8 @@ class Lifecycle:
             if expected is not None and (current is None or not current.generation.startswith(expected) or len(expected) < 12):
                 raise GenerationConflict(name, expected=expected, current=current.generation if current else None)
             found = await asyncio.to_thread(find, self.store, name, source)
+            if generation is not None and not found.generation.startswith(generation):
+                raise GenerationConflict(name, expected=generation, current=found.generation)
             if current and current.generation == found.generation and not current.retired:
                 await self._renew(current, found)
                 if pin:

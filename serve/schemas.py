@@ -162,7 +162,7 @@ class _Admin(BaseModel):
 
 class PutAdapter(_Admin):
     """`source`: 'store' or none for the store's current one, a generation, another name, a folder under the store's root, or an
-    allowed hf://, s3://, gs:// or https:// place, whose content must be `generation` where that is given. `base`: of an adapter without
+    allowed hf://, s3://, gs:// or https:// place. Its content must be `generation` where that is given. `base`: of an adapter without
     passport; plain PEFT makes its probes, and it is marked unproven.
     """
 

@@ -159,6 +159,25 @@ def test_expected_generation_is_compare_and_swap(world: World, server: Server) -
     assert world.store.current("swap") == old
 
 
+@pytest.mark.parametrize("source", [None, "store", "checked", "a folder"])
+def test_whatever_is_put_must_be_the_generation_that_is_asked_for(world: World, server: Server, source: str | None) -> None:
+    serving = served(server, world, "checked", seed=77)
+    if source == "a folder":
+        (world.store.root / source).mkdir()
+        fill_adapter(world.store.root / source, "checked", world.texts, seed=78, scale=1.0, task="embedding")
+    body = {} if source is None else {"source": source}
+    refused(server.put("checked", {**body, "generation": "0" * 12}), 409, "generation_conflict")
+    assert server.client.get("/v1/adapters/checked").json()["generation"] == serving
+    if source != "a folder":
+        assert server.put("checked", {**body, "generation": serving[:12]}).status_code == 200
+
+
+def test_a_base_is_not_named_for_what_knows_its_own(world: World, server: Server) -> None:
+    served(server, world, "knows", seed=79)
+    for source in ({}, {"source": "store"}):
+        refused(server.put("knows", {**source, "base": "words"}), 400, "invalid_parameter")
+
+
 def test_delete_drains_and_unloads_and_put_brings_it_back(world: World, server: Server) -> None:
     served(server, world, "off", seed=71)
     assert server.client.delete("/v1/adapters/off", headers=ADMIN).status_code == 200
