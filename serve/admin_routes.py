@@ -12,9 +12,8 @@ from embedft.errors import AdapterInvalid, InputInvalid
 from serve.body import read_body
 from serve.embedding import way_of
 from serve.gateway import Gateway
-from serve.mixes import PREFIX
 from serve.openapi import described
-from serve.resident import Resident
+from serve.resident import MIX, Resident
 from serve.schemas import LoadLora, PutAdapter, PutAlias, UnloadLora
 from serve.visible import visible
 from serve.who import admin_only
@@ -71,7 +70,7 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     @router.put("/v1/aliases/{name}", dependencies=only_admin, **alias_body)
     async def put_alias(name: str, request: Request) -> Response:
         body = await read_body(request, PutAlias, limit=ADMIN_BODY)
-        if name in lifecycle.live or name in lifecycle.engines or name.startswith(PREFIX):
+        if name in lifecycle.live or name in lifecycle.engines or name.startswith(MIX):
             raise AdapterInvalid(name, "an adapter or a base has that name: choose another")
         if len({lifecycle.get(variant).engine.name for variant in body.variants}) > 1:
             raise InputInvalid("alias_invalid", "the variants are of different bases", "variants")
@@ -104,7 +103,7 @@ def admin_routes(gateway: Gateway) -> APIRouter:
 def _check_free(gateway: Gateway, name: str) -> None:
     """AdapterInvalid for what is no name, or stands for something else. A base's name is the lifecycle's to refuse."""
     check_name(name)
-    if name in gateway.aliases.all or name.startswith(PREFIX):
+    if name in gateway.aliases.all or name.startswith(MIX):
         raise AdapterInvalid(name, "an alias or a mix has that name: choose another")
 
 

@@ -70,4 +70,5 @@ class Gateway:
         await asyncio.gather(*(engine.supervisor.stop() for engine in engines), return_exceptions=True)
         for engine in engines:
             engine.client.close()
+        await self.mixes.close()
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)

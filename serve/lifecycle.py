@@ -102,7 +102,7 @@ class Lifecycle:
 
     async def _evict(self, seat: Seat) -> None:
         assert isinstance(seat, Resident)
-        self.evictions[seat.name] = self.evictions.get(seat.name, 0) + 1
+        self.evictions[seat.counted] = self.evictions.get(seat.counted, 0) + 1
         with contextlib.suppress(EmbedftError):
             await seat.engine.client.unload(seat.id)
 
@@ -117,7 +117,7 @@ class Lifecycle:
         try:
             if resident.proven is not None and resident.proven == state_of(resident.folder):
                 await resident.engine.client.load(resident.id, resident.folder)
-                self._count(resident.name, "loaded")
+                self._count(resident, "loaded")
                 return
             await asyncio.to_thread(checked, resident.name, Found(resident.generation, resident.folder))
             check_fit(resident.name, resident.passport, resident.engine)
@@ -126,6 +126,10 @@ class Lifecycle:
             raise
         except (EmbedftError, OSError) as error:
             raise AdapterUnavailable(f"{resident.id} cannot be loaded again: {error}") from error
+
+    def holds(self, generation: str) -> bool:
+        """Whether anything that is served or drains has its files there."""
+        return any(resident.generation == generation for resident in self._held.values())
 
     def draining(self) -> list[Resident]:
         return [resident for resident in self._held.values() if resident.retired]
@@ -305,10 +309,11 @@ class Lifecycle:
                 await asyncio.shield(client.unload(resident.id))
             raise
         finally:
-            self._count(resident.name, outcome)
+            self._count(resident, outcome)
 
-    def _count(self, name: str, outcome: str) -> None:
-        self.loads[name, outcome] = self.loads.get((name, outcome), 0) + 1
+    def _count(self, resident: Resident, outcome: str) -> None:
+        key = (resident.counted, outcome)
+        self.loads[key] = self.loads.get(key, 0) + 1
 
     def _switch(self, resident: Resident, current: Resident | None) -> None:
         self.live[resident.name] = resident

@@ -4,6 +4,7 @@ Each tenant has mixes of its own, under names that nobody can ask for otherwise.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -16,10 +17,9 @@ from embedft.errors import AdapterNotFound, EmbedftError, EngineBusy, InputInval
 from serve.errors import RateLimited
 from serve.lifecycle import Lifecycle
 from serve.prover import Prover
-from serve.resident import Resident
+from serve.resident import MIX, Resident
 
 MAX_MEMBERS = 4
-PREFIX = "mix-"
 FAILED_SECONDS = 60.0  # until one that could not be made is tried again
 _ALIKE = ("task", "side", "prompts", "pooling", "normalize", "max_length", "template_hash")
 
@@ -39,6 +39,7 @@ class Mixes:
         self._quota, self._seconds = quota, seconds
         self._kept: dict[str, Kept] = {}
         self._making: dict[str, asyncio.Task[None]] = {}
+        self._made: set[str] = set()  # generations in the store, where no name keeps them
 
     def owned(self, name: str, tenant: str) -> bool:
         return name in self._kept and self._kept[name].tenant == tenant
@@ -46,13 +47,16 @@ class Mixes:
     @staticmethod
     def is_mix(name: str) -> bool:
         """Also one that has expired and drains: it stays nobody else's."""
-        return name.startswith(PREFIX)
+        return name.startswith(MIX)
 
     async def name_of(self, members: Sequence[tuple[Resident, float]], tenant: str) -> str:
         """The name under which this mix is served, after it has been made and proven. Raises InputInvalid, RateLimited."""
         rounded = sorted((resident.id, round(weight, 2)) for resident, weight in members)
-        name = PREFIX + hashlib.sha256(json.dumps([tenant, rounded]).encode()).hexdigest()[:20]
+        name = MIX + hashlib.sha256(json.dumps([tenant, rounded]).encode()).hexdigest()[:20]
         await self._expire()
+        live = self._lifecycle.live.get(name)
+        if live and not live.loaded and not live.folder.is_dir():  # whoever tidied up the store could not know of it
+            await self._lifecycle.delete(name)
         if name not in self._lifecycle.live:
             _check(members)
             if name in self._kept and (error := self._kept[name].error):
@@ -87,6 +91,7 @@ class Mixes:
         with self._store.stage() as stage:
             await self._prover.prove("mix", stage, name=name, engine=engine, members=folders)
             identity = await asyncio.to_thread(self._store.add, stage, renew=False)
+        self._made.add(identity)
         await self._lifecycle.put(name, source=identity, named=False)
 
     async def _expire(self) -> None:
@@ -97,6 +102,18 @@ class Mixes:
                 await self._lifecycle.delete(name)
             except AdapterNotFound:
                 continue
+        if not self._making:
+            await self._discard({identity for identity in self._made if not self._lifecycle.holds(identity)})
+
+    async def close(self) -> None:
+        """Once nothing is served any more: no mix is left in the store."""
+        await self._discard(set(self._made))
+
+    async def _discard(self, spent: set[str]) -> None:
+        self._made -= spent
+        for identity in spent:
+            with contextlib.suppress(OSError, EmbedftError):  # then it stays until somebody tidies up
+                await asyncio.to_thread(self._store.discard, identity)
 
 
 def _check(members: Sequence[tuple[Resident, float]]) -> None:

@@ -8,6 +8,9 @@ from embedft.adapters.probes import ProbeReport
 from serve.engine import Engine
 from serve.slots import Seat
 
+MIX = "mix-"  # how the name of every mix begins, and no other
+MIXES = "mix-*"
+
 
 @dataclass(eq=False)
 class Resident(Seat):
@@ -30,3 +33,8 @@ class Resident(Seat):
     def id(self) -> str:
         """What the engine calls it, and what `x-embedft-adapter` says."""
         return f"{self.name}@{self.generation[:12]}"
+
+    @property
+    def counted(self) -> str:
+        """Under which name metrics count it: all mixes under one, since tenants make new ones without end."""
+        return MIXES if self.name.startswith(MIX) else self.name

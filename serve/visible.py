@@ -80,7 +80,7 @@ class Visible:
 
     def counted(self, resident: Resident | None) -> str | None:
         """Under which name metrics count it: an earlier generation apart from the one that serves."""
-        return None if resident is None else resident.id if resident.earlier else resident.name
+        return None if resident is None else resident.id if resident.earlier else resident.counted
 
     @asynccontextmanager
     async def lease(self, name: str) -> AsyncGenerator[Resident]:

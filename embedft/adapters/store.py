@@ -158,12 +158,21 @@ class AdapterStore:
         with self._locked():
             if broken := self.damaged():
                 raise AdapterInvalid(next(iter(broken)), "nothing is deleted while its pointer is damaged: mend or remove it first")
-            named = {identity for name in self.names() for identity in self.history(name)}
-            named |= set(self.all_held().values())
-            unused = [path for path in self._objects.glob("[0-9a-f]*") if path.name not in named and path.name not in leased]
+            kept = self._wanted() | set(leased)
+            unused = [path for path in self._objects.glob("[0-9a-f]*") if path.name not in kept]
             for path in (*unused, *abandoned_stages(self._objects)):
                 shutil.rmtree(path)
         return [path.name for path in unused]
+
+    def discard(self, generation: str) -> None:
+        """Delete one object, unless a name points at it, now or in its history, or holds it."""
+        with self._locked():
+            if not self.damaged() and generation not in self._wanted():
+                shutil.rmtree(self._objects / generation, ignore_errors=True)
+
+    def _wanted(self) -> set[str]:
+        """Generations that a name points at, now or in its history, or holds."""
+        return {identity for name in self.names() for identity in self.history(name)} | set(self.all_held().values())
 
     @contextmanager
     def _locked(self) -> Generator[None]:
