@@ -31,12 +31,10 @@ def main(path: Path) -> int:
 
 
 def run(job: dict[str, Any]) -> None:
-    from transformers import AutoTokenizer
-
     from embedft.adapters.probes import write_probes
     from embedft.encode import EncodeSettings
     from embedft.model_folder import describe
-    from embedft.verify import as_record, record
+    from embedft.verify import as_record
 
     folder, base, task = Path(job["folder"]), Path(job["base"]), job["task"]
     info = describe(base)
@@ -48,7 +46,7 @@ def run(job: dict[str, Any]) -> None:
     if task == "embedding":
         length = like.max_length if like else min(job.get("max_length") or info.max_length, info.max_length)
         settings = EncodeSettings(info.pooling, info.normalize, length, like.prompts if like else {})
-    recorded = record(folder, base=base, tokenizer=AutoTokenizer.from_pretrained(base), task=task, settings=settings)
+    recorded = _recorded(folder, base, task, settings, name=job["name"])
     write_probes(folder, recorded)
     identity = like.base if like else BaseIdentity(
         model=job["model"], quantization=info.quantization, fingerprint=info.fingerprint, parent=info.parent
@@ -71,6 +69,22 @@ def run(job: dict[str, Any]) -> None:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         unproven=like is None or any(read_passport(Path(member)).unproven for member, _ in job["members"]),
     ).write(folder)
+
+
+def _recorded(folder: Path, base: Path, task: Any, settings: Any, *, name: str) -> Any:
+    """The probes as plain PEFT answers them. AdapterInvalid where it does not, or with something else than numbers."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from embedft.verify import record
+
+    try:
+        recorded = record(folder, base=base, tokenizer=AutoTokenizer.from_pretrained(base), task=task, settings=settings)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # PEFT checks little of what a config says
+        raise AdapterInvalid(name, f"plain PEFT cannot load it: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from error
+    if not all(np.isfinite(effect).all() for effect in recorded.effect):
+        raise AdapterInvalid(name, f"its effect is not finite: its {CONFIG} scales it by what is no number, or its weights overflow")
+    return recorded
 
 
 def import_unproven(store: AdapterStore, source: Path, *, name: str, base: str, task: Any) -> str:
@@ -105,7 +119,8 @@ def _config(folder: Path, name: str) -> tuple[int, float, str]:
         ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
         if config.get("peft_type") != "LORA":
             raise AdapterInvalid(name, f"it is a {config.get('peft_type')}, not a LoRA: convert it first")
-        return max(ranks), float(config["lora_alpha"]), "rslora" if config.get("use_rslora") else "lora"
+        method = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+        return max(ranks), float(config["lora_alpha"]), method
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterInvalid(name, f"its {CONFIG} cannot be read: {error}") from None
 
