@@ -12,7 +12,7 @@ from serve.engine import Engine
 from serve.errors import ModelNotFound
 from serve.prover import Prover
 from serve.proving import strip
-from serve.remote import Sources, fetch
+from serve.remote import Sources, fetched
 from serve.sources import contained
 
 
@@ -35,7 +35,7 @@ class Importer:
             raise ModelNotFound(base, list(self._engines))
         with self._store.stage() as stage:
             if "://" in source:
-                await asyncio.to_thread(fetch, source, stage, self._rules, name=name)
+                await fetched(source, stage, self._rules, name=name)
             else:
                 await asyncio.to_thread(_copied, contained(self._store.root, source), stage, name)
             proven = (stage / PASSPORT).is_file()

@@ -4,8 +4,11 @@ A place is allowed by its prefix. An https host must resolve to public addresses
 connection goes to the very address that was checked, and no redirect is followed: a server cannot be sent to its own network.
 """
 
+import asyncio
+import contextlib
 import ipaddress
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -39,6 +42,32 @@ class Sources(BaseModel):
             if place.scheme not in SCHEMES or not place.netloc:
                 raise ValueError(f"{prefix!r} allows nothing: write {', '.join(SCHEMES[:-1])} or http, then ://, a host, bucket or user")
         return allow
+
+
+async def fetched(source: str, stage: Path, rules: Sources, *, name: str) -> None:
+    """`fetch` in a thread of its own, which nobody waits for beyond `rules.seconds`: a place that does not answer takes none of the
+    threads that requests are worked at in, nor keeps the server from ending. Raises as `fetch` does.
+    """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[Exception | None] = loop.create_future()
+
+    def run() -> None:
+        failure: Exception | None = None
+        try:
+            fetch(source, stage, rules, name=name)
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the server has ended
+            loop.call_soon_threadsafe(lambda: None if ended.done() else ended.set_result(failure))
+
+    threading.Thread(target=run, name=f"fetch {name}", daemon=True).start()
+    try:
+        async with asyncio.timeout(rules.seconds):
+            failure = await ended
+    except TimeoutError:
+        raise AdapterInvalid(name, f"it cannot be fetched: not done in {rules.seconds:.0f} s") from None
+    if failure is not None:
+        raise failure
 
 
 def fetch(source: str, stage: Path, rules: Sources, *, name: str) -> None:

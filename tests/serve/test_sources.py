@@ -2,9 +2,11 @@
 
 import gzip
 import http.server
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from pydantic import ValidationError
 
 from embedft.errors import AdapterInvalid, InputInvalid
 from serve.remote import Sources, allowed, copy_files, fetch, public_address
-from tests.serve.world import World, fill_adapter
+from tests.serve.test_choice import refused
+from tests.serve.world import ADMIN, World, fill_adapter
 
 ALLOW = ("hf://our/", "s3://bucket/adapters/", "https://files.example/a/", "http://127.0.0.1:1/")
 
@@ -173,3 +176,22 @@ def test_an_fsspec_folder_is_measured_before_a_byte_is_fetched(shared_world: Wor
         copy_files(files, "/bucket/g", stage, max_bytes=10, until=until)
     with pytest.raises(FileNotFoundError):
         copy_files(files, "/bucket/none", stage, max_bytes=10, until=until)
+
+
+def test_places_that_do_not_answer_hold_up_neither_what_serves_nor_the_servers_end(world: World) -> None:
+    mute = socket.create_server(("127.0.0.1", 0), backlog=64)
+    place = f"http://127.0.0.1:{mute.getsockname()[1]}/"
+    server = world.start(sources={"allow": [place], "seconds": 4.0})
+    try:
+        with ThreadPoolExecutor(40) as pool:
+            puts = [pool.submit(server.client.put, f"/v1/adapters/x{n}", json={"source": f"{place}x"}, headers=ADMIN) for n in range(40)]
+            time.sleep(0.5)
+            long = {"input": "x" * 100_000, "adapter": "a"}  # which is tokenized in a thread
+            assert server.post("/v1/embeddings", long, timeout=2.0).status_code == 200
+            for put in puts:
+                refused(put.result(), 422, "adapter_invalid")
+        began = time.monotonic()
+    finally:
+        server.stop()
+        mute.close()
+    assert time.monotonic() - began < 8
