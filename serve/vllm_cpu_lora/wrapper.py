@@ -53,12 +53,12 @@ class SegmentedPunicaWrapper(PunicaWrapperCPU):
             add(y.view(-1, y.shape[-1]), x if scale == 1.0 else x * scale, slots, self.plan_of_logits(x))
 
     def plan_of_logits(self, x: Tensor) -> Plan:
-        """Rows chosen for sampling are a copy; rows of one prompt, for its log-probabilities, a window of all hidden states."""
+        """Rows chosen for sampling are a copy; rows of one prompt, for its log-probabilities, a window of all hidden states, or all."""
         whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
         if whole and len(x) == self.sampler_plan.tokens:
             return self.sampler_plan
         first = int(x.storage_offset()) // x.stride(0)
-        if whole or first + len(x) > self.plan.tokens:
+        if first + len(x) > self.plan.tokens or (whole and len(x) != self.plan.tokens):
             raise ValueError(f"{len(x)} rows of logits belong to no known adapter: the batch has {self.sampler_plan.tokens} requests")
         return self.plan.part(first, len(x))
 

@@ -83,6 +83,7 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Case:
     ]
     jobs: list[Job] = [(a, p) for _ in range(2) for p in range(3) for a in (0, 1, None, 2, 3)]
     options = {"max_loras": 2, "max_cpu_loras": 3, "max_lora_rank": 16, "max_model_len": 256, "max_num_seqs": 16}
+    options |= {"max_num_batched_tokens": 16}  # the longest prompt comes in pieces, some with a batch to themselves
     return Case(base, adapters, [[5, 9, 100, 33], [7] * 20, list(range(50, 90))], jobs, options)
 
 
