@@ -62,7 +62,7 @@ class Visible:
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> AdapterNotFound:
-        return AdapterNotFound(name[:80], [*self.live, *self.aliases])
+        return AdapterNotFound(self._picked.get(name, name)[:80], [*self.live, *self.aliases])
 
     def _meant(self, name: str) -> str:
         """An alias' variant: drawn once a request."""

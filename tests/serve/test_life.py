@@ -199,6 +199,17 @@ def test_an_alias_splits_traffic_by_its_shares_and_sticks_to_a_key(server: Serve
     refused(ask(server, "live"), 404, "adapter_not_found")
 
 
+def test_an_alias_names_the_variant_that_is_not_served(server: Server, world: World) -> None:
+    put_adapter(world.store, "going", world.texts, seed=130)
+    assert server.put("going").status_code == 200
+    assert server.client.put("/v1/aliases/onward", json={"variants": {"going": 1}}, headers=ADMIN).status_code == 200
+    assert server.client.delete("/v1/adapters/going", headers=ADMIN).status_code == 200
+    answer = ask(server, "onward")
+    refused(answer, 404, "adapter_not_found")
+    assert answer.json()["error"]["message"].startswith("no adapter named 'going'")
+    assert server.client.delete("/v1/aliases/onward", headers=ADMIN).status_code == 200
+
+
 def test_an_aliass_shares_must_add_up_to_something(world: World) -> None:
     with pytest.raises(InputInvalid):
         Aliases(world.folder).put("x", {"a": 0})
