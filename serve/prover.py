@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from embedft.errors import AdapterInvalid, EngineBusy
 from embedft.lean import EAGER
 from serve.engine import Engine
+from serve.supervisor import without_secrets
 
 SECONDS = 600.0
 MAX_WAITING = 8
@@ -41,7 +41,7 @@ class Prover:
         with tempfile.TemporaryDirectory(prefix="proving-") as home:
             path = Path(home) / "job.json"
             path.write_text(json.dumps(job), encoding="utf-8")
-            env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **EAGER}
+            env = without_secrets() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **EAGER}
             pipe = asyncio.subprocess.PIPE
             child = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "serve.proving", str(path), stdout=pipe, stderr=pipe, env=env

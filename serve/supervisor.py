@@ -34,6 +34,11 @@ class Command:
     log: Path
 
 
+def without_secrets() -> dict[str, str]:
+    """This process's environment as its children may have it."""
+    return {key: value for key, value in os.environ.items() if key not in SECRETS}
+
+
 class Supervisor:
     """One engine: started, made ready by `prepare` (warm-up, adapters), restarted when it dies, ended with all it started."""
 
@@ -126,7 +131,7 @@ class Supervisor:
         if self.command.log.exists() and self.command.log.stat().st_size > LOG_BYTES:
             self.command.log.unlink()
         read, write = os.pipe()
-        env = {key: value for key, value in os.environ.items() if key not in SECRETS} | dict(self.command.env)
+        env = without_secrets() | dict(self.command.env)
         folder = str(self.command.socket.parent)
         guard = [sys.executable, "-I", "-S", str(GUARD), str(read), str(self._stop_seconds), folder, *self.command.argv]
         self._pipe = write  # from here on _end closes it, whatever fails

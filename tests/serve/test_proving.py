@@ -1,6 +1,8 @@
-"""Adapters without passport: what plain PEFT makes of their config, or that it makes nothing of it."""
+"""Adapters without passport: what plain PEFT makes of their config, or that it makes nothing of it. And what its process may know."""
 
+import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from embedft.adapters.passport import CONFIG
 from embedft.adapters.store import AdapterStore
 from embedft.errors import AdapterInvalid
+from serve.prover import Prover
 from serve.proving import import_unproven
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import featured_adapter
@@ -42,3 +45,14 @@ def test_a_config_that_makes_no_adapter_is_told_and_nothing_is_imported(
 
 def test_an_imported_dora_is_called_one(tmp_path: Path, llama: Path) -> None:
     assert imported(tmp_path, llama, {}, use_dora=True).passport("found").method == "dora"
+
+
+def test_the_process_that_reads_what_strangers_wrote_has_not_the_admins_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, told = tmp_path / "python", tmp_path / "told"
+    program.write_text(f"#!/bin/sh\nenv > {told}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("EMBEDFT_ADMIN_TOKEN", "secret")
+    asyncio.run(Prover()._run("x", {}))  # pyright: ignore[reportPrivateUsage]
+    assert "HF_HUB_OFFLINE" in told.read_text()
+    assert "EMBEDFT_ADMIN_TOKEN" not in told.read_text()
