@@ -96,10 +96,10 @@ class AdapterStore:
         return identity
 
     def names(self) -> dict[str, str]:
-        """Name → current generation, sorted by name. A damaged pointer is left out: see `damaged`."""
+        """Name → current generation, sorted by name. A pointer that is damaged or cannot be read is left out: see `damaged`."""
         found: dict[str, str] = {}
         for path in self._pointers():
-            with suppress(AdapterInvalid):
+            with suppress(AdapterInvalid, OSError):
                 found[path.stem] = self._read(path)[-1]
         return found
 
@@ -111,6 +111,10 @@ class AdapterStore:
                 self._read(path)
             except AdapterInvalid as error:
                 reasons[path.stem] = str(error)
+            except FileNotFoundError:  # removed just now
+                continue
+            except OSError as error:
+                reasons[path.stem] = f"the store's pointer {path.name} cannot be read: {error.strerror}"
         return reasons
 
     def _pointers(self) -> list[Path]:

@@ -60,6 +60,16 @@ def test_a_damaged_pointer_hides_no_other_adapter_and_can_be_mended(adapter: Pat
     assert (store.names(), store.damaged()) == ({"legal": identity, "medical": identity}, {})
 
 
+def test_a_pointer_that_cannot_be_read_hides_no_other_adapter(adapter: Path, store: AdapterStore) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    (store.root / "names" / "medical.json").mkdir()  # what it is to a reader without the right, too: an OSError
+    assert store.names() == {"legal": identity}
+    assert "cannot be read" in store.damaged()["medical"]
+    assert str(store.root) not in store.damaged()["medical"]
+    with pytest.raises(AdapterInvalid, match="nothing is deleted while"):
+        store.collect()
+
+
 def test_collect_deletes_only_what_nothing_names_or_leases(adapter: Path, store: AdapterStore) -> None:
     identity = import_folder(store, adapter, name="legal")
     assert store.collect() == []
