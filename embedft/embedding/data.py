@@ -50,6 +50,7 @@ def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool, t
     """
     problems: list[str] = []
     rows = _all_examples(data, problems, scored=scored, taught=taught)
+    problems += [] if taught else answering_negatives(rows)  # a teacher's score says how much one answers
     source = data.eval or (data.train if is_beir(data.train) else None)
     if source is None and scored:
         problems.append("data.eval: a loss of scored pairs needs its own evaluation data; expected pairs or a BEIR folder")
@@ -107,6 +108,17 @@ def make_examples(rows: Iterable[Example]) -> Examples:
         for row in kept
     ]
     return Examples(kept, {query: frozenset(texts) for query, texts in relevant.items()}, _hash(content))
+
+
+def answering_negatives(rows: Iterable[Example]) -> list[str]:
+    """A line for each negative that another row of its query calls its document: to learn from both is to learn nothing."""
+    examples = make_examples(rows)
+    return [
+        f"query {row.query[:60]!r}: its negative {text[:60]!r} is its document in another row; `embedft data check --fix` takes it out"
+        for row in examples.rows
+        for text in row.negatives
+        if text in examples.relevant[row.query]
+    ]
 
 
 def reduce_to(retrieval: RetrievalSet, *, queries: int | None, documents: int | None) -> RetrievalSet:

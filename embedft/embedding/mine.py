@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedft.embedding.beir import is_beir, read_beir
-from embedft.embedding.data import make_examples
+from embedft.embedding.data import answering_negatives, make_examples
 from embedft.embedding.evaluate import bm25_top, unit
 from embedft.embedding.near import jaccard
 from embedft.embedding.near import shingles as shingles_of
@@ -138,6 +138,7 @@ def _read(source: str) -> tuple[tuple[Example, ...], list[str]]:
     else:
         rows = list(parse(read_records(source, problems), problems, scored=False))
         documents = list(dict.fromkeys(text for row in rows for text in (row.document, *row.negatives)))
+        problems += answering_negatives(rows)
     if problems:
         raise DataError(problems)
     examples = make_examples(rows)

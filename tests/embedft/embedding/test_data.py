@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from embedft.embedding.check import check
 from embedft.embedding.data import Examples, RetrievalSet, data_hash, load_data, load_retrieval, make_examples, reduce_to
 from embedft.embedding.pairs import Example
 from embedft.errors import DataError
@@ -116,6 +117,18 @@ def test_negatives_come_from_a_list_or_from_numbered_columns(tmp_path: Path) -> 
     same = problems(write_rows(tmp_path / "c.jsonl", [row | {"negative": row["document"]} for row in ROWS[:3]]))
     assert len(same) == 3
     assert "is the document itself" in same[0]
+
+
+def test_a_negative_that_answers_its_query_in_another_row_is_refused_unless_a_teacher_scores_it(tmp_path: Path) -> None:
+    evaluation = write_rows(tmp_path / "test.jsonl", planted_rows(8, start=500))
+    second = {"query": ROWS[0]["query"], "document": "a second answer", "negative": ROWS[0]["document"], "scores": [0.9, 0.8]}
+    source = write_rows(tmp_path / "a.jsonl", [*(row | {"negative": "none", "scores": [1.0, 0.0]} for row in ROWS), second])
+    (told,) = problems(source, eval=evaluation)
+    assert "is its document in another row; `embedft data check --fix` takes it out" in told
+    taught, _ = load_data(EmbeddingData(train=source, eval=evaluation), EmbeddingEval(), scored=False, taught=True)
+    assert len(taught) == len(ROWS) + 1
+    check(source, fix=tmp_path / "fixed.jsonl")
+    assert len(load(str(tmp_path / "fixed.jsonl"), eval=evaluation)[0]) == len(ROWS) + 1
 
 
 def test_scored_pairs_need_a_number_and_their_own_evaluation_data(tmp_path: Path) -> None:

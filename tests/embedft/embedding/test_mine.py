@@ -142,6 +142,13 @@ def test_a_rows_own_negatives_stay_and_others_come_after_them(tmp_path: Path) ->
         assert len(set(line["negatives"])) == 4
 
 
+def test_a_rows_own_negative_that_answers_its_query_in_another_row_is_refused(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"query": f"how long does a ripe {f} stay fresh?", "document": answer(f)} for f in FRUITS]
+    rows.append({"query": rows[0]["query"], "document": "fourteen days", "negative": answer(FRUITS[0])})
+    with pytest.raises(DataError, match="is its document in another row"):
+        mined(write_rows(tmp_path / "rows.jsonl", rows), tmp_path)
+
+
 def test_a_pair_without_a_negative_is_not_written_for_it_would_cost_all_others_theirs(tmp_path: Path) -> None:
     alone = [{"query": "what is a comet?", "document": "a comet is ice"}, {"query": "what is a comet?", "document": "a comet is dust"}]
     other = [{"query": "is a comet ice?", "document": "a comet is ice"}]
