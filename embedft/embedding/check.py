@@ -222,7 +222,7 @@ def _templates(state: _State) -> None:
     phrases = phrases_in(queries)
     for phrase in phrases:
         hits = [(pair, _short(pair.query)) for pair in state.pairs if phrase in " ".join(words(pair.query))]
-        outer = [pair for pair, _ in hits if without(pair.query, phrase)]
+        outer = [pair for pair, _ in hits if pair.ids is None and without(pair.query, phrase)]
         remedy = "cut off where it begins or ends the query" if outer else ""
         state.note("template", hits, f"say {phrase!r} in the query", remedy)
         state.pairs = [replace(pair, query=without(pair.query, phrase) or pair.query) if pair.ids is None else pair for pair in state.pairs]

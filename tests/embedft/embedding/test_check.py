@@ -214,6 +214,31 @@ def test_a_beir_folder_is_checked_against_its_own_test_split_and_copied_clean(tm
     assert (tmp_path / "fixed" / "qrels" / "test.tsv").read_text() == (folder / "qrels" / "test.tsv").read_text()
 
 
+def test_of_a_beir_folder_no_more_is_promised_and_changed_than_its_judgements(tmp_path: Path) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=40, test=12))
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    for query in queries:
+        query["text"] = f"according to the passage above {query['text']}"
+    write_rows(folder / "queries.jsonl", queries)
+    graded = (folder / "qrels" / "train.tsv").read_text().replace("q1\td1\t1", "q1\td1\t3")
+    (folder / "qrels" / "train.tsv").write_text(graded)
+    report = check(str(folder), fix=tmp_path / "fixed")
+    assert found(report, "template").remedy == "", "queries are copied as they stand"
+    assert (tmp_path / "fixed" / "queries.jsonl").read_text() == (folder / "queries.jsonl").read_text()
+    kept = (tmp_path / "fixed" / "qrels" / "train.tsv").read_text().splitlines()
+    assert set(kept) <= set(graded.splitlines())
+    assert "q1\td1\t3" in kept
+
+
+def test_a_folder_named_for_evaluation_that_has_no_split_for_it_is_an_error(tmp_path: Path) -> None:
+    folder = Path(write_beir(tmp_path / "beir"))
+    (folder / "qrels" / "test.tsv").unlink()
+    rows = write_rows(tmp_path / "rows.jsonl", clean_rows())
+    with pytest.raises(DataError, match=r"no test\.tsv and no dev\.tsv"):
+        check(rows, eval=str(folder))
+    assert check(str(folder)).rows > 0
+
+
 def test_nothing_is_overwritten_and_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", clean_rows())
     with pytest.raises(DataError, match="exists already"):
