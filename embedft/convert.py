@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from embedft.adapters.card import CARD, model_card
 from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, read_passport
 from embedft.base import exact_dtype, load_model
 from embedft.errors import AdapterInvalid, MethodUnsupported, ProbesFailed, UsageError
@@ -74,7 +75,9 @@ def convert(folder: Path, out: Path, *, name: str, base: Path | None = None, ran
     _copy_rest(folder, out)
     width = next(iter(padded(pairs).values()))[0].shape[0]
     note = {"name": name, "method": "lora", "r": width, "alpha": float(width), "probes": passport.probes}
-    passport.model_copy(update=note).write(out)
+    made = passport.model_copy(update=note)
+    made.write(out)
+    (out / CARD).write_text(model_card(made), encoding="utf-8")
     report = verify(out, base=base_dir)
     certificate = Certificate(
         source=passport.name,
@@ -193,6 +196,6 @@ class _targets:
 def _copy_rest(folder: Path, out: Path) -> None:
     """All but the weights and what speaks of them: tokenizer, probes, recipe, evaluation."""
     for path in folder.iterdir():
-        if path.name in {WEIGHTS, CONFIG, CERTIFICATE, PASSPORT}:
+        if path.name in {WEIGHTS, CONFIG, CERTIFICATE, PASSPORT, CARD}:
             continue
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, out / path.name)

@@ -6,6 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from embedft.adapters.card import CARD, model_card
 from embedft.adapters.passport import Passport, read_passport
 from embedft.adapters.probes import compare, read_probes, write_probes
 from embedft.base import BaseSpec, exact_dtype, load_model, source_folder
@@ -17,6 +18,7 @@ from embedft.model_folder import fingerprint
 from embedft.quantize import copy_rest, quantize
 from embedft.verify import as_record, outputs, record, settings_of, trained_base
 
+_OF_ONE = ("adapter_", "passport", "conversion")  # files that speak of one adapter alone
 How = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties"]
 
 
@@ -163,7 +165,7 @@ def _finish(
     settings = settings_of(first) if first.task == "embedding" else None
     if settings is not None:
         for path in source.iterdir():  # what makes it load in plain sentence-transformers
-            if path.suffix in {".json", ".txt"} and not (out / path.name).exists() and not path.name.startswith(("adapter_", "passport")):
+            if path.suffix in {".json", ".txt"} and not (out / path.name).exists() and not path.name.startswith(_OF_ONE):
                 (out / path.name).write_bytes(path.read_bytes())
         for path in source.glob("[0-9]_*"):
             (out / path.name).mkdir()
@@ -177,6 +179,8 @@ def _finish(
         "r": int(config.r),
         "alpha": float(config.lora_alpha),
         "max_length": min(passport.max_length for passport in others),
+        "dimensions": tuple(size for size in first.dimensions if all(size in passport.dimensions for passport in others)),
+        "unproven": any(passport.unproven for passport in others),
         "metrics": made,
         "data_hash": None,
         "recipe_hash": None,
@@ -184,4 +188,5 @@ def _finish(
     }
     passport = first.model_copy(update=update)
     passport.write(out)
+    (out / CARD).write_text(model_card(passport), encoding="utf-8")
     return passport

@@ -8,13 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embedft.adapters.card import CARD, model_card
 from embedft.adapters.passport import CONFIG, TEXTS, BaseIdentity, Passport
 from embedft.adapters.probes import RecordedProbes, write_probes
 from embedft.adapters.transfer import check_weights
 from embedft.base import Base
 from embedft.methods import save_weights
 from embedft.recipe import AdapterSection, CausalLMRecipe, EmbeddingRecipe
-from embedft.training.card import model_card
 from embedft.training.measure import AdapterResult, trainable
 from embedft.training.progress import note
 from embedft.training.sentence_files import write_sentence_files
@@ -67,7 +67,7 @@ def publish(
         passport = _passport(folder, base, recipe, published, recorded)
         passport.write(folder)
         (folder / "recipe.yaml").write_text(recipe.portable_yaml(), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(passport), encoding="utf-8")
+        (folder / CARD).write_text(model_card(passport), encoding="utf-8")
         _write_rows(folder / "eval", published.rows)
         generation = (store.hold if published.held else store.put)(folder, recipe.name)
     return AdapterResult(

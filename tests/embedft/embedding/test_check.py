@@ -230,15 +230,6 @@ def test_of_a_beir_folder_no_more_is_promised_and_changed_than_its_judgements(tm
     assert "q1\td1\t3" in kept
 
 
-def test_a_folder_named_for_evaluation_that_has_no_split_for_it_is_an_error(tmp_path: Path) -> None:
-    folder = Path(write_beir(tmp_path / "beir"))
-    (folder / "qrels" / "test.tsv").unlink()
-    rows = write_rows(tmp_path / "rows.jsonl", clean_rows())
-    with pytest.raises(DataError, match=r"no test\.tsv and no dev\.tsv"):
-        check(rows, eval=str(folder))
-    assert check(str(folder)).rows > 0
-
-
 def test_nothing_is_overwritten_and_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", clean_rows())
     with pytest.raises(DataError, match="exists already"):

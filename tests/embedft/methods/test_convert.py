@@ -18,6 +18,7 @@ from embedft.verify import verify
 from tests.embedft import adapter_fixtures
 from tests.embedft.methods.cells import WHOLE
 from tests.embedft.methods.published import published
+from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama
 
 QUANTIZED = {"qlora": "nf4", "llm_int8": "int8", "loftq": "nf4"}
@@ -82,6 +83,9 @@ def test_conversion_gives_plain_lora_or_is_refused_as_the_table_says(adapter: An
     passport = read_passport(tmp_path / "out")
     assert (passport.method, passport.name, passport.r) == ("lora", "x", certificate.rank)
     assert json.loads((tmp_path / "out" / CERTIFICATE).read_text())["exact_rank"] == certificate.exact_rank
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert '"adapter": "x"' in card
+    assert f"| Method | lora, r={certificate.rank}" in card
     original, plain = (load_adapter(load_model(base, task="causal_lm"), each) for each in (folder, tmp_path / "out"))
     assert certificate.exact
     assert certificate.error < 1e-4
@@ -163,7 +167,7 @@ def test_nothing_is_merged_into_another_base_of_the_same_shapes(adapter: Any, tm
 def test_combining_adds_the_adapters_updates(adapter: Any, tmp_path: Path, how: Any, exact: bool, methods: tuple[str, str]) -> None:
     import torch
 
-    from embedft.convert import deltas
+    from embedft.convert import deltas, truncated
 
     parts = [adapter(method, r=4) for method in methods]
     base = parts[0][1]
@@ -175,6 +179,25 @@ def test_combining_adds_the_adapters_updates(adapter: Any, tmp_path: Path, how: 
     )
     close = [torch.allclose(both[name], one[name] - 0.5 * other[name], atol=1e-5) for name in one]
     assert all(close) if exact else not all(close)
+    if how == "svd":
+        for name, delta in one.items():
+            a, b = truncated(delta - 0.5 * other[name], 4)
+            assert torch.allclose(both[name], b @ a, atol=1e-5), "the nearest of its rank"
+
+
+def test_what_is_combined_claims_no_more_than_each_of_its_parts(tmp_path: Path) -> None:
+    base = tiny_encoder(tmp_path / "base", pooling="mean")
+    parts = [adapter_fixtures.make_adapter(tmp_path / name, name=name, seed=seed, model=str(base)) for seed, name in enumerate("ab")]
+    said: list[dict[str, Any]] = [{"dimensions": (64, 32, 16)}, {"dimensions": (64, 16), "unproven": True}]
+    for part, change in zip(parts, said, strict=True):
+        read_passport(part).model_copy(update=change).write(part)
+    (parts[0] / CERTIFICATE).write_text("{}")
+    passport = combine(parts, tmp_path / "out", name="both", weights=[1.0, -0.5], base=base)
+    assert (passport.dimensions, passport.unproven) == ((64, 16), True)
+    assert not (tmp_path / "out" / CERTIFICATE).exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert '"adapter": "both"' in card
+    assert "The sum of 1 × a, -0.5 × b, by cat. Not evaluated." in card
 
 
 @pytest.mark.parametrize("order", [1, -1])

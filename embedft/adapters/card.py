@@ -6,6 +6,8 @@ from typing import Any
 
 from embedft.adapters.passport import Passport
 
+CARD = "README.md"
+
 
 def model_card(passport: Passport) -> str:
     """Markdown with the front matter that model hubs read."""
@@ -39,6 +41,9 @@ def model_card(passport: Passport) -> str:
 
 
 def _quality(metrics: Mapping[str, Any]) -> list[str]:
+    if combined := metrics.get("combined"):
+        parts = ", ".join(f"{weight:g} × {name}" for name, weight in zip(combined["of"], combined["weights"], strict=True))
+        return [f"The sum of {parts}, by {combined['how']}. Not evaluated.", ""]
     columns = [name for name in ("base", "bm25", "adapter") if isinstance(metrics.get(name), Mapping)]
     if not columns:
         return ["Not evaluated: the recipe names no evaluation data.", ""]
