@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import yaml
 
-from embedft.axolotl_keys import CHOICES, FORMATS, KEYS, REASONS, TOGETHER
+from embedft.axolotl_keys import CHOICES, FORMATS, KEYS, OTHER_ROWS, REASONS, TOGETHER
 from embedft.errors import RecipeError
 from embedft.recipe import parse_recipe
 
@@ -84,24 +84,23 @@ def _unknown(key: str) -> str:
 
 
 def _base(given: Mapping[str, Any], made: Translation) -> None:
-    quantization = "nf4" if given.get("load_in_4bit") or given.get("adapter") == "qlora" else "int8" if given.get("load_in_8bit") else None
-    if quantization:
+    bits = 4 if given.get("load_in_4bit") or given.get("adapter") == "qlora" else 8 if given.get("load_in_8bit") else _loftq_bits(given)
+    if quantization := {4: "nf4", 8: "int8"}.get(bits or 0):
         made.put("base.quantization", quantization)
 
 
 def _method(given: Mapping[str, Any], made: Translation) -> None:
+    """An adapter has one method: of several that a file asks for the last of `_asked`, and the others are left out by name."""
     adapter = given.get("adapter")
     if adapter not in (None, "lora", "qlora", "llama-adapter"):
         made.left_out["adapter"] = f"no adapter {adapter!r} here: see adapter.method"
-    method = {None: "full", "llama-adapter": "llama_adapter"}.get(adapter, "lora")
-    claims = _claims(given, made)
-    if claims:
-        chosen, method = claims[-1]
-        for key, other in claims:
-            if other != method:
-                made.left_out[key] = f"one method a recipe: {chosen} makes it {method}, so it is no {other}"
-    if method == "lora_plus":
-        made.put("adapter.options", {"ratio": float(given["loraplus_lr_ratio"])})
+    method, asked = {None: "full", "llama-adapter": "llama_adapter"}.get(adapter, "lora"), _asked(given, made)
+    if asked:
+        last, method = list(asked.items())[-1]
+        others = {key: f"an adapter has one method here, and {last} names it" for key, other in asked.items() if other != method}
+        made.left_out.update(others)
+    if options := _options(given, method):
+        made.put("adapter.options", options)
     if method == "relora":
         _relora(given, made)
     made.put("adapter.method", method)
@@ -114,26 +113,37 @@ def _method(given: Mapping[str, Any], made: Translation) -> None:
             made.left_out["lora_target_modules"] = "a list of layer names is wanted: set adapter.targets"
 
 
-def _claims(given: Mapping[str, Any], made: Translation) -> list[tuple[str, str]]:
-    """(Axolotl's key, our method) wherever the file asks for another than plain LoRA; the last is taken."""
-    claims: list[tuple[str, str]] = []
-    start, peft = given.get("peft_init_lora_weights"), given.get("peft")
-    if started := re.match(r"(pissa|olora|eva|loftq)", str(start).lower()):
-        claims.append(("peft_init_lora_weights", started[1]))
-    elif isinstance(peft, dict) and "loftq_config" in peft:
-        claims.append(("peft", "loftq"))
+def _asked(given: Mapping[str, Any], made: Translation) -> dict[str, str]:
+    """The keys that name a method beyond LoRA, each with it; where there are several, the last one is taken."""
+    found: dict[str, str] = {}
+    start = given.get("peft_init_lora_weights")
+    if named := re.match(r"(pissa|olora|eva|loftq)", str(start).lower()):
+        found["peft_init_lora_weights"] = named[1]
     elif start not in (None, True, "gaussian"):
         made.left_out["peft_init_lora_weights"] = f"no start {start!r} here: pissa, olora, eva and loftq are methods"
-    return claims + [(key, method) for key, method in _METHOD_KEYS.items() if given.get(key)]
+    peft = _mapping(given.get("peft"))
+    if "loftq_config" in peft:
+        found["peft"] = "loftq"
+    made.left_out.update({f"peft.{key}": "a key that is not known here" for key in peft if key != "loftq_config"})
+    flags = {"peft_use_dora": "dora", "peft_use_rslora": "rslora", "relora": "relora", "relora_steps": "relora"}
+    return found | {key: method for key, method in (flags | {"loraplus_lr_ratio": "lora_plus"}).items() if given.get(key)}
 
 
-_METHOD_KEYS = {
-    "peft_use_dora": "dora",
-    "peft_use_rslora": "rslora",
-    "relora": "relora",
-    "relora_steps": "relora",
-    "loraplus_lr_ratio": "lora_plus",
-}
+def _options(given: Mapping[str, Any], method: str) -> dict[str, Any]:
+    steps = re.search(r"niter_(\d+)$", str(given.get("peft_init_lora_weights")).lower())
+    if method == "pissa" and steps:
+        return {"iterations": int(steps[1])}
+    return {"ratio": float(given["loraplus_lr_ratio"])} if method == "lora_plus" else {}
+
+
+def _loftq_bits(given: Mapping[str, Any]) -> int | None:
+    """LoftQ makes good what quantization lost, so its base is quantized though Axolotl's file loads it whole."""
+    peft = _mapping(given.get("peft"))
+    return int(_mapping(peft["loftq_config"]).get("loftq_bits", 4)) if "loftq_config" in peft else None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _relora(given: Mapping[str, Any], made: Translation) -> None:
@@ -168,12 +178,15 @@ def _data(given: Mapping[str, Any], made: Translation) -> None:
         _row_format(one, key, made)
         for part in sorted(set(one) - _DATASET_KEYS):
             made.left_out[f"{key}[0].{part}"] = "rows are prompt/completion, messages or Alpaca: rename the columns in the file"
+        files = one.get("data_files")
+        if isinstance(files, list) and len(cast("list[Any]", files)) > 1:
+            made.left_out[f"{key}[0].data_files[1:]"] = "one file or data set a recipe: concatenate them"
     if made.has("data.validation") and not made.has("train.evaluate_every"):
         made.recipe["data"].pop("validation")
         made.left_out["test_datasets"] = "without eval_steps nothing says when: set data.validation and train.evaluate_every"
 
 
-_DATASET_KEYS = {"path", "type", "ds_type", "data_files", "split", "name", "revision", "field_messages", "message_property_mappings"}
+_DATASET_KEYS = {"path", "type", "ds_type", "data_files", "split", "name", "revision", "field_messages"}
 
 
 def _source(one: Mapping[str, Any]) -> str:
@@ -193,7 +206,8 @@ def _row_format(one: Mapping[str, Any], key: str, made: Translation) -> None:
     if known and key == "datasets":
         made.put("data.format", known)
     elif not known:
-        made.left_out[f"{key}[0].type"] = f"no rows of type {kind!r} here: they are {', '.join(sorted(set(FORMATS.values())))}"
+        why = OTHER_ROWS.get(str(kind).partition(".")[0], "they are alpaca, messages, prompt_completion")
+        made.left_out[f"{key}[0].type"] = f"no rows of type {kind!r} here: {why}"
     if one.get("field_messages") not in (None, "messages"):
         made.left_out[f"{key}[0].field_messages"] = "the column is called `messages` here: rename it in the file"
 

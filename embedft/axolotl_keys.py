@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-FORMATS = {"alpaca": "alpaca", "chat_template": "messages", "sharegpt": "messages", "input_output": "prompt_completion"}
+FORMATS = {"alpaca": "alpaca", "chat_template": "messages"}
+OTHER_ROWS = {
+    "sharegpt": "conversations of `from` and `value`: write them as messages of `role` and `content`",
+    "input_output": "segments with labels: write them as prompt and completion",
+}
 KEYS: Mapping[str, str] = MappingProxyType(
     {
         "base_model": "base.model",
@@ -61,6 +65,7 @@ _FROZEN = "the base and its tokenizer are frozen: what serves many adapters cann
 _SFT = "supervised fine-tuning only"
 _ALWAYS = "always so here"
 _OWN = "the base's own files say so"
+_NOT = "not done here"
 _REASONS: tuple[tuple[str, str], ...] = (
     ("bf16 fp16 tf32 bfloat16 float16 float32 flash_attention xformers_attention sdp_attention eager_attention", _MACHINE),
     ("flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp s2_attention torch_compile torch_compile_backend", _MACHINE),
@@ -90,5 +95,11 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("default_system_message chat_template_jinja roles_to_train train_on_eos", "the base's template as it is; every answer is learnt"),
     ("pretraining_dataset", "pre-training is not fine-tuning of an adapter"),
     ("strict debug seq_len_warning", "a recipe is always strict"),
+    ("neftune_noise_alpha dataset_exact_deduplication min_sample_len auto_find_batch_size loss_watchdog_threshold", _NOT),
+    ("peft_layers_to_transform lora_layers_to_transform peft_layers_pattern", "set adapter.targets to the layers' names"),
+    ("torch_dtype fp8 gpu_memory_limit lora_on_cpu gradient_checkpointing_kwargs sample_packing_group_size", _MACHINE),
+    ("sample_packing_bin_size dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor", _MACHINE),
+    ("use_wandb use_mlflow mlflow_run_name use_comet comet_api_key comet_project_name", "trackers are named in train.trackers"),
+    ("metric_for_best_model greater_is_better", "the loss on data.validation chooses the best step"),
 )
 REASONS: Mapping[str, str] = MappingProxyType({key: why for keys, why in _REASONS for key in keys.split()})

@@ -89,7 +89,8 @@ def test_a_common_qlora_file_becomes_the_recipe_that_it_means() -> None:
         ({}, "lora", {}),
         ({"peft_use_dora": True}, "dora", {}),
         ({"peft_use_rslora": True}, "rslora", {}),
-        ({"peft_init_lora_weights": "pissa_niter_4"}, "pissa", {}),
+        ({"peft_init_lora_weights": "pissa"}, "pissa", {}),
+        ({"peft_init_lora_weights": "pissa_niter_4"}, "pissa", {"iterations": 4}),
         ({"peft": {"loftq_config": {"loftq_bits": 4}}, "load_in_4bit": True}, "loftq", {}),
         ({"loraplus_lr_ratio": 8}, "lora_plus", {"ratio": 8.0}),
         (
@@ -109,12 +110,18 @@ def test_each_way_to_name_a_method_is_understood(given: dict[str, Any], method: 
 def test_of_two_methods_the_one_that_is_not_taken_is_named() -> None:
     made = translate(lora(peft_use_rslora=True, loraplus_lr_ratio=16), name="x")
     assert made.recipe["adapter"] == {"method": "lora_plus", "options": {"ratio": 16.0}}
-    assert "it is no rslora" in made.left_out["peft_use_rslora"]
+    assert made.left_out["peft_use_rslora"] == "an adapter has one method here, and loraplus_lr_ratio names it"
     assert set(translate(lora(relora=True, relora_steps=10, max_steps=40), name="x").left_out) == set()
 
 
 def test_no_steps_of_warm_up_are_none() -> None:
     assert recipe_of(warmup_steps=0).train.warmup == 0
+
+
+@pytest.mark.parametrize(("bits", "quantization"), [({}, "nf4"), ({"loftq_bits": 4}, "nf4"), ({"loftq_bits": 8}, "int8")])
+def test_loftqs_base_is_quantized_though_axolotl_loads_it_whole(bits: dict[str, int], quantization: str) -> None:
+    recipe = recipe_of(peft={"loftq_config": bits})
+    assert (recipe.adapter.method, recipe.base.quantization) == ("loftq", quantization)
 
 
 def test_steps_and_shares_are_turned_round() -> None:
@@ -141,6 +148,18 @@ def test_steps_and_shares_are_turned_round() -> None:
         ({"wandb_project": "foo"}, "wandb_project", "in the environment, as WANDB_PROJECT"),
         ({"mlflow_tracking_uri": "http://m"}, "mlflow_tracking_uri", "in the environment, as MLFLOW_TRACKING_URI"),
         ({"datasets": [{"path": "a.jsonl", "type": "completion"}]}, "datasets[0].type", "they are alpaca, messages, prompt_completion"),
+        ({"datasets": [{"path": "a.jsonl", "type": "sharegpt"}]}, "datasets[0].type", "messages of `role` and `content`"),
+        ({"datasets": [{"path": "a.jsonl", "type": "input_output"}]}, "datasets[0].type", "prompt and completion"),
+        ({"datasets": [{"path": "a", "data_files": ["a.jsonl", "b.jsonl"]}]}, "datasets[0].data_files[1:]", "concatenate"),
+        (
+            {"datasets": [{"path": "a.jsonl", "message_property_mappings": {"role": "from"}}]},
+            "datasets[0].message_property_mappings",
+            "rename the columns",
+        ),
+        ({"peft_use_dora": True, "peft_use_rslora": True}, "peft_use_dora", "one method here, and peft_use_rslora names it"),
+        ({"peft_use_dora": True, "loraplus_lr_ratio": 16}, "peft_use_dora", "and loraplus_lr_ratio names it"),
+        ({"peft": {"loftq_config": {}, "something": 1}}, "peft.something", "not known here"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha", "not done here"),
     ],
 )
 def test_what_has_no_place_is_named_with_the_reason(given: dict[str, Any], key: str, reason: str) -> None:
