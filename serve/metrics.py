@@ -31,7 +31,11 @@ class Meters:
         self.tokens = Counter("embedft_tokens", "Tokens by kind: prompt or completion", (*target, "kind"), registry=self._registry)
         self.seconds = Histogram("embedft_request_seconds", "Whole requests", (*target, "route"), buckets=_SECONDS, registry=self._registry)
         self.first = Histogram(
-            "embedft_first_token_seconds", "Until a stream's first event", target, buckets=_SECONDS, registry=self._registry
+            "embedft_first_token_seconds",
+            "From a request's coming to its first event",
+            target,
+            buckets=_SECONDS,
+            registry=self._registry,
         )
         self.queued = Histogram(
             "embedft_queue_seconds", "Until an engine had a place", target, buckets=(0.001, *_SECONDS), registry=self._registry

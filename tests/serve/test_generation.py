@@ -1,7 +1,9 @@
 """Chat and completions through the gateway: whole, streamed, cancelled; also by the real OpenAI client."""
 
 import json
+import re
 import socket
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -86,6 +88,15 @@ def test_streams_are_counted_though_nobody_asked_for_usage(shared: Server) -> No
     before = _tokens(shared)
     shared.post("/v1/completions", {"model": "t", "prompt": "x", "stream": True, "max_tokens": 5})
     assert _tokens(shared) == before + 5
+
+
+def test_the_first_token_is_waited_for_from_the_requests_coming(world: World, start: Callable[..., Server]) -> None:
+    server = start(latency=0.3)
+    server.post("/v1/completions", {"model": "s", "prompt": "x", "stream": True, "max_tokens": 2})
+    found = server.client.get("/metrics").text
+    waited = re.search(r'embedft_first_token_seconds_sum\{adapter="s",base="words"\} (\S+)', found)
+    assert waited
+    assert 0.3 <= float(waited[1]) < 3
 
 
 def _tokens(server: Server) -> float:
