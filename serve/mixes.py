@@ -21,6 +21,7 @@ from serve.resident import MIX, Resident
 
 MAX_MEMBERS = 4
 FAILED_SECONDS = 60.0  # until one that could not be made is tried again
+LEAST_SECONDS, DRAINING_SECONDS = 0.1, 1.0  # between two looks at what has expired; at what has, and is still being used
 _ALIKE = ("task", "side", "prompts", "pooling", "normalize", "max_length", "template_hash")
 
 
@@ -40,6 +41,7 @@ class Mixes:
         self._kept: dict[str, Kept] = {}
         self._making: dict[str, asyncio.Task[None]] = {}
         self._made: set[str] = set()  # generations in the store, where no name keeps them
+        self._tidying: asyncio.Task[None] | None = None
 
     def owned(self, name: str, tenant: str) -> bool:
         return name in self._kept and self._kept[name].tenant == tenant
@@ -66,6 +68,8 @@ class Mixes:
                 wait = max(1.0, min(self._until(kept) for kept in mine) - time.monotonic())
                 raise RateLimited("mix", f"you have {len(mine)} mixes: at most {self._quota}", wait)
             self._kept.setdefault(name, Kept(tenant, time.monotonic()))
+            if self._tidying is None or self._tidying.done():
+                self._tidying = asyncio.create_task(self._tidied(), name="expired mixes")
             task = self._making.get(name)
             if task is None:
                 weighted = {resident.id: (resident, weight) for resident, weight in members}
@@ -94,6 +98,13 @@ class Mixes:
         self._made.add(identity)
         await self._lifecycle.put(name, source=identity, named=False)
 
+    async def _tidied(self) -> None:
+        """Each goes when its time is over, though nobody asks for another, and its files once it has drained."""
+        while self._kept or self._made:
+            due = min(map(self._until, self._kept.values()), default=time.monotonic() + DRAINING_SECONDS)
+            await asyncio.sleep(max(LEAST_SECONDS, due - time.monotonic()))
+            await self._expire()
+
     async def _expire(self) -> None:
         now = time.monotonic()
         for name in [name for name, kept in self._kept.items() if now > self._until(kept) and name not in self._making]:
@@ -107,6 +118,8 @@ class Mixes:
 
     async def close(self) -> None:
         """Once nothing is served any more: no mix is left in the store."""
+        if self._tidying is not None:
+            self._tidying.cancel()
         await self._discard(set(self._made))
 
     async def _discard(self, spent: set[str]) -> None:

@@ -165,6 +165,32 @@ def test_a_mix_that_cannot_be_made_is_not_tried_again_at_once_and_counts(monkeyp
     asyncio.run(run())
 
 
+def test_a_mix_that_nobody_asks_for_any_more_goes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    live, gone = dict[str, Any](), list[str]()
+
+    async def make(_: Mixes, name: str, members: Any) -> None:
+        live[name] = members
+
+    async def delete(name: str) -> None:
+        gone.append(name)
+        del live[name]
+
+    async def run() -> None:
+        mixes = Mixes(cast("Any", SimpleNamespace(live=live, delete=delete)), cast("Any", None), cast("Any", None), quota=2, seconds=0.3)
+        member: Any = SimpleNamespace(id="a@1", name="a", passport=passport, engine=engine)
+        name, began = await mixes.name_of([(member, 0.5)], "anna"), time.monotonic()
+        while not gone:
+            assert time.monotonic() - began < 10
+            await asyncio.sleep(0.02)
+        assert (gone, live, mixes.owned(name, "anna")) == ([name], {}, False)
+        assert time.monotonic() - began >= 0.25
+
+    passport = SimpleNamespace(**dict.fromkeys(("task", "side", "prompts", "pooling", "normalize", "max_length", "template_hash")), r=1)
+    engine = SimpleNamespace(config=SimpleNamespace(max_lora_rank=64))
+    monkeypatch.setattr(Mixes, "_make", make)
+    asyncio.run(run())
+
+
 def test_a_mix_that_has_expired_and_drains_is_shown_to_nobody_else() -> None:
     nothing: Any = None
     gateway: Any = SimpleNamespace(lifecycle=nothing, mixes=Mixes(nothing, nothing, nothing, quota=4, seconds=1), tenants=Tenants())
