@@ -14,8 +14,8 @@ def add_commands(commands: Any) -> None:
         "config", metavar="CONFIG", nargs="?", type=Path, help="a YAML file; without one, the bases that the store's adapters need"
     )
     serve.add_argument("--engine", choices=("vllm", "peft", "fake"), help="default: vllm where it is installed, else peft")
-    serve.add_argument("--host", help="default: CONFIG's, else 127.0.0.1")
-    serve.add_argument("--port", type=int, help="default: CONFIG's, else 8000")
+    serve.add_argument("--host", help="default: CONFIG's, else 127.0.0.1; any other wants --keys")
+    serve.add_argument("--port", type=int, help="default: CONFIG's, else 8000; 0: any that is free")
     serve.add_argument(
         "--indexes", type=Path, metavar="DIR", help="a folder of RAG indexes to answer from (embedft rag index --out DIR/NAME)"
     )
