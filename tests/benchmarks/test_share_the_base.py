@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks.sharing import report
 from benchmarks.sharing.sides import Measurement, Side, turns
+from benchmarks.sharing.ways import Vllm
 from benchmarks.sharing.workload import Request, arrivals, choose
 
 
@@ -108,6 +110,25 @@ def test_a_turn_is_as_many_requests_as_take_a_second_and_not_fewer_than_are_in_f
     assert [turn(rate) for rate in ("4", "200", "4000")] == [32, 200, 500]
     assert [turn(rate, slow=True) for rate in ("4", "20")] == [8, 20]
     assert turn("4", requests=[Request(0, [1], arrival=0.1)] * 500) == 500
+
+
+def test_a_side_that_is_not_what_it_is_called_is_refused() -> None:
+    """vLLM's base holds no LoRA operations, stock has its own, and only the plugin's side has ours."""
+
+    def named(kind: str | None) -> Any:
+        manager: Any = SimpleNamespace(punica_wrapper_mapping={"layer": type(kind, (), {})()} if kind else {})
+        runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+        worker = SimpleNamespace(driver_worker=SimpleNamespace(worker=SimpleNamespace(model_runner=runner)))
+        way = Vllm.__new__(Vllm)
+        way.engine = SimpleNamespace(engine_core=SimpleNamespace(engine_core=SimpleNamespace(model_executor=worker)))
+        return way
+
+    own = {"stock": "PunicaWrapperCPU", "plugin": "SegmentedPunicaWrapper"}
+    for mode, other in (("stock", "plugin"), ("plugin", "stock")):
+        named(own[mode])._check(mode, on_cpu=True)
+        with pytest.raises(RuntimeError, match=f"is to be vLLM's {mode} but its LoRA operations are .*{own[other]}"):
+            named(own[other])._check(mode, on_cpu=True)
+    named(None)._check("base", on_cpu=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
