@@ -16,7 +16,7 @@ from serve.admission import CHARACTERS_A_TOKEN, Ticket, guessed
 from serve.body import read_body
 from serve.config import Limits
 from serve.direct import DirectRoute
-from serve.engine import BASE
+from serve.engine import BASE, Engine
 from serve.errors import as_envelope
 from serve.gateway import Gateway
 from serve.leaving import ClientGone, unless_gone
@@ -72,6 +72,8 @@ async def _begun(
     choice.engine.supervisor.require_ready()
     if resident and route == "chat":
         check_template(resident)
+    if isinstance(body, ChatRequest):
+        check_tools(body, choice.engine)
     fields = body.model_dump(exclude_unset=True, exclude_none=True, exclude=OURS)
     sent = {**fields, "model": resident.id if resident else BASE}
     if choice.engine.config.engine in SALTED:
@@ -149,6 +151,13 @@ def check_template(resident: Resident) -> None:
     learnt = resident.passport.template_hash
     if learnt and learnt != resident.engine.template_hash:
         raise TemplateMismatch(resident.name)
+
+
+def check_tools(body: ChatRequest, engine: Engine) -> None:
+    """InputInvalid where vLLM was not told how this base's text says that it calls a tool."""
+    if body.tools and body.tool_choice != "none" and engine.config.engine == "vllm" and engine.config.tool_parser is None:
+        why = f"base {engine.name!r} in vLLM takes tools only with a `tool_parser` in the server's CONFIG, such as hermes: leave them out"
+        raise InputInvalid("tools_unsupported", why, "tools")
 
 
 def cost_of(body: ChatRequest | CompletionRequest) -> int:

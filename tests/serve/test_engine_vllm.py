@@ -1,8 +1,10 @@
 """A real vLLM server: each answer equals the same base and adapter alone in transformers + PEFT. Embeddings: tests/test_line.py."""
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -57,7 +59,7 @@ def server(llama: Path, adapters: dict[str, Path], compiled: Path) -> Iterator[E
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         patch.setenv("VLLM_CACHE_ROOT", str(compiled))
         patch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-        with engine("vllm", llama, "causal_lm", max_loras=SLOTS, max_length=256, kv_gib=KV_GIB) as process:
+        with engine("vllm", llama, "causal_lm", max_loras=SLOTS, max_length=256, kv_gib=KV_GIB, tool_parser="hermes") as process:
             for name, path in adapters.items():
                 process.load(name, path)
             yield process
@@ -89,6 +91,27 @@ def test_no_request_waits_for_a_compiler(server: EngineProcess, compiled: Path) 
     sampled = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 1, "logprobs": 2}
     assert len(server.complete("a", PROMPTS[0], **sampled)["token_ids"]) == 12
     assert torch.cuda.is_available() or not [*compiled.rglob("*.so")]
+
+
+def test_several_answers_keep_to_a_schema_with_log_probabilities_and_a_tool_is_called_by_an_adapter(server: EngineProcess) -> None:
+    schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"], "additionalProperties": False}
+    asked: dict[str, Any] = {"model": "a", "messages": [{"role": "user", "content": "what does red mean?"}], "max_tokens": 60, "seed": 5}
+    wanted = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema}}
+    sampled = {"n": 3, "temperature": 1.5, "logprobs": True, "top_logprobs": 2}
+    made = server.post("/v1/chat/completions", **asked, **sampled, response_format=wanted).json()
+    assert [choice["index"] for choice in made["choices"]] == [0, 1, 2]
+    for choice in made["choices"]:
+        assert isinstance(json.loads(choice["message"]["content"])["sure"], bool)
+        assert all(len(token["top_logprobs"]) == 2 for token in choice["logprobs"]["content"])
+    tool = {"type": "function", "function": {"name": "look", "parameters": schema, "strict": True}}
+    called: dict[str, Any] = {"tools": [tool], "tool_choice": "required", "max_tokens": 150}
+    answer = server.post("/v1/chat/completions", **asked | called, n=3, temperature=1.5)
+    assert answer.status_code == 200, answer.text
+    ended = [choice["message"] for choice in answer.json()["choices"] if choice["finish_reason"] != "length"]
+    assert ended
+    for message in ended:
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["look"] * len(message["tool_calls"])
+        assert isinstance(json.loads(message["tool_calls"][0]["function"]["arguments"])["sure"], bool)
 
 
 def test_a_kind_of_model_that_is_new_to_it_is_looked_at_without_another_vllm(server: EngineProcess, compiled: Path) -> None:

@@ -4,6 +4,9 @@ import json
 import re
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -12,8 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedft.errors import InputInvalid
+from serve.config import BaseConfig
 from serve.engines.fake import text
-from serve.generation_routes import renamed, without_choices
+from serve.generation_routes import check_tools, renamed, without_choices
+from serve.schemas import ChatRequest
 from tests.serve.test_choice import expected
 from tests.serve.world import Server, World, put_adapter, wait_for
 
@@ -88,6 +94,19 @@ def test_streams_are_counted_though_nobody_asked_for_usage(shared: Server) -> No
     before = _tokens(shared)
     shared.post("/v1/completions", {"model": "t", "prompt": "x", "stream": True, "max_tokens": 5})
     assert _tokens(shared) == before + 5
+
+
+@pytest.mark.parametrize(
+    ("engine", "parser", "choice", "refused"),
+    [("vllm", None, None, True), ("vllm", None, "none", False), ("vllm", "hermes", None, False), ("peft", None, None, False)],
+)
+def test_tools_that_vllm_was_not_told_to_read_are_refused_in_the_servers_own_words(
+    engine: Any, parser: str | None, choice: str | None, refused: bool
+) -> None:
+    body = ChatRequest.model_validate({"messages": MESSAGES, "tools": [{"type": "function"}], "tool_choice": choice})
+    config = BaseConfig(name="words", model="m", task="causal_lm", engine=engine, tool_parser=parser)
+    with pytest.raises(InputInvalid, match="`tool_parser` in the server's CONFIG") if refused else nullcontext():
+        check_tools(body, cast("Any", SimpleNamespace(name="words", config=config)))
 
 
 def test_the_first_token_is_waited_for_from_the_requests_coming(world: World, start: Callable[..., Server]) -> None:
