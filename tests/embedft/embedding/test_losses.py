@@ -16,7 +16,8 @@ from tests.fixtures_embedding import another, planted_rows, write_rows
     ("name", "adapter", "dimensions"),
     [(name, PACKED, ()) for name in LOSSES]
     + [(name, PADDED, ()) for name in ("cached_mnrl", "gist", "kl")]
-    + [("mnrl", PACKED, (16, 32)), ("cached_mnrl", PADDED, (32,)), ("kl", PACKED, (16,))],
+    + [(name, PACKED, (16, 32)) for name in LOSSES]
+    + [("cached_mnrl", PADDED, (32,))],
 )
 def test_each_loss_falls_while_it_trains(
     name: str, adapter: dict[str, Any], dimensions: tuple[int, ...], make: Make, beir: str, root: Path, tmp_path: Path
@@ -37,7 +38,7 @@ def test_each_loss_falls_while_it_trains(
         data={"train": write_rows(root / f"{name}.jsonl", pairs if scored else triplets), "eval": beir},
         loss={"name": name, "dimensions": dimensions},
         adapter=adapter,
-        train={"lr": 1e-2},
+        train={"lr": 3e-3 if dimensions else 1e-2},  # several losses at once: their gradients add up
     )
     examples, _ = load_data(recipe.data, recipe.eval, scored=scored, taught=taught)
     assert (examples.rows[0].score is not None) == scored
