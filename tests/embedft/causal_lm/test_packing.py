@@ -12,7 +12,7 @@ from embedft.causal_lm.batches import Collate, PackedCollate, pack
 from embedft.causal_lm.template import IGNORED, Example, template_of
 from embedft.causal_lm.train import best_checkpoint, build_trainer, read_split, tokenized, train
 from embedft.errors import BaseError, MethodUnsupported, RecipeError
-from embedft.methods import attach
+from embedft.methods import METHODS, attach
 from embedft.recipe import AdapterSection
 from tests.fixtures_lm import planted_recipe, planted_rows, write_jsonl
 
@@ -160,6 +160,49 @@ def test_gradient_checkpointing_changes_no_gradient(parts: Any, tmp_path: Path, 
         build_trainer(model, base, examples, settings, folder=tmp_path).train()
         trained.append([value.detach() for value in model.parameters() if value.requires_grad])
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*trained, strict=True))
+
+
+OF_EACH_FORM = [name for name, row in METHODS.items() if row.form != "lora" or name == "dora"]
+
+
+@pytest.mark.parametrize("method", [name for name in OF_EACH_FORM if METHODS[name].packing])
+def test_what_the_table_says_can_be_packed_loses_in_a_pack_what_it_loses_alone(parts: Any, method: str) -> None:
+    _, base, examples = parts
+    model: Any = attach(base, AdapterSection(method=method, r=4), task="causal_lm")
+    stir(model)
+    packs = pack(examples[:24], length=96)
+    packed = losses(model, PackedCollate(base.tokenizer.pad_token_id, torch.float32)(packs)).sum()
+    alone = Collate(base.tokenizer.pad_token_id, torch.float32)
+    each = sum(float(losses(model, alone([example])).sum()) for example in examples[:24])
+    assert float(packed) == pytest.approx(each, rel=1e-4)
+    adapted = losses(model, alone(examples[:24]))
+    with model.disable_adapter():
+        assert not torch.allclose(losses(model, alone(examples[:24])), adapted, rtol=1e-3), "the adapter has an effect"
+
+
+@pytest.mark.parametrize("method", [name for name in OF_EACH_FORM if METHODS[name].checkpointing])
+def test_what_the_table_says_can_be_checkpointed_learns_the_same(parts: Any, tmp_path: Path, tiny_base: Path, method: str) -> None:
+    recipe, _, examples = parts
+    trained: list[Any] = []
+    for checkpointing in (False, True):
+        base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+        torch.manual_seed(0)
+        model: Any = attach(base, AdapterSection(method=method, r=4), task="causal_lm")
+        stir(model)
+        settings = recipe.train.model_copy(update={"gradient_checkpointing": checkpointing, "max_steps": 2})
+        build_trainer(model, base, examples, settings, folder=tmp_path).train()
+        trained.append([value.detach() for value in model.parameters() if value.requires_grad])
+    assert trained[0]
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(*trained, strict=True))
+
+
+def stir(model: Any) -> None:
+    """Away from a start that does nothing."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn(value.shape, generator=generator))
 
 
 def test_the_best_step_is_published_and_waiting_ends(tiny_base: Path, tmp_path: Path) -> None:
