@@ -239,6 +239,30 @@ def test_texts_that_nobody_waits_for_any_more_are_not_embedded(tmp_path: Path) -
     assert encoder.batches == [1, 2]
 
 
+def test_the_model_goes_on_while_an_adapter_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
+    folder = random_adapter(tmp_path / "a", base.folder, "embedding", seed=0)
+    worker = Worker(base, Encoder(base.model, base.folder, EncodeSettings("mean", True, 16)))
+    read, opened = worker.bank.read, threading.Event()
+
+    def slowly(name: str, path: Path) -> Any:
+        assert opened.wait(10)
+        return read(name, path)
+
+    monkeypatch.setattr(worker.bank, "read", slowly)
+
+    async def run() -> None:
+        loading = asyncio.create_task(worker.load("a", folder))
+        async with asyncio.timeout(5):
+            assert len(await worker.embed(None, [[1, 5, 9, 2]])) == 1
+        assert not loading.done()
+        opened.set()
+        await loading
+        assert worker.names == ("a",)
+
+    asyncio.run(run())
+
+
 def test_embeddings_wait_for_as_many_as_there_were_but_not_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.engines.peft.worker.GATHER_SHARE", 4.0)
     base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")

@@ -95,6 +95,8 @@ def test_another_tenants_adapter_cannot_be_told_from_an_unknown_one(keyed: Serve
             keyed.post("/v1/embeddings", {"input": "x", **body}, headers=headers)
             for body in ({"adapter": name}, {"model": name}, {"model": f"texts:{name}"}, {"adapter": f"{name}@{generation}"})
         ]
+        mix = {"mix": [{"adapter": member, "weight": 1} for member in ("a", name)]}
+        answers += [keyed.post("/v1/embeddings", {"input": "x", "adapter": mix}, headers=headers)]
         answers += [keyed.post("/v1/embeddings", {"input": ["x", "y"], "adapter": ["a", name]}, headers=headers)]
         answers += [keyed.client.get(f"/v1/adapters/{name}", headers=headers), keyed.client.get(f"/v1/models/{name}", headers=headers)]
         answers += [

@@ -32,6 +32,30 @@ def test_who_waits_for_room_has_it_when_the_engine_is_another() -> None:
     asyncio.run(check())
 
 
+def test_requests_for_what_is_loaded_do_not_wait_for_what_is_being_loaded() -> None:
+    async def check() -> None:
+        slots, opened = Slots(2, asyncio.Lock()), asyncio.Event()
+        here, coming = Seat(), Seat()
+
+        async def nothing(_: Seat | None = None) -> None:
+            return None
+
+        async def slow() -> None:
+            await opened.wait()
+
+        async with slots.held(here, load=nothing, unload=nothing):
+            pass
+        waiting = asyncio.create_task(slots.held(coming, load=slow, unload=nothing).__aenter__())
+        await asyncio.sleep(0.01)
+        for _ in range(3):
+            async with asyncio.timeout(1), slots.held(here, load=nothing, unload=nothing):
+                assert not waiting.done()
+        opened.set()
+        await asyncio.wait_for(waiting, 1)
+
+    asyncio.run(check())
+
+
 def test_an_engine_comes_back_once_what_kept_it_from_starting_has_passed(tmp_path: Path) -> None:
     calls: list[int] = []
 
