@@ -41,7 +41,7 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        given, caller = (_header(scope, name) for name in (b"x-request-id", b"traceparent"))
         record = Record(given if GIVEN_ID.fullmatch(given) else secrets.token_hex(8), texts=self._texts)
         scope.setdefault("state", {})["record"] = record
         began, status, sent = time.perf_counter(), 499, 0
@@ -59,9 +59,10 @@ class AccessLog:
         def write(took: float) -> None:
             self._write(line(scope, record, status=status, milliseconds=took * 1000, sent=sent))
             if self._trace:
-                shown = {name: value for name, value in record.fields.items() if name != "body"}
+                shown = {"id": record.identity, "status": status, **record.fields}
+                shown.pop("body", None)
                 route = getattr(scope.get("route"), "path", "unknown")
-                self._trace(f"{scope['method']} {route}", at, at + int(took * 1e9), {"id": record.identity, "status": status, **shown})
+                self._trace(f"{scope['method']} {route}", at, at + int(took * 1e9), shown, caller)
 
         try:
             await self._app(scope, receive, told)
@@ -71,6 +72,10 @@ class AccessLog:
         finally:
             if scope["path"] not in QUIET or status >= 500:
                 asyncio.get_running_loop().call_soon(write, time.perf_counter() - began)  # in the next turn: the answer leaves in this one
+
+
+def _header(scope: Scope, wanted: bytes) -> str:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), "")
 
 
 def line(scope: Scope, record: Record, *, status: int, milliseconds: float, sent: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import yaml
 
 from embedft.cli import main
+from embedft.errors import UsageError
 from serve.config import load_config
 from serve.tenants import TenantEntry
+from serve.tracing import tracing
 from tests.serve.world import ROOT, Server, World
 
 DEPLOY = ROOT / "serve" / "deploy"
@@ -63,10 +66,23 @@ def test_a_request_is_one_span_without_its_text() -> None:
         return
 
     lines: list[str] = []
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "state": {}}
+    caller = [(b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": caller, "state": {}}
     asyncio.run(AccessLog(app, lines.append, texts=True, trace=spans_to(SimpleSpanProcessor(kept)))(scope, nothing, nothing))
     (span,) = kept.get_finished_spans()
     assert span.attributes is not None
     assert (span.attributes["embedft.tenant"], span.attributes["embedft.status"], span.status.is_ok) == ("anna", 503, False)
     assert "secret" not in str(span.attributes)
     assert "secret" in lines[0]
+    assert span.context is not None
+    assert span.parent is not None
+    assert f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
+    assert f"{span.parent.span_id:016x}" == "b7ad6b7169203331"
+
+
+def test_traces_without_their_library_are_refused_at_the_start_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracing() is None
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(UsageError, match=r"pip install 'embedft\[traces\]'"):
+        tracing()
