@@ -22,6 +22,13 @@ def recipes_root() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
+def data_note(name: str) -> str:
+    """What a shipped recipe says of where its data comes from; '' for any other."""
+    path = shipped_recipes().get(name)
+    lines = path.read_text(encoding="utf-8").splitlines() if path and not Path(name).exists() else []
+    return next((line.removeprefix("# Data: ") for line in lines if line.startswith("# Data: ")), "")
+
+
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> EmbeddingRecipe | CausalLMRecipe:
     """Read a recipe from a file or by a shipped recipe's name and apply dotted `key=value` overrides.
 

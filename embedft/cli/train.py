@@ -8,7 +8,7 @@ from typing import Any
 
 from embedft.cli.options import command, store_of, store_option
 from embedft.cli.show import Progress, show, show_scores, show_table
-from embedft.errors import UsageError
+from embedft.errors import DataError, UsageError
 
 
 def add_commands(commands: Any) -> None:
@@ -45,21 +45,18 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from embedft.recipe_file import load_recipe
+    from embedft.recipe_file import data_note, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.task != arguments.task:
         other = "train-lm" if recipe.task == "causal_lm" else "train-embed"
         raise UsageError(f"{arguments.recipe} has task: {recipe.task}; use embedft {other}")
-    options = {"resume": arguments.resume, "dry_run": arguments.dry_run, "progress": not arguments.json}
-    if recipe.task == "embedding":
-        from embedft.embedding.train import train as train_embedding
-
-        outcome = train_embedding(recipe, store=store_of(arguments), force=arguments.force, **options)
-    else:
-        from embedft.causal_lm.train import train as train_causal_lm
-
-        outcome = train_causal_lm(recipe, store=store_of(arguments), **options)
+    try:
+        outcome = _trained(recipe, arguments)
+    except DataError as error:
+        if note := data_note(arguments.recipe):
+            raise DataError([*error.problems, f"{arguments.recipe}'s data: {note}"]) from None
+        raise
     from embedft.training.measure import DryRunReport
     from embedft.verify import refused_here
 
@@ -78,6 +75,17 @@ def _train(arguments: argparse.Namespace) -> int:
     else:
         print("serve it with: embedft serve")
     return 0
+
+
+def _trained(recipe: Any, arguments: argparse.Namespace) -> Any:
+    options = {"resume": arguments.resume, "dry_run": arguments.dry_run, "progress": not arguments.json}
+    if recipe.task == "embedding":
+        from embedft.embedding.train import train as train_embedding
+
+        return train_embedding(recipe, store=store_of(arguments), force=arguments.force, **options)
+    from embedft.causal_lm.train import train as train_causal_lm
+
+    return train_causal_lm(recipe, store=store_of(arguments), **options)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ import yaml
 
 from embedft.errors import RecipeError
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe, parse_recipe
-from embedft.recipe_file import load_recipe, shipped_recipes
+from embedft.recipe_file import data_note, load_recipe, shipped_recipes
 
 MINIMAL = {"task": "embedding", "base": {"model": "minilm"}, "data": {"train": "train.jsonl"}}
 
@@ -143,6 +143,11 @@ def test_a_typo_within_a_section_that_may_be_null_names_the_nearest_key() -> Non
     content = {"task": "embedding", "base": {"model": "minilm"}, "data": {"train": "x"}, "eval": {"guard": {"dropp": 0.1}}}
     with pytest.raises(RecipeError, match=r"did you mean 'eval\.guard\.drop'"):
         parse_recipe(content)
+
+
+def test_every_recipe_that_runs_offline_says_where_its_data_comes_from() -> None:
+    silent = [name for name in shipped_recipes() if not data_note(name) and load_recipe(name).base.model in {"minilm", "seed-lm"}]
+    assert not silent
 
 
 def test_both_tasks_are_shipped() -> None:
