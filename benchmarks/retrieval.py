@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     task = TASKS[arguments.name]
     if missing := {name for name in (task.train, task.eval) if name and not (arguments.data / name).is_dir()}:
-        parser.error(f"no {', no '.join(sorted(missing))} in {arguments.data}: the public sets are not shipped; name their folder by --data")
+        parser.error(f"no {', no '.join(sorted(missing))} in {arguments.data}: these public sets are not shipped: name their --data")
     with tempfile.TemporaryDirectory() as folder:
         report = _measure(task, arguments.data, Path(folder), arguments.set, seeds=arguments.seeds)
     report = {

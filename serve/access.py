@@ -19,10 +19,10 @@ QUIET = {"/health", "/ready", "/metrics"}
 
 
 class Record:
-    """What is known of one request so far; routes add to it. `texts`: its body is wanted too."""
+    """What is known of one request so far; routes add to it. `texts`: its body is wanted too. `began`: when it came in."""
 
     def __init__(self, identity: str, *, texts: bool = False) -> None:
-        self.identity, self.texts = identity, texts
+        self.identity, self.texts, self.began = identity, texts, time.perf_counter()
         self.fields: dict[str, Any] = {}
 
     def tell(self, **fields: Any) -> None:
@@ -44,8 +44,7 @@ class AccessLog:
         given, caller = (_header(scope, name) for name in (b"x-request-id", b"traceparent"))
         record = Record(given if GIVEN_ID.fullmatch(given) else secrets.token_hex(8), texts=self._texts)
         scope.setdefault("state", {})["record"] = record
-        began, status, sent = time.perf_counter(), 499, 0
-        at = time.time_ns()
+        status, sent, at = 499, 0, time.time_ns()
 
         async def told(message: Message) -> None:
             nonlocal status, sent
@@ -70,8 +69,8 @@ class AccessLog:
             status = max(status, 500)  # as it is answered outside of this
             raise
         finally:
-            if scope["path"] not in QUIET or status >= 500:
-                asyncio.get_running_loop().call_soon(write, time.perf_counter() - began)  # in the next turn: the answer leaves in this one
+            if scope["path"] not in QUIET or status >= 500:  # written in the next turn: the answer leaves in this one
+                asyncio.get_running_loop().call_soon(write, time.perf_counter() - record.began)
 
 
 def _header(scope: Scope, wanted: bytes) -> str:

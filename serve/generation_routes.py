@@ -64,7 +64,7 @@ async def _begun(
     stack: AsyncExitStack, gateway: Gateway, request: Request, body: ChatRequest | CompletionRequest, path: str, route: str
 ) -> "Response | tuple[Call, AsyncIterator[bytes]]":
     """The answer, or of one that is streamed its lines; what they need is held by `stack`."""
-    began, seen, cost = time.perf_counter(), visible(gateway, request), cost_of(body)
+    seen, cost = visible(gateway, request), cost_of(body)
     budget = await stack.enter_async_context(seen.limited(cost))
     name, is_set = asked(request, given=await seen.named(body.adapter), is_set="adapter" in body.model_fields_set)
     choice = choose(seen, task="causal_lm", model=body.model, adapter=name, is_set=is_set)
@@ -80,7 +80,7 @@ async def _begun(
         sent["cache_salt"] = gateway.tenants.salt(seen.tenant)
     adapter = seen.counted(resident)
     ticket = await stack.enter_async_context(seen.placed(budget, choice.engine, adapter, route=route, cost=cost))
-    call = Call(choice, resident, ticket, began)
+    call = Call(choice, resident, ticket, began=seen.record.began)
     if body.stream:
         sent["stream_options"] = {**(body.stream_options or {}), "include_usage": True}
         events = await stack.enter_async_context(choice.engine.client.stream(path, sent))
@@ -94,7 +94,7 @@ async def _begun(
 class Call:
     """One request's names: what the client is told, and what is counted. `began`: when it came in."""
 
-    def __init__(self, choice: Choice, resident: Resident | None, ticket: Ticket, began: float) -> None:
+    def __init__(self, choice: Choice, resident: Resident | None, ticket: Ticket, *, began: float) -> None:
         self.ticket, self.base, self._began = ticket, choice.engine.name, began
         self.adapter = ticket.adapter
         self.public = resident.name if resident else self.base

@@ -25,7 +25,7 @@ from serve.body import read_body
 from serve.embedding import Preparers, Way, embed, unit, way_of
 from serve.engine import BASE
 from serve.gateway import Gateway
-from serve.generation_routes import SALTED, Call, OwnedStream
+from serve.generation_routes import SALTED, Call, OwnedStream, check_template
 from serve.leaving import unless_gone
 from serve.openapi import described
 from serve.routing import Choice, choose
@@ -260,10 +260,12 @@ async def _written(
     """The answer, or of one that is streamed its lines and headers; what they need is held by `stack`."""
     resident = await stack.enter_async_context(seen.lease(reader.adapter)) if reader.adapter else None
     reader.engine.supervisor.require_ready()
+    if resident:
+        check_template(resident)
     adapter = seen.counted(resident)
     cost = guessed(sum(len(source.text) for source in found.sources), body.max_tokens)
     ticket = await stack.enter_async_context(seen.admitted(reader.engine, adapter, route="rag", cost=cost))
-    call = Call(reader, resident, ticket)
+    call = Call(reader, resident, ticket, began=seen.record.began)
     headers = {**found.headers, "x-embedft-lm-adapter": call.headers["x-embedft-adapter"], "x-embedft-lm-base": reader.engine.name}
     sent: dict[str, Any] = {"model": resident.id if resident else BASE, "messages": messages_of(body.question, found.sources)}
     sent |= {"max_tokens": body.max_tokens, "temperature": body.temperature}

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from embedft.cli import main
+from embedft.model_folder import template_hash
 from embedft.rag.index import VectorIndex
 from embedft.rag.mapping import fit_map
 from embedft.rag.remote import RemoteEngine
@@ -133,6 +134,13 @@ def test_words_alone_are_looked_up_without_asking_any_engine(rag: Server) -> Non
     assert response.headers["x-embedft-index"].startswith("notes@")
     refused(ask(rag, "notes", "thing9", fusion="sparse", adapter="nobody", answer=False), 404, "adapter_not_found")
     assert ask(rag, "notes", "thing9", fusion="sparse", rerank_adapter="b", k=3, answer=False).json()["sources"][0]["document"] == "d9.txt"
+
+
+def test_a_reader_that_was_trained_on_another_chat_template_is_refused_as_in_a_chat(rag: Server, rag_world: World) -> None:
+    put_adapter(rag_world.store, "otherwise", rag_world.words, seed=90, task="causal_lm", template_hash=template_hash("{{ messages }}"))
+    assert rag.put("otherwise").status_code == 200
+    refused(ask(rag, "notes", "what is tea?", lm_adapter="otherwise"), 409, "template_mismatch")
+    assert ask(rag, "notes", "what is tea?", lm_adapter="s").status_code == 200
 
 
 def test_bad_requests_are_named(rag: Server) -> None:
