@@ -86,10 +86,10 @@ def soak_text(reports: dict[str, dict[str, Any]]) -> str:
 
 
 def _memory_of(soaked: dict[str, Any]) -> str:
-    """A slope, or, where no engine was killed and began to fill its slots anew, how the filling ends."""
-    if soaked["done"].get("kill"):
-        return f"memory {soaked['memory_slope_mib_a_minute']:+.1f} MiB a minute"
+    """How slots and caches fill, and whether that ends; after a kill it begins anew."""
     minutes = " ".join(map(str, soaked["memory_mib_by_minute"]))
+    if soaked["done"].get("kill"):  # a line through what falls with each kill would slope nowhere
+        return f"memory by the minute, in MiB, which an engine begins anew after each kill: {minutes}"
     return f"memory by the minute, in MiB, while slots and caches fill: {minutes}"
 
 
