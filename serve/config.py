@@ -147,7 +147,9 @@ def load_config(
     try:
         config = ServerConfig.model_validate(content)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc'])) or 'server'}: {item['msg']}" for item in error.errors()]
+        problems = [
+            f"{'.'.join(map(str, item['loc'])) or 'server'}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()
+        ]
         raise UsageError(f"{path or 'server'}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from None
     default = engine or default_engine()
     bases = tuple(

@@ -144,7 +144,7 @@ def read_keys(path: Path | None) -> tuple[TenantEntry, ...]:
         return KeysFile.model_validate(content).tenants
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)  # a key pasted for its hash is not repeated
-        problems = [f"{'.'.join(map(str, item['loc'])) or 'keys'}: {item['msg']}" for item in found]
+        problems = [f"{'.'.join(map(str, item['loc'])) or 'keys'}: {item['msg'].removeprefix('Value error, ')}" for item in found]
         raise UsageError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from None
 
 
