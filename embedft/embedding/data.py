@@ -110,15 +110,18 @@ def make_examples(rows: Iterable[Example]) -> Examples:
     return Examples(kept, {query: frozenset(texts) for query, texts in relevant.items()}, _hash(content))
 
 
-def answering_negatives(rows: Iterable[Example]) -> list[str]:
+def answering_negatives(rows: Sequence[Example]) -> list[str]:
     """A line for each negative that another row of its query calls its document: to learn from both is to learn nothing."""
-    examples = make_examples(rows)
-    return [
+    answers: dict[str, set[str]] = {}
+    for row in rows:
+        answers.setdefault(row.query, set()).add(row.document)
+    lines = (
         f"query {row.query[:60]!r}: its negative {text[:60]!r} is its document in another row; `embedft data check --fix` takes it out"
-        for row in examples.rows
+        for row in rows
         for text in row.negatives
-        if text in examples.relevant[row.query]
-    ]
+        if text in answers[row.query]
+    )
+    return list(dict.fromkeys(lines))
 
 
 def reduce_to(retrieval: RetrievalSet, *, queries: int | None, documents: int | None) -> RetrievalSet:
