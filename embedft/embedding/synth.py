@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.embedding.passages import Passage, read_passages
-from embedft.errors import DataError, UsageError
+from embedft.errors import DataError, EngineFailed, UsageError
 from embedft.files import expect_jsonl, hash_json, write_jsonl, write_text
 from embedft.records import sample
 from embedft.words import folded, words
@@ -29,6 +29,7 @@ PROMPT = (
 )
 WORDS = (3, 32)  # a query's shortest and longest length
 KEY = "EMBEDFT_SYNTH_KEY"
+LEAST_CHARACTERS = 200  # of a passage; a model that cannot read so many is no model for this
 _SENTENCE = re.compile(r"(?<=[.!?؟])\s+(?=[A-Z0-9\"'(]|[^\x00-\x7f])|(?<=[。？！])\s*(?=.)")
 _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as of an emoji that was cut
@@ -151,11 +152,18 @@ def from_server(synth: Synth) -> Generate:
     except httpx.InvalidURL as error:
         raise UsageError(f"generator {synth.generator!r} is no URL ({error}): expected one such as http://localhost:8000/v1") from None
 
+    def asked(text: str) -> str:
+        content = synth.prompt.replace("{count}", str(synth.count)).replace("{passage}", text)
+        body = {"model": synth.model, "messages": [{"role": "user", "content": content}], "temperature": synth.temperature}
+        try:
+            return _ask(client, body | {"seed": synth.seed, "max_tokens": 64 * synth.count})
+        except _TooLong:
+            if len(text) < LEAST_CHARACTERS:
+                raise
+            return asked(text[: len(text) // 2])
+
     def generate(passage: Passage) -> list[tuple[str, str]]:
-        text = f"{passage.title}\n{passage.text}".strip()
-        asked = synth.prompt.replace("{count}", str(synth.count)).replace("{passage}", text[: synth.max_characters])
-        body = {"model": synth.model, "messages": [{"role": "user", "content": asked}], "temperature": synth.temperature}
-        answer = _ask(client, body | {"seed": synth.seed, "max_tokens": 64 * synth.count})
+        answer = asked(f"{passage.title}\n{passage.text}".strip()[: synth.max_characters])
         queries = _queries(answer)[: synth.count]
         return [(query, f"{passage.title} {passage.text}".strip()) for query in queries]
 
@@ -169,12 +177,14 @@ def _queries(answer: str) -> list[str]:
     return list(dict.fromkeys(line for line in lines if _fits(line) and line[-1] not in ":：" and not _SURROGATE.search(line)))
 
 
+class _TooLong(EngineFailed):
+    """The prompt, for this model."""
+
+
 def _ask(client: Any, body: Mapping[str, Any]) -> str:
     import httpx
 
-    from embedft.errors import EngineFailed
-
-    reason, wait = "", 0.0
+    reason, wait, failure = "", 0.0, EngineFailed
     for attempt in range(5):
         if attempt:
             time.sleep(max(0.25 * 2**attempt, wait))
@@ -192,8 +202,9 @@ def _ask(client: Any, body: Mapping[str, Any]) -> str:
         reason, asked = f"{response.status_code}: {response.text[:200]}", response.headers.get("retry-after", "")
         wait = min(float(asked), PATIENCE) if asked.isdecimal() else 0.0
         if response.status_code < 500 and response.status_code != 429:
+            failure = _TooLong if "context_length_exceeded" in response.text or "context length" in response.text else failure
             break
-    raise EngineFailed(f"{client.base_url}chat/completions did not answer: {reason}; run the same command again to go on")
+    raise failure(f"{client.base_url}chat/completions did not answer: {reason}; run the same command again to go on")
 
 
 def _resume(parts: Path, identity: str) -> dict[str, list[tuple[str, str]]]:

@@ -42,12 +42,18 @@ class Server:
         self.status = 400
         self.said: str | None = None
         self.wait: str | None = None
+        self.longest: int | None = None  # characters of a prompt
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.asked.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
+                if server.longest is not None and len(body["messages"][0]["content"]) > server.longest:
+                    self.send_response(400)
+                    self.end_headers()
+                    self.wfile.write(b'{"error": {"code": "context_length_exceeded"}}')
+                    return
                 failed = server.broken is not None and len(server.asked) >= server.broken
                 self.send_response(server.status if failed else 200)
                 if failed and server.wait:
@@ -251,6 +257,17 @@ def test_passages_are_told_apart_by_their_ids_and_what_is_no_text_is_named(tmp_p
 def test_sentences_end_where_their_script_ends_them(tmp_path: Path, text: str, queries: int) -> None:
     source = write_rows(tmp_path / "c.jsonl", [{"text": text}])
     assert synthesize(source, tmp_path / "out.jsonl", synth=Synth(count=9), base=None).made == queries
+
+
+def test_a_passage_that_is_too_long_for_the_model_is_asked_about_by_its_beginning(tmp_path: Path, server: Server) -> None:
+    source = write_rows(tmp_path / "c.jsonl", [{"_id": "0", "title": "Boilers", "text": "They heat water and the house. " * 100}])
+    server.longest = 1200
+    report = synthesize(source, tmp_path / "out.jsonl", synth=Synth(generator=server.url), base=None)
+    assert report.kept == 2
+    assert len(rows(tmp_path / "out.jsonl")[0]["document"]) > 3000, "the pair keeps the whole passage"
+    server.longest = 100
+    with pytest.raises(EngineFailed, match="context_length_exceeded"):
+        synthesize(source, tmp_path / "other.jsonl", synth=Synth(generator=server.url), base=None)
 
 
 def test_a_length_without_room_for_a_text_is_refused_before_a_query_is_paid_for(tmp_path: Path, server: Server) -> None:
