@@ -148,8 +148,9 @@ def _check(passports: Sequence[Passport], weights: Sequence[float], how: str) ->
         raise UsageError(f"{len(passports)} adapters and {len(weights)} weights: give two adapters or more, and a weight each")
     first = passports[0]
     for passport in passports:
-        if not method_named(passport.method).vllm:
-            raise AdapterInvalid(passport.name, f"{passport.method} is no plain LoRA: embedft adapters convert {passport.name} --to lora")
+        if not (method := method_named(passport.method)).vllm:
+            remedy = "it has no LoRA form" if method.to_lora == "no" else f"embedft adapters convert {passport.name} --to lora"
+            raise AdapterInvalid(passport.name, f"{passport.method} is no plain LoRA: {remedy}")
         same = ("base", "task", "side", "prompts", "pooling", "normalize", "template_hash")
         if differs := [field for field in same if getattr(passport, field) != getattr(first, field)]:
             raise AdapterInvalid(passport.name, f"its {differs[0]} is not that of {first.name!r}: they cannot be one adapter")
@@ -170,7 +171,7 @@ def _finish(
         for path in source.glob("[0-9]_*"):
             (out / path.name).mkdir()
             (out / path.name / "config.json").write_bytes((path / "config.json").read_bytes())
-    recorded = record(out, base=base, tokenizer=AutoTokenizer.from_pretrained(base), task=first.task, settings=settings)
+    recorded = record(out, base=base, tokenizer=AutoTokenizer.from_pretrained(base), task=first.task, settings=settings, name=name)
     write_probes(out, recorded)
     made = {"combined": {"how": how, "of": [passport.name for passport in others], "weights": list(weights)}}
     update = {

@@ -80,8 +80,10 @@ def _log_probabilities(model: Any, probes: Sequence[Probe], *, batch: int = 16) 
     return made
 
 
-def record(folder: Path, *, base: Path, tokenizer: Any, task: Task, settings: EncodeSettings | None) -> RecordedProbes:
-    """The effect of the adapter in `folder`, loaded from its files onto a base loaded from its own.
+def record(
+    folder: Path, *, base: Path, tokenizer: Any, task: Task, settings: EncodeSettings | None, name: str | None = None
+) -> RecordedProbes:
+    """The effect of the adapter in `folder`, loaded from its files onto a base loaded from its own. `name`: what errors call it.
 
     Raises AdapterInvalid if it changes nothing. A module type whose loss the probes would not notice is in `unnoticed`.
     """
@@ -91,7 +93,7 @@ def record(folder: Path, *, base: Path, tokenizer: Any, task: Task, settings: En
     model = load_adapter(model, folder)
     effects = _difference(outputs(model, probes, folder=base, settings=settings), before)
     if not any(effect.any() for effect in effects):
-        raise AdapterInvalid(folder.name, "it changes nothing: it did not train")
+        raise AdapterInvalid(name or folder.name, "it changes nothing: it did not train (raise train.lr, or train for more steps)")
     without: dict[str, Outputs] = {}
     for kind in module_types(model):
         with dropped(model, kind):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from embedft.errors import MethodUnsupported
 from embedft.methods.table import option
 from embedft.training.method_steps import adapted_model
 
@@ -19,6 +20,8 @@ def method_optimizer(model: Any, arguments: Any) -> Any:
         arguments.optim = OptimizerNames.PAGED_ADAMW
     if wanted == "lora_plus":
         return _lora_plus(adapted, arguments)
+    if wanted == "lora_fa" and str(getattr(arguments.optim, "value", arguments.optim)) != "adamw_torch_fused":
+        raise MethodUnsupported("lora_fa", where=f"with {arguments.optim.value}", why="its optimizer is its own: leave train.optimizer out")
     return _lora_fa(adapted, arguments) if wanted == "lora_fa" else None
 
 

@@ -61,7 +61,8 @@ def publish(
         check_weights(folder, recipe.name)
         if published.settings is not None:
             write_sentence_files(folder, base.tokenizer, published.settings, dimension=base.info.hidden_size)
-        recorded = record(folder, base=base.folder, tokenizer=base.tokenizer, task=recipe.task, settings=published.settings)
+        settings, tokenizer = published.settings, base.tokenizer
+        recorded = record(folder, base=base.folder, tokenizer=tokenizer, task=recipe.task, settings=settings, name=recipe.name)
         _note_unnoticed(recipe.name, recorded)
         write_probes(folder, recorded)
         passport = _passport(folder, base, recipe, published, recorded)

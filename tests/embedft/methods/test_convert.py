@@ -234,6 +234,10 @@ def test_adapters_that_do_not_belong_together_are_not_combined(adapter: Any, tmp
         combine([lora, other], tmp_path / "out", name="x", weights=[1, 1], base=base)
     with pytest.raises(AdapterInvalid, match="adapters convert dora --to lora"):
         combine([lora, dora], tmp_path / "out", name="x", weights=[1, 1], base=base)
+    with pytest.raises(AdapterInvalid, match="ia3 is no plain LoRA: it has no LoRA form"):
+        combine([lora, adapter("ia3")[0]], tmp_path / "out", name="x", weights=[1, 1], base=base)
+    with pytest.raises(AdapterInvalid, match="'none' cannot be used: it changes nothing"):
+        combine([lora, lora], tmp_path / "none", name="none", weights=[1e-30, 1e-30], base=base)
 
 
 def test_the_command_line_converts_merges_and_combines(adapter: Any, bases: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
