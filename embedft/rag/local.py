@@ -45,6 +45,8 @@ class _OnBase:
         self.task: Task = task
         self.folder = base_folder(spec)
         self.info = describe(self.folder)
+        if task == "causal_lm" and self.info.kind == "encoder":
+            raise UsageError(f"base {spec.model!r} is an encoder: it makes vectors and writes no text; name a language model")
         self.lock = threading.Lock()
         self._known: dict[str, _Adapter] = {}
         self._model: Any = None

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from embedft.errors import InputInvalid
+from embedft.base import BaseSpec
+from embedft.errors import InputInvalid, UsageError
 from embedft.rag.local import LocalReader
 
 ASKED = [{"role": "user", "content": "Write a long letter about tea."}]
@@ -44,6 +45,11 @@ def test_a_stream_that_is_closed_stops_generating(seed_reader: LocalReader) -> N
             in_time_error(seed_reader)
     finally:
         hook.remove()
+
+
+def test_a_model_that_writes_no_text_is_no_reader() -> None:
+    with pytest.raises(UsageError, match="'minilm' is an encoder"):
+        LocalReader(BaseSpec("minilm"))
 
 
 @pytest.mark.parametrize("count", [-1, 0, 100_000])
