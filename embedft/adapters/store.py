@@ -79,9 +79,12 @@ class AdapterStore:
         return identity
 
     def held(self, name: str) -> str | None:
-        """The generation that is held back from `name`."""
+        """The generation that is held back from `name`. AdapterInvalid where that cannot be told."""
         path = self._held / f"{name}.json"
-        return str(json.loads(path.read_text(encoding="utf-8"))["generation"]) if path.is_file() else None
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8"))["generation"]) if path.is_file() else None
+        except (ValueError, KeyError, TypeError):
+            raise AdapterInvalid(name, f"the store's note held/{path.name} is damaged: remove it with `embedft adapters remove`") from None
 
     def all_held(self) -> dict[str, str]:
         """Name → the generation held back from it, sorted by name; some of these names point at nothing."""
@@ -148,7 +151,7 @@ class AdapterStore:
     def remove(self, name: str) -> None:
         """Forget `name`, damaged or not, and what is held back from it. Its objects stay until `collect`. AdapterNotFound."""
         check_name(name)
-        if name not in self.damaged() and self.held(name) is None:
+        if name not in self.damaged() and not (self._held / f"{name}.json").is_file():
             self.history(name)
         with self._locked():
             for folder in (self._names, self._held):

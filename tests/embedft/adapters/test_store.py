@@ -70,6 +70,18 @@ def test_a_pointer_that_cannot_be_read_hides_no_other_adapter(adapter: Path, sto
         store.collect()
 
 
+def test_a_damaged_note_of_what_is_held_back_is_named_and_can_be_removed(adapter: Path, store: AdapterStore) -> None:
+    import_folder(store, adapter, name="legal")
+    with store.stage() as stage:
+        shutil.copytree(adapter, stage, dirs_exist_ok=True)
+        store.hold(stage, "medical")
+    (store.root / "held" / "medical.json").write_text("{")
+    with pytest.raises(AdapterInvalid, match=r"held/medical\.json"):
+        store.collect()
+    store.remove("medical")
+    assert store.collect() == []
+
+
 def test_collect_deletes_only_what_nothing_names_or_leases(adapter: Path, store: AdapterStore) -> None:
     identity = import_folder(store, adapter, name="legal")
     assert store.collect() == []
