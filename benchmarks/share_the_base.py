@@ -42,11 +42,11 @@ def embedding(run: Measurement, work: Path, *, nf4: bool = False) -> None:
     folders = adapters(work / f"minilm-{nf4}", base, "embedding", max(counts))
     ids = texts(base, TEXTS, seed=1)
     part = "embedding-nf4" if nf4 else "embedding"
-    run.sizes[part] = sizes(base, folders[0])
+    run.sizes[part] = sizes(base, folders[0], "embedding")
     with opened(run.ways(VLLM if nf4 else VLLM + PEFT), base, "embedding", nf4=nf4) as sides:
         over_counts(run, part, sides, folders, counts, ids, tokens=1)
         if not nf4:
-            open_loop(run, part, [s for s in sides if s.label in ("vllm base", best(sides), "peft engine")], max(counts), ids)
+            open_loop(run, part, sides, max(counts), ids, tokens=1)
 
 
 def over_counts(
@@ -91,25 +91,28 @@ def best(sides: list[Side]) -> str:
     return next(label for label in ("vllm plugin", "vllm stock", "peft engine", "PEFT mixed batch") if label in labels)
 
 
-def open_loop(run: Measurement, part: str, sides: list[Side], count: int, ids: list[list[int]]) -> None:
-    """Arrivals at about half of what the best way took at this N."""
+def open_loop(run: Measurement, part: str, sides: list[Side], count: int, ids: list[list[int]], *, tokens: int) -> None:
+    """Arrivals at about half of what the best way took at this N: that way, the base and our own engine."""
+    sides = [side for side in sides if side.label in ("vllm base", best(sides), "peft engine")]
     taken = [row["throughput"] for row in run.rows if (row["part"], row["way"], row["N"]) == (part, best(sides), count)]
     ids = ids[: len(ids) // 3]
     due = arrivals(len(ids), 0.5 * taken[-1], seed=3)
     chosen = choose("zipf", len(ids), count, seed=3)
     requests = [Request(adapter, row, at) for adapter, row, at in zip(chosen, ids, due, strict=True)]
-    rows = measure(part, sides, requests, count=count, popularity="zipf", flight=FLIGHT, tokens=1, rounds=run.rounds)
+    rows = measure(part, sides, requests, count=count, popularity="zipf", flight=FLIGHT, tokens=tokens, rounds=run.rounds)
     run.rows += [{**row, "arrivals": "gamma, cv 1", "rate": 0.5 * taken[-1]} for row in rows]
 
 
 def generation(run: Measurement, work: Path) -> None:
-    """A random Llama of 135 M parameters: all ways over N."""
+    """A random Llama of 135 M parameters: all ways over N; then open-loop."""
     base = llama(work / "llama")
     folders = adapters(work / "llama-adapters", base, "causal_lm", max(run.counts))
-    run.sizes["generation"] = sizes(base, folders[0])
+    run.sizes["generation"] = sizes(base, folders[0], "causal_lm")
     ways = [*VLLM, *(side for side in PEFT if side.mode in ("engine", "mixed", "switch", "copies"))]
     with opened(run.ways(ways), base, "causal_lm") as sides:
-        over_counts(run, "generation", sides, folders, run.counts, prompts(PROMPTS, 16, seed=1), tokens=8)
+        ids = prompts(PROMPTS, 16, seed=1)
+        over_counts(run, "generation", sides, folders, run.counts, ids, tokens=8)
+        open_loop(run, "generation", sides, max(run.counts), ids, tokens=8)
 
 
 def sequences(run: Measurement, work: Path, *, nf4: bool = False) -> None:
@@ -135,7 +138,7 @@ def large(run: Measurement, work: Path) -> None:
     source = llama(work / "llama-1b", hidden=2048, layers=16, heads=32, kv_heads=8, inner=8192)
     folders = adapters(work / "llama-1b-adapters", source, "causal_lm", 32)
     base = base_folder(BaseSpec(str(source), "nf4"))
-    run.sizes["large-nf4"] = sizes(base, folders[0])
+    run.sizes["large-nf4"] = sizes(base, folders[0], "causal_lm")
     ids = prompts(1, 16, seed=1)[0]
     ways = [side for side in run.ways([*VLLM, *PEFT]) if side.label in ("vllm base", best(run.ways(VLLM)), "merged copies")]
     with opened(ways, base, "causal_lm", nf4=True) as sides:
@@ -153,9 +156,13 @@ def large(run: Measurement, work: Path) -> None:
         run.cold_loads("large-nf4", fitting, folders[-1], ids, tokens=1)
 
 
-def sizes(base: Path, adapter: Path) -> dict[str, int]:
-    """Bytes on disk; a merged copy takes at least the base's."""
-    return {"base": size_on_disk(base), "copy": size_on_disk(base), "adapter": size_on_disk(adapter)}
+def sizes(base: Path, adapter: Path, task: Any) -> dict[str, int]:
+    """Bytes on disk; a merged copy takes at least the base's. `weights`: of the base in memory."""
+    from embedft.base import load_model
+    from embedft.footprint import tensor_bytes
+
+    weights = tensor_bytes(load_model(base, task=task))
+    return {"base": size_on_disk(base), "copy": size_on_disk(base), "adapter": size_on_disk(adapter), "weights": weights}
 
 
 PARTS = {

@@ -194,7 +194,7 @@ def _source(one: Mapping[str, Any]) -> str:
     path, files = str(one.get("path", "")), one.get("data_files")
     if files:
         return str(cast("list[Any]", files)[0] if isinstance(files, list) else files)
-    if Path(path).suffix in {".json", ".jsonl", ".csv", ".parquet", ".gz"}:
+    if Path(path).suffix in {".json", ".jsonl", ".csv", ".parquet", ".gz"} or path.startswith((".", "/", "~")):
         return path
     config, revision, split = one.get("name"), one.get("revision"), one.get("split")
     return f"hf://{path}" + (f":{config}" if config else "") + (f"@{revision}" if revision else "") + (f"#{split}" if split else "")

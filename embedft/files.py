@@ -94,10 +94,14 @@ def staged_folder(parent: Path) -> Generator[Path]:
     """An empty folder inside `parent`, removed at the end unless it was moved away."""
     parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=parent))
+    descriptor = os.open(stage, os.O_RDONLY)
     try:
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # as long as this process lives: see abandoned_stages
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        os.close(descriptor)
 
 
 def publish_folder(stage: Path, out: Path) -> None:
@@ -131,12 +135,13 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def abandoned_stages(parent: Path, *, seconds: float = 86_400) -> list[Path]:
-    """Staged folders that whoever made them did not live to take away: nothing in them was changed for so long."""
+def abandoned_stages(parent: Path, *, seconds: float = 3600) -> list[Path]:
+    """Staged folders that whoever made them did not live to take away: no process has them, and they are older than `seconds`."""
     found: list[Path] = []
     for stage in parent.glob(f"{_STAGE}*"):
-        with suppress(FileNotFoundError):  # taken away just now
-            if time.time() - max(path.stat().st_mtime for path in (stage, *stage.rglob("*"))) > seconds:
+        with suppress(OSError):  # taken away just now, or a disk without locks
+            if time.time() - stage.stat().st_mtime > seconds and (descriptor := hold(stage)) is not None:
+                os.close(descriptor)
                 found.append(stage)
     return found
 

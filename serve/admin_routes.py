@@ -48,8 +48,8 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     async def put(name: str, request: Request) -> Response:
         body = await read_body(request, PutAdapter, limit=ADMIN_BODY)
         _check_free(gateway, name)
-        source = await gateway.importer.source_of(name, body.source, base=body.base)
-        resident = await lifecycle.put(name, source=source, generation=body.generation, pin=body.pin, expected=body.expected_generation)
+        async with gateway.importer.source_of(name, body.source, base=body.base) as source:
+            resident = await lifecycle.put(name, source=source, generation=body.generation, pin=body.pin, expected=body.expected_generation)
         return _json(view(resident))
 
     @router.delete("/v1/adapters/{name}", dependencies=only_admin, summary="Stop serving; what runs is finished, the store keeps it")

@@ -85,7 +85,7 @@ class Admission:
         budget.placed, ticket.waited = True, time.perf_counter() - began
         self._meters.queued.labels(engine.name, adapter or "").observe(ticket.waited)
         try:
-            with self._meters.measured(engine.name, adapter, route) as outcome:
+            with self._meters.measured(engine.name, adapter, route, began=began) as outcome:
                 yield ticket
                 outcome.status = ticket.status
         finally:

@@ -2,6 +2,8 @@
 
 import asyncio
 import shutil
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from embedft.adapters.passport import PASSPORT
@@ -22,15 +24,26 @@ class Importer:
     def __init__(self, store: AdapterStore, engines: dict[str, Engine], prover: Prover, rules: Sources) -> None:
         self._store, self._engines, self._prover, self._rules = store, engines, prover, rules
 
-    async def source_of(self, name: str, source: str | None, *, base: str | None) -> str | None:
-        """What the lifecycle can put: `source` itself where the store has it, else the generation of what was fetched.
+    @asynccontextmanager
+    async def source_of(self, name: str, source: str | None, *, base: str | None) -> AsyncGenerator[str | None]:
+        """What the lifecycle can put: `source` itself where the store has it, else the generation of what was fetched, which does not
+        stay in the store where it was not put.
 
         `base` names the base of an adapter without passport. Raises InputInvalid, AdapterInvalid, ModelNotFound.
         """
         if source in (None, "store") and base is not None:
             raise InputInvalid("invalid_parameter", "what the store has knows its base: leave `base` out, or name another `source`", "base")
         if source is None or ("://" not in source and base is None):
-            return source
+            yield source
+            return
+        identity = await self._imported(name, source, base=base)
+        try:
+            yield identity
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(self._store.discard, identity))
+            raise
+
+    async def _imported(self, name: str, source: str, *, base: str | None) -> str:
         if base is not None and base not in self._engines:
             raise ModelNotFound(base, list(self._engines))
         with self._store.stage() as stage:

@@ -29,7 +29,13 @@ class Meters:
         target = ("base", "adapter")
         self.requests = Counter("embedft_requests", "Requests answered", (*target, "route", "status"), registry=self._registry)
         self.tokens = Counter("embedft_tokens", "Tokens by kind: prompt or completion", (*target, "kind"), registry=self._registry)
-        self.seconds = Histogram("embedft_request_seconds", "Whole requests", (*target, "route"), buckets=_SECONDS, registry=self._registry)
+        self.seconds = Histogram(
+            "embedft_request_seconds",
+            "Whole requests, the wait for an engine included",
+            (*target, "route"),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
         self.first = Histogram(
             "embedft_first_token_seconds",
             "From a request's coming to its first event",
@@ -56,9 +62,9 @@ class Meters:
         self._lora = Gauge("vllm:lora_requests_info", "Adapters in use, as vLLM tells it to routers", labels, registry=self._registry)
 
     @contextmanager
-    def measured(self, base: str, adapter: str | None, route: str) -> Generator[Outcome]:
-        """Count one request, its time, and whether it failed: by raising, or by the outcome's status."""
-        target, began, outcome = (base, adapter or NO_ADAPTER), time.perf_counter(), Outcome()
+    def measured(self, base: str, adapter: str | None, route: str, *, began: float) -> Generator[Outcome]:
+        """Count one request, its time since `began`, and whether it failed: by raising, or by the outcome's status."""
+        target, outcome = (base, adapter or NO_ADAPTER), Outcome()
         self._running.labels(*target).inc()
         try:
             yield outcome

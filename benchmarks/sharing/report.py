@@ -105,20 +105,20 @@ def _memory(run: dict[str, Any], of: str, what: str) -> list[str]:
     lines += [
         f"{part}: base {size['base'] / 2**20:.0f} MiB, an adapter {size['adapter'] / 2**20:.1f} MiB." for part, size in run["sizes"].items()
     ]
+    lines += ["", "Slots: what vLLM's plugin takes before its first adapter and vLLM's base alone does not (32 adapters in one batch):"]
     counts = sorted({row["N"] for row in run["memory"]} - {0})
-    lines += [
-        "",
-        "| part | way | no adapter | " + " | ".join(f"+{count}" for count in counts) + " |",
-        "|---|---|---|" + "---|" * len(counts),
-    ]
-    for part in run["sizes"]:
-        for way in ORDER:
-            rows = (row for row in run["memory"] if (row["part"], row["way"]) == (part, way) and row[of] is not None)
-            at = {row["N"]: row[of] / 2**20 for row in rows}
-            if at:
-                cells = [f"{at[count] - at[0]:.0f}" if count in at else "" for count in counts]
-                lines.append(f"| {part} | {way} | {at[0]:.0f} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    rows: list[str] = []
+    for part, size in run["sizes"].items():
+        held = {(row["way"], row["N"]): row for row in run["memory"] if row["part"] == part and row[of] is not None}
+        at = {cell: row[of] / 2**20 for cell, row in held.items()}
+        if ("vllm plugin", 0) in at and ("vllm base", 0) in at:
+            lines.append(f"{part} {at['vllm plugin', 0] - at['vllm base', 0]:.0f} MiB.")
+        for way in (way for way in ORDER if (way, 0) in at):
+            cells = [f"{at[way, count] - at[way, 0]:.0f}" if (way, count) in at else "" for count in counts]
+            runtime = f"{(held[way, 0]['rss'] - size['weights']) / 2**20:.0f}" if of == "pss" and "weights" in size else ""
+            rows.append(f"| {part} | {way} | {at[way, 0]:.0f} | {runtime} | " + " | ".join(cells) + " |")
+    heads = ["part", "way", "no adapter", "runtime (RSS less the base's weights)", *(f"+{count}" for count in counts)]
+    return [*lines, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows, ""]
 
 
 def _switching(run: dict[str, Any]) -> list[str]:

@@ -81,8 +81,18 @@ def test_a_gpus_results_are_kept_apart_and_tell_of_its_memory(tmp_path: Path) ->
         report.write(measured, tmp_path)
     assert {file.stem for file in tmp_path.glob("*.json")} == {"share_the_base_float32", "share_the_base_nvidia-h100-80gb-hbm3_bfloat16"}
     text = (tmp_path / "share_the_base_nvidia-h100-80gb-hbm3_bfloat16.md").read_text()
-    assert "| embedding | vllm stock | 1024 | 16 |" in text
+    assert "| embedding | vllm stock | 1024 |  | 16 |" in text
     assert text.count("| embedding | peft engine |") == 1  # the driver did not tell of its GPU memory
+
+
+def test_memory_tells_slots_and_runtime_apart_from_what_adapters_add(tmp_path: Path) -> None:
+    held = [("vllm base", 0, 600, 650), ("vllm plugin", 0, 660, 700), ("vllm plugin", 8, 680, 720)]
+    memory = [{"part": "embedding", "way": way, "N": n, "pss": pss << 20, "rss": rss << 20, "gpu": None} for way, n, pss, rss in held]
+    report.write({**run(), "memory": memory, "sizes": {"embedding": {"base": 1, "adapter": 1, "weights": 45 << 20}}}, tmp_path)
+    text = (tmp_path / "share_the_base_float32.md").read_text()
+    assert "embedding 60 MiB." in text
+    assert "| embedding | vllm base | 600 | 605 |  |" in text
+    assert "| embedding | vllm plugin | 660 | 655 | 20 |" in text
 
 
 def test_on_a_gpu_the_plugin_is_left_out_and_stock_gets_whole_rounds() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from embedft.errors import InputInvalid
 from serve.config import BaseConfig
 from serve.engines.fake import text
 from serve.generation_routes import check_tools, renamed, without_choices
+from serve.metrics import Meters
 from serve.schemas import ChatRequest
 from tests.serve.test_choice import expected
 from tests.serve.world import Server, World, put_adapter, wait_for
@@ -116,6 +118,13 @@ def test_the_first_token_is_waited_for_from_the_requests_coming(world: World, st
     waited = re.search(r'embedft_first_token_seconds_sum\{adapter="s",base="words"\} (\S+)', found)
     assert waited
     assert 0.3 <= float(waited[1]) < 3
+
+
+def test_a_whole_request_begins_with_its_wait_for_an_engine() -> None:
+    meters = Meters(cast("Any", SimpleNamespace(held=list)))
+    with meters.measured("words", "s", "chat", began=time.perf_counter() - 5):
+        pass
+    assert 5 <= meters.seconds.labels("words", "s", "chat")._sum.get() < 6  # pyright: ignore[reportPrivateUsage]
 
 
 def _tokens(server: Server) -> float:

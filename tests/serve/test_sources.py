@@ -1,5 +1,6 @@
 """Adapters from elsewhere: only from allowed places, never into the server's own network, capped, and whole."""
 
+import asyncio
 import gzip
 import http.server
 import socket
@@ -8,13 +9,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import pytest
 from pydantic import ValidationError
 
+from embedft.adapters.store import AdapterStore
 from embedft.errors import AdapterInvalid, InputInvalid
+from serve.importing import Importer
 from serve.remote import Sources, allowed, copy_files, fetch, public_address
 from tests.serve.test_choice import refused
 from tests.serve.world import ADMIN, World, fill_adapter
@@ -143,6 +146,26 @@ def test_an_adapter_is_fetched_whole_and_redirects_caps_and_deadlines_hold(
             fetch(f"{url}/{path}", tmp_path, rules, name="g")
     with pytest.raises(InputInvalid, match="bytes"):
         fetch(f"{url}/good", tmp_path, rules.model_copy(update={"max_bytes": 100}), name="g")
+
+
+def test_what_was_fetched_and_not_put_does_not_stay_in_the_store(site: tuple[str, Path], shared_world: World, tmp_path: Path) -> None:
+    url, folder = site
+    (folder / "good").mkdir()
+    fill_adapter(folder / "good", "g", shared_world.texts, seed=1, scale=1.0, task="embedding")
+    store = AdapterStore(tmp_path)
+    importer = Importer(store, {}, cast("Any", None), Sources(allow=(f"{url}/",)))
+
+    async def put(*, refused: bool) -> None:
+        async with importer.source_of("g", f"{url}/good", base=None) as source:
+            assert store.folder(source or "").is_dir()
+            if refused:
+                raise AdapterInvalid("g", "refused")
+
+    with pytest.raises(AdapterInvalid):
+        asyncio.run(put(refused=True))
+    assert list((tmp_path / "objects").iterdir()) == []
+    asyncio.run(put(refused=False))
+    assert len(list((tmp_path / "objects").iterdir())) == 1
 
 
 def test_a_server_that_may_compress_is_asked_not_to_and_one_that_does_is_refused(
