@@ -150,13 +150,13 @@ def test_an_adapter_is_fetched_whole_and_redirects_caps_and_deadlines_hold(
 
 def test_what_was_fetched_and_not_put_does_not_stay_in_the_store(site: tuple[str, Path], shared_world: World, tmp_path: Path) -> None:
     url, folder = site
-    (folder / "good").mkdir()
-    fill_adapter(folder / "good", "g", shared_world.texts, seed=1, scale=1.0, task="embedding")
+    (folder / "spare").mkdir()
+    fill_adapter(folder / "spare", "g", shared_world.texts, seed=1, scale=1.0, task="embedding")
     store = AdapterStore(tmp_path)
     importer = Importer(store, {}, cast("Any", None), Sources(allow=(f"{url}/",)))
 
     async def put(*, refused: bool) -> None:
-        async with importer.source_of("g", f"{url}/good", base=None) as source:
+        async with importer.source_of("g", f"{url}/spare", base=None) as source:
             assert store.folder(source or "").is_dir()
             if refused:
                 raise AdapterInvalid("g", "refused")

@@ -158,8 +158,9 @@ class Worker:
                 enough = len(embeds) >= self._company or sum(len(embed.ids) for embed in embeds) >= FULL_INPUTS
                 until = 0.0 if enough else until or time.monotonic() + GATHER_SHARE * self._pass_seconds
             else:
-                item.done(self._outcome(item.function))
-                self._names = tuple(self.bank.names)
+                outcome = self._outcome(item.function)
+                self._names = tuple(self.bank.names)  # before whoever asked is told: the next request may name what was loaded
+                item.done(outcome)
 
     def _queue(self, row: Row) -> None:
         try:
