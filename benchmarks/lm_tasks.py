@@ -1,6 +1,6 @@
 """LoRA, QLoRA and full fine-tuning of seed-lm on five public tasks, against the base: score, share trained, memory, time.
 
-python benchmarks/lm_tasks.py DATA [--tasks a b] [--steps 500] → benchmarks/results/lm_tasks.json, each row by a process of its own
+python benchmarks/lm_tasks.py DATA [--tasks a b] → benchmarks/results/lm_tasks.json, each row by a process of its own
 DATA holds a folder a task with train.jsonl and test.jsonl. Learning rates are those of the shipped recipes, not tuned here.
 """
 
@@ -23,6 +23,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "nl2bash": {"metric": "token_f1", "max_new_tokens": 48},
 }
 METHODS = ("lora", "qlora", "full")
+EPOCHS = 2
 
 
 def main() -> None:
@@ -30,14 +31,13 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--rows", type=int, default=300, help="test rows")
+    parser.add_argument("--rows", type=int, default=200, help="test rows")
     parser.add_argument("--one", nargs=2, metavar=("TASK", "METHOD"), help="one row, in this process: prints it")
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(run(*arguments.one, arguments)))
         return
-    about = {"steps": arguments.steps, "batch": 16, "test_rows": arguments.rows}
+    about = {"epochs": EPOCHS, "batch": 16, "test_rows": arguments.rows}
     cells = [(task, method) for task in arguments.tasks for method in arguments.methods]
     rows_one_by_one(__file__, RESULTS, about, cells, page=tasks_table, of=lambda row: (row["task"], row["method"]))
 
@@ -53,7 +53,7 @@ def run(task: str, method: str, arguments: argparse.Namespace) -> dict[str, Any]
 
     data, wanted = arguments.data / task, TASKS[task]
     settings = [f"name={task.replace('_', '-')}-{method}", f"data.train={data / 'train.jsonl'}", f"data.eval={data / 'test.jsonl'}"]
-    settings += [f"train.max_steps={arguments.steps}", "train.max_length=160", f"eval.rows={arguments.rows}"]
+    settings += [f"train.epochs={EPOCHS}", "train.max_length=160", f"eval.rows={arguments.rows}"]
     settings += [f"eval.metric={wanted['metric']}", f"eval.max_new_tokens={wanted['max_new_tokens']}"]
     recipe: Any = load_recipe(f"method-{method}", settings)
     with tempfile.TemporaryDirectory() as folder:

@@ -159,13 +159,12 @@ def tasks_text(report: dict[str, Any]) -> str:
     gains = "; ".join(f"{said}: {', '.join(names)}" for said, names in found if names) or "every gain's 95 % interval lies above zero"
     verified = sum(row["verified"] for row in report["rows"])
     return (
-        f"seed-lm in {report.get('dtype', 'float32')}, {report['steps']} steps of {report['batch']} rows, {report['test_rows']} test rows, "
-        "one thread; "
+        f"seed-lm in {report.get('dtype', 'float32')}, {report['epochs']} epochs in batches of {report['batch']}, "
+        f"{report['test_rows']} test rows, one thread; "
         f"{share['lora']:.1f} % of the weights trained, or all; the base's figure "
         f"is the unquantized one's. {gains[0].upper()}{gains[1:]};\n"
         f"{verified} of {len(report['rows'])} pass `adapters verify`. "
-        "From [lm_tasks.json](benchmarks/results/lm_tasks.json), made by `benchmarks/lm_tasks.py "
-        f"DATA --steps {report['steps']} --rows {report['test_rows']}`."
+        "From [lm_tasks.json](benchmarks/results/lm_tasks.json), made by `benchmarks/lm_tasks.py DATA`."
     )
 
 
