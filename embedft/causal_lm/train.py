@@ -22,6 +22,7 @@ from embedft.training.run import open_run
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
+    from embedft.methods import Method
     from embedft.training.best import BestCheckpoint
 
 START_BATCHES = 8  # what EVA's first vectors are computed from
@@ -58,11 +59,12 @@ def train(
         if dry_run:
             report = _dry_run(base, examples, recipe)
             return replace(report, peak_bytes=max(report.peak_bytes, peak.bytes))
-        supported(recipe.adapter, task="causal_lm", info=base.info)  # before anything is scored
+        method = supported(recipe.adapter, task="causal_lm", info=base.info)  # all that may be refused, before anything is scored
+        _check_together(method, base.model, recipe.train)
+        held_out = tokenized(split.validation, template, recipe) if split.validation else []
         run = open_run(recipe, root=Path(store.root), data_hash=split.hash, base_fingerprint=base.info.fingerprint, resume=resume)
         before = _evaluate(base.model, template, split.test, recipe)
         model = _seeded_adapter(base, examples, recipe)
-        held_out = tokenized(split.validation, template, recipe) if split.validation else []
         trainer = build_trainer(model, base, examples, recipe.train, folder=run.folder, validation=held_out)
         best = best_checkpoint(trainer, recipe.train, folder=run.folder) if held_out else None
         seconds = fit(trainer, run, name=recipe.name, progress=progress)
@@ -150,7 +152,7 @@ def build_trainer(
     rows: list[Any] = list(examples)
     held_out: list[Any] = list(validation)
     collate: Any = Collate(pad_token(base.tokenizer), base.model.dtype)
-    _check_together(model, settings)
+    _check_together(model.embedft.method, base.model, settings)
     install(base.model.dtype, base.model.device.type)
     if settings.packing:
         rows, held_out = (pack(part, length=settings.max_length) for part in (rows, held_out))
@@ -181,18 +183,18 @@ def best_checkpoint(trainer: Any, settings: CausalLMTrain, *, folder: Path) -> "
     return BestCheckpoint(trainer, folder, evaluate, every=settings.evaluate_every, patience=settings.patience)
 
 
-def _check_together(model: Any, settings: CausalLMTrain) -> None:
+def _check_together(method: "Method", model: Any, settings: CausalLMTrain) -> None:
+    """Raises MethodUnsupported, and BaseError where the base (`model`) would see past an example."""
     from embedft.causal_lm.batches import packing_fault
 
-    row = model.embedft.method
-    if settings.packing and not row.packing:
+    if settings.packing and not method.packing:
         why = "its virtual tokens stand before a row, not each example: set train.packing=false"
-        raise MethodUnsupported(row.name, where="with packing", why=why)
-    if settings.packing and (fault := packing_fault(model.get_base_model(), length=settings.max_length)):
-        raise BaseError(f"examples cannot be packed on {type(model.get_base_model()).__name__}: {fault}: set train.packing=false")
-    if settings.gradient_checkpointing and not row.checkpointing:
+        raise MethodUnsupported(method.name, where="with packing", why=why)
+    if settings.packing and (fault := packing_fault(model, length=settings.max_length)):
+        raise BaseError(f"examples cannot be packed on {type(model).__name__}: {fault}: set train.packing=false")
+    if settings.gradient_checkpointing and not method.checkpointing:
         why = "a block that is computed again finds its prefix already used: set train.gradient_checkpointing=false"
-        raise MethodUnsupported(row.name, where="with gradient checkpointing", why=why)
+        raise MethodUnsupported(method.name, where="with gradient checkpointing", why=why)
 
 
 def _seeded_adapter(base: Base, examples: Sequence[Example], recipe: CausalLMRecipe) -> Any:

@@ -143,6 +143,16 @@ def test_what_does_not_go_together_is_refused(parts: Any, tmp_path: Path, method
         build_trainer(model, base, examples, recipe.train.model_copy(update={setting: True}), folder=tmp_path)
 
 
+def test_what_does_not_go_together_is_told_before_the_base_is_scored(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("embedft.causal_lm.train.evaluate_generation")
+    recipe = planted_recipe(tmp_path, tiny_base, train={"packing": True})
+    recipe = recipe.model_copy(update={"adapter": AdapterSection(method="prefix_tuning")})
+    with pytest.raises(MethodUnsupported, match=r"set train\.packing=false"):
+        train(recipe, store=AdapterStore(tmp_path / "s"), progress=False)
+
+
 def test_a_packed_run_learns_the_task(tiny_base: Path, tmp_path: Path) -> None:
     settings = {"packing": True, "max_length": 96, "epochs": 6, "batch": 4}
     result: Any = train(planted_recipe(tmp_path, tiny_base, train=settings), store=AdapterStore(tmp_path / "s"), progress=False)
