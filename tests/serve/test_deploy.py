@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def test_the_shipped_configuration_is_one_the_server_takes(world: World, tmp_pat
     ours = {"./keys.yaml", "./adapters", "./admin.key"}  # made by whoever deploys
     assert all((DEPLOY / path).is_file() for path in mounted if path not in ours)
     assert main(["key", "no such name!"]) == 2
+
+
+def test_the_image_is_built_of_what_there_is() -> None:
+    build = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["embedft"]["build"]
+    assert (DEPLOY / build["context"]).resolve() == ROOT
+    lines = (ROOT / build["dockerfile"]).read_text().splitlines()
+    copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
+    assert all((ROOT / source).exists() for source in copied)
+    extras = next(line.partition("=")[2] for line in lines if line.startswith("ARG EXTRAS="))
+    assert set(extras.split(",")) <= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
 
 
 def test_a_request_is_one_span_without_its_text() -> None:
