@@ -12,6 +12,7 @@ import yaml
 from embedft.axolotl_keys import CHOICES, FORMATS, KEYS, OTHER_ROWS, REASONS, TOGETHER
 from embedft.errors import RecipeError
 from embedft.recipe import parse_recipe
+from embedft.strict_yaml import read_yaml
 
 
 @dataclass
@@ -55,7 +56,7 @@ def translate(content: Mapping[str, Any], *, name: str) -> Translation:
 def read_axolotl(path: Path) -> dict[str, Any]:
     """The file's mapping; RecipeError where it is none."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError:
         raise RecipeError(str(path), ["there is no such file"]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ import yaml
 
 from embedft.errors import RecipeError
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe, data_paths, parse_recipe
+from embedft.strict_yaml import read_yaml
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -59,7 +60,7 @@ def _locate(given: str) -> tuple[Path, Path]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(str(path), [f"not readable as YAML: {error}"]) from None
     if not isinstance(content, dict):

@@ -13,6 +13,7 @@ from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec
 from embedft.errors import EmbedftError, UsageError
 from embedft.methods.table import METHODS
+from embedft.strict_yaml import read_yaml
 from serve.engines.settings import EngineKind, parse_cores
 from serve.remote import Sources
 from serve.tenants import TenantEntry, read_keys
@@ -184,7 +185,7 @@ def default_engine() -> EngineKind:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from embedft.errors import NotAuthorized, UsageError
+from embedft.strict_yaml import read_yaml
 from serve.limiter import Buckets
 
 ENVIRONMENT = "EMBEDFT_KEYS"  # the keys file's content, where there is no file
@@ -135,7 +136,7 @@ def read_keys(path: Path | None) -> tuple[TenantEntry, ...]:
     where = str(path) if path else f"${ENVIRONMENT}"
     try:
         text = path.read_text(encoding="utf-8") if path else os.environ.get(ENVIRONMENT, "")
-        content: Any = yaml.safe_load(text)
+        content: Any = read_yaml(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{where} cannot be read: {str(error).splitlines()[0]}") from None
     if path is None and content is None:

@@ -6,6 +6,7 @@ import yaml
 from embedft.errors import RecipeError
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe, parse_recipe
 from embedft.recipe_file import data_note, load_recipe, shipped_recipes
+from embedft.strict_yaml import read_yaml
 
 MINIMAL = {"task": "embedding", "base": {"model": "minilm"}, "data": {"train": "train.jsonl"}}
 
@@ -29,6 +30,20 @@ def test_all_faults_are_reported_at_once_with_the_nearest_key() -> None:
     assert len(caught.value.problems) == 3
     assert "did you mean 'adapter" in text
     assert "train.batch" in text
+
+
+def test_a_key_that_stands_twice_is_refused_not_half_taken(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "task: embedding\nbase: {model: minilm}\ndata: {train: t.jsonl}\ntrain: {lr: 1e-3}\ntrain: {batch: 4}\n", encoding="utf-8"
+    )
+    with pytest.raises(RecipeError, match=r"(?s)'train' stands twice.*line 5"):
+        load_recipe(path)
+
+
+def test_one_mapping_may_build_on_another() -> None:
+    content = "few: &few {rows: 1, seed: 2}\nmany: {<<: *few, rows: 9}\nmore: {<<: *few, rows: 99}\n"
+    assert read_yaml(content) == yaml.safe_load(content)
 
 
 def test_overrides_are_dotted_and_typed(tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def test_a_relative_store_is_relative_to_the_file(world: World, tmp_path: Path) 
     assert load_config(path, store=world.store).adapters == tmp_path / "mine"
 
 
+def test_a_limit_that_is_set_twice_is_refused(world: World, tmp_path: Path) -> None:
+    path = write(tmp_path, "bases: [{name: a, model: m, task: embedding}]\nlimits: {n: 3, n: 5}\n")
+    with pytest.raises(UsageError, match="'n' stands twice"):
+        load_config(path, store=world.store)
+
+
 def test_what_the_command_line_says_goes_before_the_files_word(world: World, tmp_path: Path) -> None:
     path = write(tmp_path, "bases: [{name: a, model: m, task: embedding}]\nadapters: mine\nhost: localhost\nport: 9000\n")
     config = load_config(path, store=world.store)
