@@ -19,6 +19,7 @@ State = Literal["starting", "ready", "restarting", "stopped"]
 GUARD = Path(__file__).with_name("guard.py")
 BACKOFF = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 STEADY = 60.0  # seconds of life after which a death counts as the first again
+PULSE, HUNG = 5.0, 60.0  # seconds between two looks at whether it answers; without an answer until it is taken for dead
 TAIL_LINES = 30
 LOG_BYTES = 32 << 20
 SECRETS = {"EMBEDFT_ADMIN_TOKEN"}
@@ -40,7 +41,7 @@ def without_secrets() -> dict[str, str]:
 
 
 class Supervisor:
-    """One engine: started, made ready by `prepare` (warm-up, adapters), restarted when it dies, ended with all it started."""
+    """One engine: started, made ready by `prepare` (warm-up, adapters), restarted when it dies or hangs, ended with all it started."""
 
     def __init__(
         self,
@@ -97,11 +98,11 @@ class Supervisor:
     async def _watch(self) -> None:
         failures, since = 0, time.monotonic()
         while True:
-            await self._ended()
+            how = await self._ended()
             if time.monotonic() - since > STEADY:
                 failures = 0
             self.state, self.restarts = "restarting", self.restarts + 1
-            self._say("ended unexpectedly; restarting")
+            self._say(f"{how}; restarting")
             while True:
                 await asyncio.sleep(BACKOFF[min(failures, len(BACKOFF) - 1)])
                 failures += 1
@@ -146,9 +147,18 @@ class Supervisor:
     def _alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    async def _ended(self) -> None:
+    async def _ended(self) -> str:
+        """Wait until it lives no more, or does not answer for so long that it never will; says which."""
+        looked = heard = time.monotonic()
         while self._alive():
             await asyncio.sleep(0.1)
+            if time.monotonic() - looked < PULSE:
+                continue
+            heard = time.monotonic() if await self._healthy() else heard
+            looked = time.monotonic()
+            if looked - heard > HUNG:
+                return f"has not answered for {looked - heard:.0f} s"
+        return "ended unexpectedly"
 
     async def _end(self) -> None:
         process, self._process = self._process, None

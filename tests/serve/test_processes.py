@@ -1,5 +1,6 @@
 """No process outlives the server; a killed engine comes back with its adapters; SIGTERM finishes what runs."""
 
+import asyncio
 import json
 import os
 import signal
@@ -15,7 +16,9 @@ import httpx
 import psutil
 import pytest
 
+from serve.errors import NotReady
 from serve.guard import __file__ as guard_file
+from serve.supervisor import Command, Supervisor
 from tests.serve.test_choice import refused
 from tests.serve.world import Server, World, launch, put_adapter, wait_for
 
@@ -167,6 +170,37 @@ def test_an_engine_killed_in_mid_stream_ends_the_stream_with_an_error(changing: 
 def test_an_engine_that_cannot_start_ends_the_server_with_its_log(world: World) -> None:
     with pytest.raises(AssertionError, match=r"(?s)the server ended.*could not convert string to float"):
         world.start(latency="nonsense")
+
+
+def test_an_engine_that_lives_and_answers_no_more_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.supervisor.PULSE", 0.05)
+    monkeypatch.setattr("serve.supervisor.HUNG", 0.5)
+    answers = True
+
+    async def healthy() -> bool:
+        return answers
+
+    async def prepare() -> None:
+        return
+
+    async def run() -> None:
+        nonlocal answers
+        command = Command([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path / "socket", tmp_path / "log")
+        engine = Supervisor("words", command, healthy=healthy, prepare=prepare, start_seconds=20, stop_seconds=0.1)
+        await engine.start()
+        await asyncio.sleep(1)
+        assert (engine.state, engine.restarts) == ("ready", 0)
+        answers = False
+        async with asyncio.timeout(20):
+            while not engine.restarts:
+                await asyncio.sleep(0.05)
+            with pytest.raises(NotReady):
+                engine.require_ready()
+            answers = True
+            assert await engine.back(time.monotonic() + 20)
+        await engine.stop()
+
+    asyncio.run(run())
 
 
 def test_the_guard_ends_grandchildren_that_left_their_group(tmp_path: Path) -> None:
