@@ -1,6 +1,7 @@
 """`embedft rag` as a user meets it: files in, an index, answers with sources, an evaluation report; and every mistake named."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,20 @@ def test_index_then_ask_with_sources_and_any_reader(run: Run, docs: Path, tmp_pa
     assert weighed["sources"][0]["document"] == "tea.md"
     only = run("ask", "x", "--index", tmp_path / "i", "--sources-only", "-k", 2)[1]
     assert (only["answer"], only["adapter"], len(only["sources"])) == (None, "a", 2)  # the index's own adapter
+
+
+def test_a_disk_without_room_is_told_and_leaves_the_index_as_it_was(run: Run, docs: Path, tmp_path: Path) -> None:
+    assert run("index", docs, "--out", tmp_path / "i", "--adapter", "a")[0] == 0
+    (docs / "more.md").write_text("\n\n".join(f"# Part {number}\n" + "Boil the water well. " * 40 for number in range(200)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        status, made = run("index", docs, "--out", tmp_path / "i", "--adapter", "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (status, made["error"]["code"]) == (1, "file_failed")
+    assert run("ask", "boiling water", "--index", tmp_path / "i", "--sources-only", "-k", 1)[1]["sources"][0]["document"] == "tea.md"
+    assert run("index", docs, "--out", tmp_path / "i", "--adapter", "a")[1]["documents"] == 3
 
 
 def test_people_get_text_and_a_stream(server: Server, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
