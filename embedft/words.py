@@ -13,14 +13,19 @@ if TYPE_CHECKING:
     from bm25s import BM25
 
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and Han, for a class in a pattern
-_MARKS = "".join(re.escape(chr(code)) for code in range(0x300, 0x10000) if unicodedata.category(chr(code))[0] == "M")
-_WORD = re.compile(rf"[{UNSPACED}][{_MARKS}]*|(?:[^\W_{UNSPACED}][{_MARKS}]*)+")
 _LAST = " .!?…。！？"
 
 
 def words(text: str) -> list[str]:
     """Lower-case words, without punctuation; split at underscores."""
-    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
+    return _pattern().findall(unicodedata.normalize("NFC", text).lower())
+
+
+@cache
+def _pattern() -> re.Pattern[str]:
+    """Made when it is first wanted: all of Unicode's marks are looked for."""
+    marks = "".join(re.escape(chr(code)) for code in range(0x300, 0x10000) if unicodedata.category(chr(code))[0] == "M")
+    return re.compile(rf"[{UNSPACED}][{marks}]*|(?:[^\W_{UNSPACED}][{marks}]*)+")
 
 
 def content_words(text: str) -> list[str]:
