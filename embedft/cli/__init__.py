@@ -7,7 +7,6 @@ import argparse
 import json
 import logging
 import os
-import sqlite3
 import sys
 from collections.abc import Sequence
 
@@ -32,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader went away: `embedft … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except sqlite3.OperationalError as error:  # an index that is written: no room, or no right to
-        return _failed(arguments, f"the index cannot be read or written: {error}", code="file_failed", status=1)
     except OSError as error:  # a file that is not there, or may not be written
         said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         return _failed(arguments, said, code="file_failed", status=1)

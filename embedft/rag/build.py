@@ -57,7 +57,7 @@ def build_index(
 
     `recorded`: what the index is to call `adapter`, where that is not its name. Raises DocumentsUnusable where there is no chunk,
     EngineBusy where the adapter is replaced or another build runs, IndexInvalid where `folder` holds something else or a version was
-    published meanwhile, UsageError where there can be no folder. All of them leave the old version, and what was embedded for a next build.
+    published meanwhile, UsageError where there can be no folder, OSError where there is no room. All of them leave the old version, and what was embedded for a next build.
     """
     began = time.perf_counter()
     listed = list(chunks)
@@ -99,13 +99,16 @@ def build_index(
 
 @contextmanager
 def _alone(folder: Path) -> Generator[None]:
-    """The only build in `folder`. EngineBusy where another is under way."""
+    """The only build in `folder`. EngineBusy where another is under way, OSError where the disk takes no more, SQLite's word for it too."""
     with (folder / ".building").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise EngineBusy(f"another process is indexing into {folder}: wait for its end, or name another folder") from None
-        yield
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{folder} cannot be written: {error}") from None
 
 
 def usable(folder: Path) -> None:
