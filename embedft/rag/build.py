@@ -57,7 +57,8 @@ def build_index(
 
     `recorded`: what the index is to call `adapter`, where that is not its name. Raises DocumentsUnusable where there is no chunk,
     EngineBusy where the adapter is replaced or another build runs, IndexInvalid where `folder` holds something else or a version was
-    published meanwhile, UsageError where there can be no folder, OSError where there is no room. All of them leave the old version, and what was embedded for a next build.
+    published meanwhile, UsageError where there can be no folder, OSError where there is no room. All of them leave the old version, and
+    what was embedded for a next build.
     """
     began = time.perf_counter()
     listed = list(chunks)
