@@ -123,3 +123,14 @@ def _embedding(folder: Path, base: Base, adapter: dict[str, Any], train: dict[st
     plan = BatchPlan(examples, batch=recipe.train.batch, seed=7, exclusive=True)
     trainer = make_trainer(model, base, settings, examples, recipe, plan=plan, output=folder / "run")
     return Cell(base, model, trainer, outputs, loss, before, held)
+
+
+def trained(made: Any) -> Any:
+    """The cell's model, after its run."""
+    made.trainer.train()
+    return made.model
+
+
+def weights(model: Any, part: str) -> dict[str, Any]:
+    """Copies of the parameters with `part` in their name."""
+    return {name: value.detach().clone() for name, value in model.named_parameters() if part in name}

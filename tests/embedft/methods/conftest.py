@@ -17,3 +17,8 @@ def alone(one_thread: None) -> None:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     return {"causal_lm": tiny_llama(folder / "llama", layers=1), "embedding": tiny_encoder(folder / "bert", pooling="mean")}
+
+
+@pytest.fixture
+def llama(bases: dict[str, Path]) -> Path:
+    return bases["causal_lm"]

@@ -5,25 +5,10 @@ from typing import Any
 
 import pytest
 
-from embedft.methods import METHODS, attach, save_weights
+from embedft.methods import attach, save_weights
 from embedft.methods.companion import lora_layers, plain_pairs
 from embedft.methods.starts import dequantized, original_weights
-from tests.embedft.causal_lm.test_settings import keep_gradients
-from tests.embedft.methods.cells import STEPS, cell
-
-
-@pytest.fixture
-def llama(bases: dict[str, Path]) -> Path:
-    return bases["causal_lm"]
-
-
-def trained(made: Any) -> Any:
-    made.trainer.train()
-    return made.model
-
-
-def weights(model: Any, part: str) -> dict[str, Any]:
-    return {name: value.detach().clone() for name, value in model.named_parameters() if part in name}
+from tests.embedft.methods.cells import STEPS, cell, trained, weights
 
 
 def rank_of(delta: Any) -> int:
@@ -78,17 +63,6 @@ def test_vera_shares_a_and_b_and_trains_only_vectors(llama: Path, tmp_path: Path
     model = trained(made)
     assert torch.equal(layers[0].vera_A["default"], shared)
     assert {value.ndim for _, value in model.named_parameters() if value.requires_grad} == {1}
-
-
-def test_adalora_reaches_its_budget_with_ranks_that_differ(llama: Path, tmp_path: Path) -> None:
-    made = cell(tmp_path, llama, "causal_lm", "adalora", "none", max_steps=16)
-    layers = len(list(lora_layers(made.model)))
-    model = trained(made)
-    ranks = {name: sum(kept) for name, kept in model.peft_config["default"].rank_pattern.items()}
-    assert sum(ranks.values()) == 4 * layers
-    assert len(set(ranks.values())) > 1
-    effective = sum(int((layer.lora_E["default"] != 0).sum()) for _, layer in lora_layers(model))
-    assert effective <= 4 * layers < 6 * layers
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -233,179 +207,9 @@ def test_llm_int8_and_qlora_are_what_they_say(llama: Path, tmp_path: Path) -> No
     assert type(next(lora_layers(made.model))[1].get_base_layer().weight).__name__ == "Int8Params"
 
 
-@pytest.mark.parametrize("method", ["prefix_tuning", "p_tuning", "prompt_tuning", "multitask_prompt_tuning"])
-def test_an_answer_does_not_depend_on_the_padding_of_its_batch(llama: Path, tmp_path: Path, method: str) -> None:
-    import torch
-
-    made = cell(tmp_path, llama, "causal_lm", method, "none")
-    model = trained(made).eval()
-    ids = torch.tensor([[0, 0, 0, 9, 8, 7], [3, 4, 5, 6, 7, 8]])
-    mask = (ids > 0).long()
-    with torch.no_grad():
-        padded = model(input_ids=ids, attention_mask=mask).logits[0, 3:]
-        alone = model(input_ids=ids[:1, 3:]).logits[0]
-        made_together = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
-        made_alone = model.generate(input_ids=ids[:1, 3:], max_new_tokens=5, do_sample=False, eos_token_id=None)
-    assert torch.allclose(padded, alone, atol=1e-4)
-    assert torch.equal(made_together[0, 6:], made_alone[0, 3:])
-
-
-def test_llama_adapter_begins_with_closed_gates(llama: Path, tmp_path: Path) -> None:
-    made = cell(tmp_path, llama, "causal_lm", "llama_adapter", "none")
-    gates = weights(made.model, "adaption_gate")
-    assert gates
-    assert all(float(value.abs().max()) == 0 for value in gates.values())
-    assert any(float(value.abs().max()) > 0 for value in weights(trained(made), "adaption_gate").values())
-
-
 def test_ia3_rescales_keys_values_and_the_second_layer_of_the_mlp(bases: dict[str, Path], tmp_path: Path) -> None:
     for task, expected in (("causal_lm", {"k_proj", "v_proj", "down_proj"}), ("embedding", {"key", "value", "dense"})):
         made = cell(tmp_path, bases[task], task, "ia3", "none")
         names = {name.split(".ia3_l")[0] for name in weights(made.model, "ia3_l")}
         assert {name.rpartition(".")[2] for name in names} == expected
         assert not any("attention.output" in name for name in names)
-
-
-def test_an_unknown_option_or_method_is_named(llama: Path, tmp_path: Path) -> None:
-    from embedft.errors import MethodUnsupported
-
-    with pytest.raises(MethodUnsupported, match="its options are: ratio"):
-        cell(tmp_path, llama, "causal_lm", "lora_plus", "none", options={"rate": 3})
-    with pytest.raises(MethodUnsupported, match="did you mean 'lora_plus'"):
-        cell(tmp_path, llama, "causal_lm", "LoRA-plus", "none")
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "expected"),
-    [
-        ("adalora", {"every": 0}, "a whole number of at least 1"),
-        ("adalora", {"warm": 2.0}, "a number from 0 to 0.9"),
-        ("adalora", {"init_r": 2}, "ranks only fall"),
-        ("delta_lora", {"begin": 3}, "a number from 0 to 1"),
-        ("eva", {"rho": 0.5}, "of at least 1"),
-        ("lora_plus", {"ratio": -4}, "of at least 1"),
-        ("multitask_prompt_tuning", {"ranks": 0}, "of at least 1"),
-    ],
-)
-def test_an_option_that_would_make_it_another_method_is_refused(
-    llama: Path, tmp_path: Path, method: str, options: dict[str, Any], expected: str
-) -> None:
-    from embedft.errors import MethodUnsupported
-
-    with pytest.raises(MethodUnsupported, match=expected):
-        cell(tmp_path, llama, "causal_lm", method, "none", options=options)
-
-
-@pytest.mark.parametrize("task", ["causal_lm", "embedding"])
-def test_adaloras_penalty_counts_once_a_step_in_either_task(bases: dict[str, Path], tmp_path: Path, task: str) -> None:
-    def penalty(accumulate: int) -> float:
-        norms: list[Any] = []
-        for weight in (0.0, 0.5):
-            settings = {"max_steps": 1, "lr": 1e-12, "max_grad_norm": 1e9, "batch": 6, "accumulate": accumulate}
-            folder = tmp_path / f"{accumulate}-{weight}"
-            folder.mkdir()
-            made = cell(folder, bases[task], task, "adalora", "none", options={"orthogonal": weight}, **settings)
-            gradients: dict[str, Any] = {}
-            keep_gradients(made.trainer, gradients)
-            made.trainer.train()
-            norms.append(gradients)
-        return sum(float((norms[1][name] - norms[0][name]).norm()) for name in norms[0] if "lora_A" in name)
-
-    once = penalty(1)
-    assert once > 0
-    assert penalty(4) == pytest.approx(once, rel=0.05)
-
-
-def test_adaloras_penalty_is_no_part_of_an_evaluations_loss(llama: Path, tmp_path: Path) -> None:
-    made = cell(tmp_path, llama, "causal_lm", "adalora", "none", options={"orthogonal": 50.0}, max_steps=1, lr=1e-12)
-    assert made.loss(trained(made)) < 20
-
-
-@pytest.mark.parametrize("settle", [0.0, 0.9])
-def test_adalora_reaches_its_budget_however_early_its_ranks_settle(llama: Path, tmp_path: Path, settle: float) -> None:
-    made = cell(tmp_path, llama, "causal_lm", "adalora", "none", options={"settle": settle, "warm": 0.0})
-    model = trained(made)
-    pattern: Any = model.peft_config["default"].rank_pattern
-    assert sum(sum(kept) for kept in pattern.values()) == 4 * len(pattern)
-
-
-def test_a_decoder_without_linear_layers_is_known_for_one_and_refused_with_what_to_do(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from embedft.base import BaseSpec, load_base
-    from embedft.errors import MethodUnsupported
-    from embedft.recipe import AdapterSection
-    from tests.fixtures_lm import tiny_tokenizer
-
-    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=400)).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    base = load_base(BaseSpec(str(tmp_path)), task="causal_lm")
-    assert base.info.kind == "decoder"
-    with pytest.raises(MethodUnsupported, match=r"are convolutions.*method=full"):
-        attach(base, AdapterSection(), task="causal_lm")
-
-
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.quantizations[0] == "none"])
-def test_dropout_and_targets_are_there_or_refused_as_the_table_says(llama: Path, method: str) -> None:
-    """The table's columns against what PEFT then holds."""
-    from dataclasses import replace
-
-    from embedft.base import BaseSpec, load_base
-    from embedft.errors import MethodUnsupported
-    from embedft.recipe import AdapterSection
-
-    row, base = METHODS[method], load_base(BaseSpec(str(llama)), task="causal_lm")
-    plain = AdapterSection(method=method, r=4)
-    batch = [{"input_ids": torch_ids(), "attention_mask": torch_ids().ne(-1)}]
-    if not row.dropout:
-        with pytest.raises(MethodUnsupported, match=r"set adapter\.dropout=0"):
-            attach(base, plain.model_copy(update={"dropout": 0.25}), task="causal_lm")
-    if not row.targets:
-        with pytest.raises(MethodUnsupported, match=r"leave adapter\.targets out"):
-            attach(base, plain.model_copy(update={"targets": ("q_proj",)}), task="causal_lm")
-    chosen: dict[str, Any] = ({"dropout": 0.25} if row.dropout else {}) | ({"targets": ("q_proj",)} if row.targets else {})
-    model: Any = attach(replace(base), plain.model_copy(update=chosen), task="causal_lm", batches=batch)
-    if row.targets:
-        trained = [name for name, value in model.named_parameters() if value.requires_grad]
-        assert trained
-        assert all("q_proj" in name or "vera_" in name for name in trained)
-    if row.dropout:
-        config = model.peft_config["default"]
-        given = [getattr(config, name) for name in ("lora_dropout", "vera_dropout", "module_dropout") if hasattr(config, name)]
-        assert given == [0.25]
-
-
-def torch_ids() -> Any:
-    import torch
-
-    return torch.arange(40, 56)[None]
-
-
-@pytest.mark.parametrize("task", ["causal_lm", "embedding"])
-@pytest.mark.parametrize("method", ["prompt_tuning", "multitask_prompt_tuning", "p_tuning"])
-def test_virtual_tokens_begin_as_words(bases: dict[str, Path], tmp_path: Path, method: str, task: str) -> None:
-    import torch
-
-    made = cell(tmp_path, bases[task], task, method, "none")
-    words = made.base.model.get_input_embeddings().weight
-    tasks = torch.zeros(1, dtype=torch.long) if method == "multitask_prompt_tuning" else None
-    prompts = made.model.get_prompt(batch_size=1, task_ids=tasks)[0].detach()
-    nearest = torch.cdist(prompts, words).argmin(1)
-    assert len(set(nearest.tolist())) > 1
-    lost = (prompts - words[nearest]).norm(dim=1) / words[nearest].norm(dim=1)
-    assert float(lost.max()) < (0.15 if tasks is not None else 1e-3)  # a task's own factors begin near one, not at it
-
-
-def test_a_prefix_begins_as_the_keys_and_values_of_words(llama: Path, tmp_path: Path) -> None:
-    import torch
-
-    from embedft.methods.prompts import key_values
-
-    made = cell(tmp_path, llama, "causal_lm", "prefix_tuning", "none")
-    base = made.base.model
-    with torch.no_grad():
-        cache = base(input_ids=torch.arange(base.config.vocab_size)[:, None], use_cache=True).past_key_values.layers
-    for layer, (keys, values) in enumerate(key_values(made.model)):
-        first = torch.cat([keys[:, 0], values[:, 0]]).flatten()  # the first virtual token saw nothing before it
-        of_words = torch.cat([cache[layer].keys[:, :, 0], cache[layer].values[:, :, 0]], dim=1).flatten(1)
-        assert float((of_words - first).norm(dim=1).min() / first.norm()) < 1e-3
