@@ -1,4 +1,4 @@
-"""Which generation of which adapter is loaded where: loading, proving, switching, leasing, draining. Knows no HTTP of clients.
+"""Which generation of which adapter is meant and served where: switching, leasing, draining. Knows no HTTP of clients.
 
 A name points at one Resident. A new generation is loaded beside it and proven through the live engine; then the name moves in one
 step, the old one drains and is unloaded. A refusal leaves what was serving untouched.
@@ -16,11 +16,11 @@ from embedft.adapters.probes import ProbeReport
 from embedft.adapters.store import GENERATION, AdapterStore, check_name
 from embedft.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, EmbedftError, GenerationConflict, MethodUnsupported, ProbesFailed
 from serve.engine import Engine
-from serve.errors import AdapterUnavailable, NotReady
+from serve.errors import NotReady
 from serve.fitting import check_fit, checked, state_of
+from serve.loading import Loading
 from serve.probing import probe
 from serve.resident import Resident
-from serve.slots import Seat, Slots
 from serve.sources import Found, find
 
 KEPT_EARLIER = 4  # earlier generations that stay loaded though no request asks for them
@@ -38,9 +38,7 @@ class Lifecycle:
         self.store = store
         self.live: dict[str, Resident] = {}
         self.refused: dict[str, str] = {}
-        self.loads: dict[tuple[str, str], int] = {}
-        self.evictions: dict[str, int] = {}
-        self._slots: dict[str, Slots] = {}
+        self.loading = Loading()
         self._held: dict[str, Resident] = {}  # by engine id: live, draining, and earlier generations that were asked for
         self._names: dict[str, asyncio.Lock] = {}
         self._drains: set[asyncio.Task[None]] = set()
@@ -55,7 +53,8 @@ class Lifecycle:
         async with AsyncExitStack() as stack:
             while True:
                 resident = self.get(name)
-                held = self.slots_of(resident.engine).held(resident, load=functools.partial(self._reload, resident), unload=self._evict)
+                load, slots = functools.partial(self._reload, resident), self.loading.slots_of(resident.engine)
+                held = slots.held(resident, load=load, unload=self.loading.evict)
                 with contextlib.suppress(_Superseded):
                     await stack.enter_async_context(held)
                     break
@@ -97,35 +96,11 @@ class Lifecycle:
             resident.earlier, resident.retired = False, True
             self._start_drain(resident)
 
-    def slots_of(self, engine: Engine) -> Slots:
-        return self._slots.setdefault(engine.name, Slots(engine.config.slots, engine.lock))
-
-    async def _evict(self, seat: Seat) -> None:
-        assert isinstance(seat, Resident)
-        self.evictions[seat.counted] = self.evictions.get(seat.counted, 0) + 1
-        with contextlib.suppress(EmbedftError):
-            await seat.engine.client.unload(seat.id)
-
     async def _reload(self, resident: Resident) -> None:
-        """Into a slot of the running engine. Probed unless it was before and its files are the same. The engine's lock is held.
-
-        Raises _Superseded where it has drained while the request waited: then nobody would ever unload it.
-        """
+        """Into a slot again. Raises _Superseded where it has drained while the request waited: then nobody would ever unload it."""
         if self._held.get(resident.id) is not resident:
             raise _Superseded
-        resident.engine.supervisor.require_ready()
-        try:
-            if resident.proven is not None and resident.proven == state_of(resident.folder):
-                await resident.engine.client.load(resident.id, resident.folder)
-                self._count(resident, "loaded")
-                return
-            await asyncio.to_thread(checked, resident.name, Found(resident.generation, resident.folder))
-            check_fit(resident.name, resident.passport, resident.engine)
-            await self._install(resident)
-        except NotReady:
-            raise
-        except (EmbedftError, OSError) as error:
-            raise AdapterUnavailable(f"{resident.id} cannot be loaded again: {error}") from error
+        await self.loading.again(resident)
 
     def holds(self, generation: str) -> bool:
         """Whether anything that is served or drains has its files there."""
@@ -220,7 +195,7 @@ class Lifecycle:
             await self._from_store(engine)
             self._populated.add(engine.name)
             return
-        slots = self.slots_of(engine)
+        slots = self.loading.slots_of(engine)
         slots.all_went()
         for resident in [held for held in self._held.values() if held.engine is engine and (held.retired or held.earlier)]:
             del self._held[resident.id]
@@ -232,7 +207,7 @@ class Lifecycle:
                         return
                     if self.live.get(resident.name) is not resident or resident.loaded:  # replaced, or loaded, while this waited
                         continue
-                    await self._install(resident)
+                    await self.loading.install(resident)
                     slots.came(resident)
             except (AdapterInvalid, MethodUnsupported, ProbesFailed) as error:
                 self.live.pop(resident.name, None)
@@ -277,7 +252,7 @@ class Lifecycle:
             engine.supervisor.require_ready()
         check_fit(name, passport, engine)
         resident = Resident(name, found.generation, found.folder, passport, engine, pinned=pin)
-        slots = self.slots_of(engine)
+        slots = self.loading.slots_of(engine)
         async with engine.lock:
             if not starting:
                 engine.supervisor.require_ready()  # it may have died while this waited: then what belongs in it is loaded first
@@ -289,31 +264,11 @@ class Lifecycle:
                 held.passport, held.retired, held.earlier = passport, False, False
                 held.pinned = pin
                 return held
-            await slots.make_room(self._evict)
-            await self._install(resident)
+            await slots.make_room(self.loading.evict)
+            await self.loading.install(resident)
             slots.came(resident)
             self._held[resident.id] = resident
         return resident
-
-    async def _install(self, resident: Resident) -> None:
-        client, outcome = resident.engine.client, "refused"
-        try:
-            await client.load(resident.id, resident.folder)
-            resident.report = await probe(resident.engine, resident.id, resident.folder)
-            if not resident.report.passed:
-                raise ProbesFailed(resident.name, resident.report.reason)
-            resident.proven = state_of(resident.folder)
-            outcome = "loaded"
-        except BaseException:
-            with contextlib.suppress(EmbedftError):
-                await asyncio.shield(client.unload(resident.id))
-            raise
-        finally:
-            self._count(resident, outcome)
-
-    def _count(self, resident: Resident, outcome: str) -> None:
-        key = (resident.counted, outcome)
-        self.loads[key] = self.loads.get(key, 0) + 1
 
     def _switch(self, resident: Resident, current: Resident | None) -> None:
         self.live[resident.name] = resident
@@ -340,7 +295,7 @@ class Lifecycle:
                     continue
                 del self._held[resident.id]
                 if resident.loaded:
-                    self.slots_of(resident.engine).went(resident)
+                    self.loading.slots_of(resident.engine).went(resident)
                     with contextlib.suppress(EmbedftError):
                         await resident.engine.client.unload(resident.id)
                 return

@@ -95,9 +95,9 @@ class Meters:
             self._loaded.labels(base, resident.name).set(resident.loaded)
             if resident.report:
                 self._error.labels(base, resident.name).set(resident.report.error)
-        for (name, outcome), count in list(self._lifecycle.loads.items()):
+        for (name, outcome), count in list(self._lifecycle.loading.loads.items()):
             self._loads.labels(name, outcome).set(count)
-        for name, count in list(self._lifecycle.evictions.items()):
+        for name, count in list(self._lifecycle.loading.evictions.items()):
             self._evictions.labels(name).set(count)
         for engine in self._lifecycle.engines.values():
             self._ready.labels(engine.name).set(engine.supervisor.state == "ready")

@@ -112,7 +112,7 @@ class Visible:
             yield
             return
         engine, seconds = next(iter(wanted)).engine, self.gateway.config.limits.queue_seconds
-        slots = self._lifecycle.slots_of(engine)
+        slots = self._lifecycle.loading.slots_of(engine)
         if not slots.fit(wanted):
             said = f"{len(wanted)} adapters in one request, and base {engine.name!r} has {slots.size} slots for them and what is pinned"
             raise InputInvalid("too_many_adapters", f"{said}: ask for fewer at a time", "adapter")

@@ -75,7 +75,8 @@ def test_metrics_count_all_mixes_as_one(world: World) -> None:
         async with mixing(world, slots=1) as (gateway, members):
             for weight in (0.1, 0.2, 0.3):
                 await asked(gateway, members, weight)
-            assert {key: count for key, count in gateway.lifecycle.loads.items() if key[0].startswith("mix-")} == {("mix-*", "loaded"): 3}
-            assert {name for name in gateway.lifecycle.evictions if name.startswith("mix-")} == {"mix-*"}
+            loading = gateway.lifecycle.loading
+            assert {key: count for key, count in loading.loads.items() if key[0].startswith("mix-")} == {("mix-*", "loaded"): 3}
+            assert {name for name in loading.evictions if name.startswith("mix-")} == {"mix-*"}
 
     asyncio.run(check())
