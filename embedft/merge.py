@@ -18,8 +18,9 @@ from embedft.model_folder import fingerprint
 from embedft.quantize import copy_rest, quantize
 from embedft.verify import as_record, outputs, record, settings_of, trained_base
 
+LEFT = 1e-4  # of the strongest part's effect; less is what rounding leaves of parts that take each other away
 _OF_ONE = ("adapter_", "passport", "conversion")  # files that speak of one adapter alone
-How = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties"]
+How = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "ties_svd", "dare_linear_svd", "dare_ties_svd"]
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,20 @@ def combine(
     how: How = "cat",
     rank: int | None = None,
     density: float = 0.5,
+    seed: int = 7,
     base: Path | None = None,
 ) -> Passport:
     """Write the weighted sum of plain LoRA adapters of one base to `out`, with probes of its own.
 
-    cat: exact, the ranks add up, weights may be negative; svd: the nearest of `rank`; linear, ties (arXiv 2306.01708) and dare
-    (arXiv 2311.03099) want equal ranks and keep them, `density` being what ties and dare keep. Raises UsageError, AdapterInvalid
-    where an adapter is no LoRA or two do not belong together.
+    cat: exact, the ranks add up, weights may be negative; svd: the nearest of `rank`. ties (arXiv 2306.01708) keeps the share `density`
+    of each part, its largest numbers, and of these the mean of those that have the sign of most; dare (arXiv 2311.03099) keeps numbers
+    by chance (`seed`), scaled by 1/density. With _svd they are of the updates, as in their papers, and the nearest of `rank` is written;
+    without it they, and linear, are of A and of B apart, want equal ranks and keep them: quick, and no sum of the updates.
+
+    Raises UsageError, AdapterInvalid where an adapter is no LoRA or two do not belong together.
     """
+    import torch
+
     passports = [read_passport(folder) for folder in folders]
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}: expected a whole number of at least 1")
@@ -113,17 +120,30 @@ def combine(
     model: Any = load_adapter(load_model(base_dir, task=first.task, dtype=exact_dtype()), folders[0], adapter_name="a0")
     for number, folder in enumerate(folders[1:], start=1):
         model.load_adapter(str(folder), adapter_name=f"a{number}", is_trainable=False)
-    options: dict[str, Any] = {"svd_rank": rank or max(passport.r for passport in passports)} if how == "svd" else {}
-    if how in {"ties", "dare_linear", "dare_ties"}:
-        options["density"] = density
+    options: dict[str, Any] = {"density": density} if how.startswith(("ties", "dare")) else {}
+    made = {"how": how, "of": [passport.name for passport in passports], "weights": list(weights), **options}
+    if how.startswith("dare"):
+        made["seed"] = seed
     names = [f"a{number}" for number in range(len(folders))]
-    _like_a_sum([model.peft_config[each] for each in names], [[name for name, _ in lora_layers(model, each)] for each in names])
-    model.add_weighted_adapter(names, list(weights), "default", combination_type=how, **options)
+    layers = [dict(lora_layers(model, each)) for each in names]
+    if how.endswith("svd"):
+        smallest = min(min(layer.in_features, layer.out_features) for part in layers for layer in part.values())
+        if (rank or 1) > smallest:
+            raise UsageError(f"rank {rank}: the smallest layer that they adapt has {smallest}: lower it")
+        options |= {"svd_rank": rank or min(max(passport.r for passport in passports), smallest), "svd_full_matrices": False}
+    _like_a_sum([model.peft_config[each] for each in names], [list(part) for part in layers])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_weighted_adapter(names, list(weights), "default", combination_type=how, **options)
     model.set_adapter("default")
     for each in names:
         model.delete_adapter(each)
     save_weights(model, out, base_name=model.peft_config["default"].base_model_name_or_path)
-    return _finish(folders[0], out, first, name, base_dir, config=model.peft_config["default"], others=passports, how=how, weights=weights)
+    passport = _finish(folders[0], out, first, name, base_dir, config=model.peft_config["default"], others=passports, made=made)
+    strongest = max(abs(weight) * read_probes(folder).strength for folder, weight in zip(folders, weights, strict=True))
+    if read_probes(out).strength < LEFT * strongest:
+        raise AdapterInvalid(name, "its parts take each other away: what is left is rounding")
+    return passport
 
 
 def _like_a_sum(configs: Sequence[Any], layers: Sequence[Sequence[str]]) -> None:
@@ -154,12 +174,12 @@ def _check(passports: Sequence[Passport], weights: Sequence[float], how: str) ->
         same = ("base", "task", "side", "prompts", "pooling", "normalize", "template_hash")
         if differs := [field for field in same if getattr(passport, field) != getattr(first, field)]:
             raise AdapterInvalid(passport.name, f"its {differs[0]} is not that of {first.name!r}: they cannot be one adapter")
-        if how not in {"cat", "svd"} and passport.r != first.r:
-            raise UsageError(f"{how} wants equal ranks, here are {first.r} and {passport.r}: use cat or svd")
+        if how != "cat" and not how.endswith("svd") and passport.r != first.r:
+            raise UsageError(f"{how} wants equal ranks, here are {first.r} and {passport.r}: use cat, or a way that ends in svd")
 
 
 def _finish(
-    source: Path, out: Path, first: Passport, name: str, base: Path, *, config: Any, others: Sequence[Passport], how: str, weights: Any
+    source: Path, out: Path, first: Passport, name: str, base: Path, *, config: Any, others: Sequence[Passport], made: dict[str, Any]
 ) -> Passport:
     from transformers import AutoTokenizer
 
@@ -173,7 +193,6 @@ def _finish(
             (out / path.name / "config.json").write_bytes((path / "config.json").read_bytes())
     recorded = record(out, base=base, tokenizer=AutoTokenizer.from_pretrained(base), task=first.task, settings=settings, name=name)
     write_probes(out, recorded)
-    made = {"combined": {"how": how, "of": [passport.name for passport in others], "weights": list(weights)}}
     update = {
         "name": name,
         "method": "lora",
@@ -182,7 +201,7 @@ def _finish(
         "max_length": min(passport.max_length for passport in others),
         "dimensions": tuple(size for size in first.dimensions if all(size in passport.dimensions for passport in others)),
         "unproven": any(passport.unproven for passport in others),
-        "metrics": made,
+        "metrics": {"combined": made},
         "data_hash": None,
         "recipe_hash": None,
         "probes": as_record(recorded, first.task),

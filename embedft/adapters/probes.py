@@ -78,6 +78,11 @@ class RecordedProbes:
     sensitivity: Mapping[str, float]
     tolerance: float
 
+    @property
+    def strength(self) -> float:
+        """‖Δ‖ over all probes."""
+        return _norm(self.effect)
+
 
 @dataclass(frozen=True)
 class ProbeReport:
@@ -132,7 +137,7 @@ def compare(
     shapes = [array.shape for array in recorded.effect]
     if any([array.shape for array in side] != shapes for side in (base, adapted, base_again)):
         return ProbeReport(float("inf"), 0.0, 0.0, limit, False, "the engine's outputs have another shape than the recorded ones")
-    strength = _norm(recorded.effect) + 1e-12
+    strength = recorded.strength + 1e-12
     rounding = _norm([one - other for one, other in zip(base, recorded.base, strict=True)]) / strength if recorded.base else 0.0
     if tolerance is None:
         limit = max(limit, min(TOLERANCE, ROUNDING * rounding))

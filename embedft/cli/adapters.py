@@ -55,10 +55,12 @@ def add_commands(commands: Any) -> None:
         if name == "combine":
             action.add_argument("name", metavar="NAME", help="the name to store it under")
             action.add_argument("parts", metavar="ADAPTER", nargs="+")
-            action.add_argument("--weights", type=float, nargs="+", metavar="W", help="default: equal parts of 1")
-            action.add_argument("--how", default="cat", choices=("cat", "svd", "linear", "ties", "dare_linear", "dare_ties"))
-            action.add_argument("--rank", type=positive, help="of svd (default: the largest of the parts)")
-            action.add_argument("--density", type=float, default=0.5, help="what ties and dare keep")
+            action.add_argument("--weights", type=float, nargs="+", metavar="W", help="default: equal parts of 1; for ties 1 each")
+            ways = "cat (exact; the default), svd, linear, ties, dare_linear, dare_ties; the last three with _svd: of the updates"
+            action.add_argument("--how", default="cat", help=ways)
+            action.add_argument("--rank", type=positive, help="of what ends in svd (default: the largest of the parts)")
+            action.add_argument("--density", type=float, default=0.5, help="the share that ties and dare keep (default: %(default)s)")
+            action.add_argument("--seed", type=int, default=7, help="of what dare keeps (default: %(default)s)")
         if name in {"export", "push"}:
             action.add_argument("--keep-texts", action="store_true", help="also copy evaluation texts, where the adapter carries them")
 
@@ -178,8 +180,8 @@ def _adapters_combine(arguments: argparse.Namespace) -> None:
     from embedft.merge import combine
 
     store = store_of(arguments)
-    weights = arguments.weights or [1 / len(arguments.parts)] * len(arguments.parts)
-    options = {"how": arguments.how, "rank": arguments.rank, "density": arguments.density, "base": arguments.base}
+    weights = arguments.weights or [1 if "ties" in arguments.how else 1 / len(arguments.parts)] * len(arguments.parts)
+    options = {name: getattr(arguments, name) for name in ("how", "rank", "density", "seed", "base")}
     with store.stage() as stage:
         passport = combine([store.folder(part) for part in arguments.parts], stage, name=arguments.name, weights=weights, **options)
         identity = store.put(stage, arguments.name)
