@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import yaml
 
-from embedft.axolotl_keys import CHOICES, FORMATS, KEYS, OTHER_ROWS, REASONS, TOGETHER
+from embedft.axolotl_keys import CHOICES, DEFAULTS, FORMATS, KEYS, OTHER_ROWS, REASONS, TOGETHER
 from embedft.errors import RecipeError
 from embedft.recipe import parse_recipe
 from embedft.strict_yaml import read_yaml
@@ -43,6 +43,9 @@ def translate(content: Mapping[str, Any], *, name: str) -> Translation:
             _choice(made, key, place, words, value)
         elif key not in TOGETHER and (value is not False or key not in REASONS):
             made.left_out[key] = REASONS.get(key) or _unknown(key)
+    for keys, place, value in DEFAULTS:
+        if given.keys().isdisjoint(keys):
+            made.put(place, value)
     try:
         for rule in (_base, _method, _data, _whole, _steps, _trackers):
             rule(given, made)

@@ -51,6 +51,12 @@ CHOICES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "gradient_checkpointing": ("train.gradient_checkpointing", {"true": True, "false": None}),
     }
 )
+# What Axolotl does where a file says nothing, and a recipe would do otherwise: keys of which one would say it, the place, the value.
+DEFAULTS: tuple[tuple[tuple[str, ...], str, Any], ...] = (
+    (("micro_batch_size",), "train.batch", 1),
+    (("lr_scheduler",), "train.schedule", "cosine"),
+    (("warmup_ratio", "warmup_steps"), "train.warmup", 0.03),
+)
 _TOGETHER = (
     "adapter load_in_4bit load_in_8bit lora_target_linear peft_use_dora "
     "peft_use_rslora peft_init_lora_weights peft loraplus_lr_ratio relora "

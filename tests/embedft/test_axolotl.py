@@ -83,6 +83,13 @@ def test_a_common_qlora_file_becomes_the_recipe_that_it_means() -> None:
     assert set(made.left_out) == wanted
 
 
+def test_where_a_file_says_nothing_axolotls_own_defaults_stand() -> None:
+    train = recipe_of().train
+    assert (train.batch, train.accumulate, train.epochs, train.max_length) == (1, 1, 1, 512)
+    assert (train.schedule, train.warmup, train.optimizer, train.weight_decay) == ("cosine", 0.03, "adamw", 0.0)
+    assert recipe_of(warmup_steps=10, max_steps=100, lr_scheduler="linear", micro_batch_size=4).train.warmup == 0.1
+
+
 @pytest.mark.parametrize(
     ("given", "method", "options"),
     [
@@ -197,7 +204,7 @@ def test_a_file_that_is_none_of_axolotls_is_refused(in_folder: Path) -> None:
 
 def test_counts_that_are_no_whole_numbers_are_told_of() -> None:
     made = translate(lora(num_epochs=2.5, micro_batch_size="auto", gradient_accumulation_steps=4), name="x")
-    assert made.recipe["train"] == {"epochs": 2, "accumulate": 4}
+    assert made.recipe["train"] == {"epochs": 2, "accumulate": 4, "schedule": "cosine", "warmup": 0.03}
     assert made.left_out["num_epochs"] == "2.5 is no whole number: train.epochs is 2"
     assert made.left_out["micro_batch_size"] == "'auto' is no number: set train.batch"
     with pytest.raises(RecipeError, match="a text where a number is due"):
