@@ -12,13 +12,13 @@ from embedft.rag.documents import Document
 from embedft.rag.rows import Chunk
 from embedft.words import UNSPACED
 
-_PIECES = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]{{1,6}}|[^\w\s]|_")
+_PIECES = re.compile(rf"[{UNSPACED}]|[a-zA-Z0-9]{{1,6}}|[^\W_{UNSPACED}a-zA-Z0-9]{{1,3}}|[^\w\s]|_")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。？！])\s*|\n{2,}")
 
 
 class Chunking(BaseModel):
-    """In tokens, counted as a word-piece tokenizer roughly would: pieces of up to six letters, punctuation marks, and each
-    character of Chinese and Japanese."""
+    """In tokens, counted as a word-piece tokenizer roughly would: pieces of up to six English letters or of three others, punctuation
+    marks, and each character of Chinese and Japanese."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -90,6 +90,8 @@ class LineageVectorStore(FaissVectorStore):
             raise InputInvalid(
                 "query_unsupported", f"mode {query.mode} or filters: this store searches by default, text_search and hybrid", "mode"
             )
+        if min(query.similarity_top_k, query.hybrid_top_k or 1) < 1:
+            raise InputInvalid("top_k_invalid", "similarity_top_k and hybrid_top_k: expected at least 1", "similarity_top_k")
         vector = query.query_embedding
         if vector is not None and not isinstance(vector, Labelled):
             raise InputInvalid(

@@ -108,6 +108,15 @@ def test_chinese_is_cut_between_sentences_and_no_longer_than_what_is_read() -> N
     assert {len(piece) for piece in made} == {30}  # two sentences; a word-piece tokenizer takes each character for a token
 
 
+def test_words_of_other_alphabets_count_as_the_several_tokens_that_they_are() -> None:
+    def longest(word: str) -> int:
+        text = " ".join([word] * 200)
+        return max(len(chunk.text.split()) for chunk in chunks_of([Document("t", text, "text")], Chunking(size=40, overlap=0)))
+
+    assert longest("letter") == 40
+    assert longest("письмо") == longest("γράμμα") == 20
+
+
 @pytest.fixture
 def unprivileged() -> Iterator[Path]:
     """A folder that anybody may enter, for a process whose rights are anybody's while the test runs."""

@@ -1,12 +1,13 @@
 """LineageVectorStore and IndexRetriever inside llama-index: real vectors from a real server, the fake engine's."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import TextNode
-from llama_index.core.vector_stores.types import VectorStoreQuery
+from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode
 from llama_index.vector_stores.faiss import FaissVectorStore
 
 from embedft.errors import InputInvalid, LineageMismatch, UsageError
@@ -87,6 +88,13 @@ def test_vectors_that_are_not_the_embeddings_are_refused(tmp_path: Path, embeddi
         built(tmp_path / "j", embedding).query(VectorStoreQuery([0.0] * 32))
     with pytest.raises(UsageError, match="whose vectors"):
         LineageVectorStore(tmp_path / "j").add(nodes)
+
+
+@pytest.mark.parametrize("given", [{"similarity_top_k": 0}, {"hybrid_top_k": -1, "mode": VectorStoreQueryMode.HYBRID}])
+def test_no_answer_at_all_cannot_be_asked_for(tmp_path: Path, embedding: AdapterEmbedding, given: dict[str, Any]) -> None:
+    query = VectorStoreQuery(embedding.get_query_embedding("snow"), query_str="snow", **given)
+    with pytest.raises(InputInvalid, match="top_k: expected at least 1"):
+        built(tmp_path / "i", embedding).query(query)
 
 
 def test_hybrid_finds_by_words_what_the_vectors_miss(tmp_path: Path, embedding: AdapterEmbedding) -> None:
