@@ -1,5 +1,6 @@
 """/v1/adapters and vLLM's load and unload: what is served, and its change by those who hold the admin token."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -74,12 +75,12 @@ def admin_routes(gateway: Gateway) -> APIRouter:
             raise AdapterInvalid(name, "an adapter or a base has that name: choose another")
         if len({lifecycle.get(variant).engine.name for variant in body.variants}) > 1:
             raise InputInvalid("alias_invalid", "the variants are of different bases", "variants")
-        gateway.aliases.put(name, body.variants)
+        await asyncio.to_thread(gateway.aliases.put, name, body.variants)
         return _json({"name": name, "variants": gateway.aliases.all[name]})
 
     @router.delete("/v1/aliases/{name}", dependencies=only_admin, summary="Forget an alias")
     async def delete_alias(name: str) -> Response:
-        gateway.aliases.delete(name)
+        await asyncio.to_thread(gateway.aliases.delete, name)
         return _json({"name": name, "variants": None})
 
     @router.post("/v1/load_lora_adapter", dependencies=only_admin, **described(LoadLora, "vLLM's alias of PUT"))

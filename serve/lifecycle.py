@@ -115,14 +115,14 @@ class Lifecycle:
         *,
         source: str | None = None,
         generation: str | None = None,
-        pin: bool = False,
+        pin: bool | None = None,
         expected: str | None = None,
         named: bool = True,
     ) -> Resident:
         """Load, prove and switch to the generation that `source` names; None or 'store' is the store's current one of that name.
 
-        `generation` is what it must be, `expected` what must be serving. `named` False: the store is not told, so the next server does
-        not serve it.
+        `generation` is what it must be, `expected` what must be serving. `pin` None: a pinned name stays pinned. `named` False: the store
+        is not told, so the next server does not serve it.
 
         Raises AdapterNotFound, AdapterInvalid, BaseMismatch, ProbesFailed, GenerationConflict; then nothing has changed.
         """
@@ -133,17 +133,18 @@ class Lifecycle:
             current = self.live.get(name)
             if expected is not None and (current is None or not current.generation.startswith(expected) or len(expected) < 12):
                 raise GenerationConflict(name, expected=expected, current=current.generation if current else None)
+            pinned = bool(current and current.pinned) if pin is None else pin
             found = await asyncio.to_thread(find, self.store, name, source)
             if generation is not None and not found.generation.startswith(generation):
                 raise GenerationConflict(name, expected=generation, current=found.generation)
             if current and current.generation == found.generation and not current.retired:
                 await self._renew(current, found)
-                if pin:
+                if pinned:
                     async with self.lease(name):  # one that was evicted comes back first, and stays
                         current.pinned = True
-                current.pinned, resident = pin, current
+                current.pinned, resident = pinned, current
             else:
-                resident = await self._load(name, found, pin=pin)
+                resident = await self._load(name, found, pin=pinned)
             try:
                 if named:
                     await asyncio.to_thread(self.store.point, name, found.generation)

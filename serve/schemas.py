@@ -163,11 +163,11 @@ class _Admin(BaseModel):
 class PutAdapter(_Admin):
     """`source`: 'store' or none for the store's current one, a generation, another name, a folder under the store's root, or an
     allowed hf://, s3://, gs:// or https:// place. Its content must be `generation` where that is given. `base`: of an adapter without
-    passport; plain PEFT makes its probes, and it is marked unproven.
+    passport; plain PEFT makes its probes, and it is marked unproven. `pin`: as it was, unless given.
     """
 
     source: Annotated[StrictStr, Field(min_length=1, max_length=1024)] | None = None
-    pin: StrictBool = False
+    pin: StrictBool | None = None
     expected_generation: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{12,64}$")] | None = None
 
     base: StrictStr | None = None

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from embedft.errors import InputInvalid
-from serve.aliases import Aliases
+from serve.aliases import FILE, Aliases
 from tests.serve.test_choice import expected, refused, rows
 from tests.serve.world import ADMIN, Server, World, fill_adapter, make_world, put_adapter, wait_for
 from tests.timing import assert_faster
@@ -120,6 +121,18 @@ def test_a_pinned_adapter_stays_and_pins_cannot_take_every_slot_unsaid(server: S
     assert ask(server, "x3").status_code == 200
 
 
+def test_a_pinned_name_stays_pinned_when_it_moves_to_a_new_generation(server: Server, world: World) -> None:
+    first = put_adapter(world.store, "held", world.texts, seed=140)
+    assert server.put("held", {"pin": True}).json()["pinned"] is True
+    assert put_adapter(world.store, "held", world.texts, seed=141) != first
+    moved = server.put("held").json()
+    assert (moved["pinned"], moved["generation"] != first) == (True, True)
+    assert server.put("held").json()["pinned"] is True
+    assert server.put("held", {"pin": False}).json()["pinned"] is False
+    assert server.put("held").json()["pinned"] is False
+    assert server.client.delete("/v1/adapters/held", headers=ADMIN).status_code == 200
+
+
 def test_one_request_for_more_adapters_than_slots_is_refused_at_once_and_holds_nothing(server: Server) -> None:
     names = NAMES[: SLOTS + 1]
     began = time.perf_counter()
@@ -213,6 +226,18 @@ def test_an_alias_names_the_variant_that_is_not_served(server: Server, world: Wo
 def test_an_aliass_shares_must_add_up_to_something(world: World) -> None:
     with pytest.raises(InputInvalid):
         Aliases(world.folder).put("x", {"a": 0})
+
+
+def test_two_servers_of_one_store_keep_each_others_aliases(tmp_path: Path) -> None:
+    one, other = Aliases(tmp_path), Aliases(tmp_path)
+    one.put("x", {"a": 1})
+    other.put("y", {"b": 1})
+    assert other.all == Aliases(tmp_path).all == {"x": {"a": 1}, "y": {"b": 1}}
+    one.delete("x")
+    assert one.all == Aliases(tmp_path).all == {"y": {"b": 1}}
+    (tmp_path / FILE).write_text("[1]")
+    one.put("z", {"c": 1})
+    assert Aliases(tmp_path).all == {"y": {"b": 1}, "z": {"c": 1}}
 
 
 def test_a_full_disk_is_said_and_what_serves_goes_on(server: Server, world: World) -> None:
