@@ -10,7 +10,8 @@ import ipaddress
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -22,6 +23,7 @@ from embedft.adapters.probes import PROBES
 from embedft.errors import AdapterInvalid, InputInvalid
 
 NEEDED, WELCOME = (CONFIG, WEIGHTS), (PASSPORT, PROBES)
+CHUNK = 1 << 20
 SCHEMES = ("hf", "s3", "gs", "https", "http")
 
 
@@ -130,17 +132,17 @@ def public_address(place: SplitResult) -> str:
 
 
 def copy_files(files: Any, root: str, stage: Path, *, max_bytes: int, until: float) -> None:
-    """What an adapter needs out of an fsspec folder; sizes are summed up before the first byte is fetched."""
+    """What an adapter needs out of an fsspec folder; sizes are summed up before the first byte is fetched, and counted as bytes come."""
     listed: dict[str, Any] = files.find(root, detail=True)
     chosen = {name: f"{root.rstrip('/')}/{name}" for name in (*NEEDED, *WELCOME)}
     sizes = {name: listed[path]["size"] for name, path in chosen.items() if path in listed}
     _complete(sizes)
     if sum(sizes.values()) > max_bytes:
         raise InputInvalid("source_too_large", f"{sum(sizes.values())} bytes: at most {max_bytes}", "source")
+    left = max_bytes
     for name in sizes:
-        if time.monotonic() > until:
-            raise TimeoutError("not done in time")
-        files.get_file(chosen[name], str(stage / name))
+        with files.open(chosen[name], "rb") as file:
+            left = _written(iter(partial(file.read, CHUNK), b""), stage / name, left=left, until=until)
 
 
 def _from_hub(place: SplitResult, stage: Path, rules: Sources) -> None:
@@ -178,14 +180,20 @@ def _from_web(place: SplitResult, stage: Path, rules: Sources, until: float) -> 
                     raise ConnectionError(f"{name}: the server answered {answer.status_code}")
                 if (coding := answer.headers.get("content-encoding", "identity").lower()) != "identity":
                     raise ConnectionError(f"{name}: the server sent it as {coding} unasked: let it send the files as they are")
-                with (stage / name).open("wb") as file:
-                    for chunk in answer.iter_raw():
-                        left -= len(chunk)
-                        if left < 0:
-                            raise InputInvalid("source_too_large", f"more than {rules.max_bytes} bytes", "source")
-                        if time.monotonic() > until:
-                            raise TimeoutError(f"not done in {rules.seconds:.0f} s")
-                        file.write(chunk)
+                left = _written(answer.iter_raw(), stage / name, left=left, until=until)
+
+
+def _written(chunks: Iterable[bytes], path: Path, *, left: int, until: float) -> int:
+    """`chunks` into `path`; how many of the `left` bytes may still come. InputInvalid source_too_large, TimeoutError."""
+    with path.open("wb") as file:
+        for chunk in chunks:
+            left -= len(chunk)
+            if left < 0:
+                raise InputInvalid("source_too_large", "it sends more bytes than `sources.max_bytes` allows", "source")
+            if time.monotonic() > until:
+                raise TimeoutError("not done in `sources.seconds`")
+            file.write(chunk)
+    return left
 
 
 def _complete(found: Any) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import fsspec
@@ -199,6 +200,12 @@ def test_an_fsspec_folder_is_measured_before_a_byte_is_fetched(shared_world: Wor
         copy_files(files, "/bucket/g", stage, max_bytes=10, until=until)
     with pytest.raises(FileNotFoundError):
         copy_files(files, "/bucket/none", stage, max_bytes=10, until=until)
+    listed = files.find("/bucket/g", detail=True)
+    small = SimpleNamespace(find=lambda *_, **__: {path: entry | {"size": 1} for path, entry in listed.items()}, open=files.open)
+    with pytest.raises(InputInvalid, match="it sends more bytes"):
+        copy_files(small, "/bucket/g", stage, max_bytes=100, until=until)
+    with pytest.raises(TimeoutError):
+        copy_files(files, "/bucket/g", stage, max_bytes=1 << 20, until=time.monotonic() - 1)
 
 
 def test_places_that_do_not_answer_hold_up_neither_what_serves_nor_the_servers_end(world: World) -> None:
