@@ -3,8 +3,15 @@
 from typing import Any
 
 from embedft.errors import MethodUnsupported
-from embedft.methods.table import option
+from embedft.methods.table import Method, option
+from embedft.recipe import TrainSection
 from embedft.training.method_steps import adapted_model
+
+
+def check_optimizer(method: Method, train: TrainSection) -> None:
+    """MethodUnsupported where the recipe names an optimizer and the method has its own."""
+    if method.optimizer == "lora_fa" and train.optimizer != "adamw":
+        raise MethodUnsupported(method.name, where=f"with {train.optimizer}", why="its optimizer is its own: leave train.optimizer out")
 
 
 def method_optimizer(model: Any, arguments: Any) -> Any:
@@ -20,8 +27,6 @@ def method_optimizer(model: Any, arguments: Any) -> Any:
         arguments.optim = OptimizerNames.PAGED_ADAMW
     if wanted == "lora_plus":
         return _lora_plus(adapted, arguments)
-    if wanted == "lora_fa" and str(getattr(arguments.optim, "value", arguments.optim)) != "adamw_torch_fused":
-        raise MethodUnsupported("lora_fa", where=f"with {arguments.optim.value}", why="its optimizer is its own: leave train.optimizer out")
     return _lora_fa(adapted, arguments) if wanted == "lora_fa" else None
 
 

@@ -143,13 +143,20 @@ def test_what_does_not_go_together_is_refused(parts: Any, tmp_path: Path, method
         build_trainer(model, base, examples, recipe.train.model_copy(update={setting: True}), folder=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "remedy"),
+    [
+        ("prefix_tuning", {"packing": True}, r"set train\.packing=false"),
+        ("lora_fa", {"optimizer": "adamw_8bit"}, r"leave train\.optimizer out"),
+    ],
+)
 def test_what_does_not_go_together_is_told_before_the_base_is_scored(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, given: dict[str, Any], remedy: str
 ) -> None:
     monkeypatch.delattr("embedft.causal_lm.train.evaluate_generation")
-    recipe = planted_recipe(tmp_path, tiny_base, train={"packing": True})
-    recipe = recipe.model_copy(update={"adapter": AdapterSection(method="prefix_tuning")})
-    with pytest.raises(MethodUnsupported, match=r"set train\.packing=false"):
+    recipe = planted_recipe(tmp_path, tiny_base, train=given)
+    recipe = recipe.model_copy(update={"adapter": AdapterSection(method=method)})
+    with pytest.raises(MethodUnsupported, match=remedy):
         train(recipe, store=AdapterStore(tmp_path / "s"), progress=False)
 
 
