@@ -16,9 +16,11 @@ from embedft.records import sample
 from embedft.training.arguments import hf_arguments, steps_an_epoch
 from embedft.training.loop import fit, rehearse
 from embedft.training.measure import AdapterResult, DryRunReport, PeakMemory
+from embedft.training.optimizers import check_optimizer
 from embedft.training.progress import note
 from embedft.training.publish import Published, publish
 from embedft.training.run import open_run
+from embedft.training.trackers import tracked
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
@@ -63,13 +65,16 @@ def train(
         _check_together(method, base.model, recipe.train)
         held_out = tokenized(split.validation, template, recipe) if split.validation else []
         run = open_run(recipe, root=Path(store.root), data_hash=split.hash, base_fingerprint=base.info.fingerprint, resume=resume)
-        before = _evaluate(base.model, template, split.test, recipe)
-        model = _seeded_adapter(base, examples, recipe)
-        trainer = build_trainer(model, base, examples, recipe.train, folder=run.folder, validation=held_out)
-        best = best_checkpoint(trainer, recipe.train, folder=run.folder) if held_out else None
-        seconds = fit(trainer, run, name=recipe.name, progress=progress)
-        chosen = {"best": best.restore(name=recipe.name)} if best else {}
-        after = _evaluate(model, template, split.test, recipe)
+        with tracked(recipe.train.trackers, name=recipe.name) as tell:
+            before = _evaluate(base.model, template, split.test, recipe)
+            model = _seeded_adapter(base, examples, recipe)
+            trainer = build_trainer(model, base, examples, recipe.train, folder=run.folder, validation=held_out)
+            best = best_checkpoint(trainer, recipe.train, folder=run.folder) if held_out else None
+            seconds = fit(trainer, run, name=recipe.name, progress=progress)
+            chosen = {"best": best.restore(name=recipe.name)} if best else {}
+            after = _evaluate(model, template, split.test, recipe)
+            compared = compare(before, after, recipe.eval.metric)
+            tell({f"{way}/{name}": value for way in ("base", "adapter") for name, value in compared.get(way, {}).items()})
     with run.ending():
         return publish(
             model,
@@ -77,7 +82,7 @@ def train(
             recipe,
             store=store,
             published=Published(
-                metrics=compare(before, after, recipe.eval.metric) | chosen,
+                metrics=compared | chosen,
                 data_hash=split.hash,
                 max_length=recipe.train.max_length,
                 template_hash=template.hash,
@@ -187,6 +192,7 @@ def _check_together(method: "Method", model: Any, settings: CausalLMTrain) -> No
     """Raises MethodUnsupported, and BaseError where the base (`model`) would see past an example."""
     from embedft.causal_lm.batches import packing_fault
 
+    check_optimizer(method, settings)
     if settings.packing and not method.packing:
         why = "its virtual tokens stand before a row, not each example: set train.packing=false"
         raise MethodUnsupported(method.name, where="with packing", why=why)

@@ -48,6 +48,7 @@ def train(
     from embedft.training.measure import PeakMemory
     from embedft.training.publish import Published, publish
     from embedft.training.run import open_run
+    from embedft.training.trackers import tracked
 
     _check_together(recipe)
     loss = loss_named(recipe.loss.name)
@@ -78,15 +79,17 @@ def train(
             return rehearse(trainer, recipe.train, name=recipe.name, examples=len(examples), steps_per_epoch=steps)
     identity = data_hash(examples, retrieval) if dev is None else data_hash(examples, retrieval, dev)
     run = open_run(recipe, root=store.root, data_hash=identity, base_fingerprint=base.info.fingerprint, resume=resume)
-    trainer = make_trainer(model, base, settings, examples, recipe, plan=plan, output=run.folder)
-    best = best_checkpoint(trainer, model, base, settings, recipe, dev, folder=run.folder) if dev else None
-    with PeakMemory() as peak:
-        seconds = fit(trainer, run, name=recipe.name, progress=progress)
-    chosen = {"best": best.restore(name=recipe.name)} if best else {}
-    model.eval()
     options: Any = {"side": recipe.adapter.side, "batch_size": recipe.eval.batch}
-    towers = compare_towers(model, base.folder, settings, retrieval, **options)
     metric = recipe.eval.metric
+    with tracked(recipe.train.trackers, name=recipe.name) as tell:
+        trainer = make_trainer(model, base, settings, examples, recipe, plan=plan, output=run.folder)
+        best = best_checkpoint(trainer, model, base, settings, recipe, dev, folder=run.folder) if dev else None
+        with PeakMemory() as peak:
+            seconds = fit(trainer, run, name=recipe.name, progress=progress)
+        chosen = {"best": best.restore(name=recipe.name)} if best else {}
+        model.eval()
+        towers = compare_towers(model, base.folder, settings, retrieval, **options)
+        tell({f"{way}/{metric}": result.metrics[metric] for way, result in towers.results.items()})
     guard = forgetting(model, base.folder, settings, spec, data=general, metric=metric, **options) if spec and general else None
     held = bool(guard and guard["held"] and not force)
     published = Published(
@@ -121,7 +124,9 @@ def best_checkpoint(
     def evaluate() -> float:
         if recipe.adapter.side == "query" and not fixed:  # no step changes these
             fixed.append(encoder.encode(list(dev.documents.values()), input_type="document", batch_size=batch))
-        return evaluate_retrieval(encoder, dev, batch_size=batch, documents=fixed[0] if fixed else None).metrics[recipe.eval.metric]
+        found = evaluate_retrieval(encoder, dev, batch_size=batch, documents=fixed[0] if fixed else None).metrics[recipe.eval.metric]
+        trainer.log({f"eval_{recipe.eval.metric}": found})
+        return found
 
     assert recipe.train.evaluate_every is not None
     return BestCheckpoint(trainer, folder, evaluate, every=recipe.train.evaluate_every, patience=recipe.train.patience)
@@ -239,6 +244,10 @@ def training_columns(examples: Examples, loss: Loss) -> dict[str, list[Any]]:
 
 
 def _check_together(recipe: EmbeddingRecipe) -> None:
+    from embedft.methods import method_named
+    from embedft.training.optimizers import check_optimizer
+
+    check_optimizer(method_named(recipe.adapter.method), recipe.train)
     if recipe.train.evaluate_every is None and (recipe.train.patience or recipe.data.dev):
         raise RecipeError(recipe.name, ["train.patience and data.dev go with train.evaluate_every: set it too"])
 

@@ -1,14 +1,11 @@
 """TrainSection → the keyword arguments common to TrainingArguments and SentenceTransformerTrainingArguments."""
 
 import math
-import os
-from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from embedft.errors import RecipeError
 from embedft.recipe import TrainSection
+from embedft.training.trackers import reported
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",  # one call for all parameters instead of a dozen for each
@@ -60,22 +57,9 @@ def hf_arguments(train: TrainSection, *, output_dir: Path, steps_per_epoch: int)
         "save_steps": train.checkpoint_every or 500,
         "logging_steps": 5,
         "disable_tqdm": True,
-        "report_to": trackers(train.trackers, output_dir),
+        "report_to": reported(train.trackers, output_dir),
         "log_level": "error",
     }
-
-
-def trackers(names: Sequence[str], output_dir: Path) -> list[str]:
-    """The trackers as transformers names them. RecipeError where one is not installed.
-
-    TensorBoard's files go to runs/ beside the run's own folder, which is removed once its adapter is published.
-    """
-    for name in names:
-        if find_spec(name) is None:
-            raise RecipeError("recipe", [f"train.trackers: {name} is not installed: pip install {name}, or leave it out"])
-    if "tensorboard" in names:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir.parent.parent / "runs" / output_dir.name)
-    return list(names) or ["none"]
 
 
 def steps_an_epoch(examples: int, train: TrainSection) -> int:

@@ -2,7 +2,8 @@
 
 A checkpoint holds the trainable tensors (and a method's frozen pairs and counters), the optimizer, the schedule, the random
 states and the position in the data.
-The base is never written and never read back: both stock trainers damage a quantized base there (FACTS.md, defects 1 and 2).
+The base is never written and never read back: both stock trainers damage a quantized base there: an int8 one is
+overwritten without a word, an NF4 one keeps the last weights or fails.
 """
 
 # ruff: noqa: ARG002 (transformers calls these with arguments of its choosing)

@@ -121,7 +121,7 @@ class DryRunReport:
 
 @dataclass(frozen=True)
 class AdapterResult:
-    """A finished run. `path` is the folder that PEFT loads; `metrics` as DESIGN.md has them; `seconds` is training alone."""
+    """A finished run. `path` is the folder that PEFT loads; `metrics` as the passport holds them; `seconds` is training alone."""
 
     name: str
     path: str

@@ -67,7 +67,7 @@ def test_minilm_in_nf4_learns_the_planted_task(make: Make, root: Path, store: Ad
 
 
 def test_a_tiny_nf4_base_evaluates_and_then_trains_on(make: Make, store: AdapterStore) -> None:
-    """FACTS: an evaluation must leave 4-bit weights in the form that the next training step needs."""
+    """An evaluation must leave 4-bit weights in the form that the next training step needs."""
     recipe = make("mean", quantization="nf4")
     base = load_base(BaseSpec(recipe.base.model, "nf4"), task="embedding")
     Encoder(base.model, base.folder, EncodeSettings("mean", True, 16)).encode(["one"])
@@ -78,7 +78,7 @@ def test_a_tiny_nf4_base_evaluates_and_then_trains_on(make: Make, store: Adapter
 def test_the_best_weights_on_the_dev_queries_are_published_and_patience_ends_the_run(
     quantization: str, make: Make, store: AdapterStore
 ) -> None:
-    """FACTS: elsewhere, going back to the best weights overwrites an int8 base and fails silently on an NF4 one."""
+    """Elsewhere, going back to the best weights overwrites an int8 base and fails silently on an NF4 one."""
     from embedft.embedding.data import load_data, split_dev
     from embedft.embedding.evaluate import evaluate_retrieval
     from embedft.verify import settings_of
@@ -121,7 +121,7 @@ def test_trackers_get_the_loss_and_one_that_is_not_installed_is_named(
     losses = [event.value for event in events.Scalars("train/loss")]
     assert len(losses) >= 2
     assert all(loss > 0 for loss in losses)
-    monkeypatch.setattr("embedft.training.arguments.find_spec", lambda _: None)
+    monkeypatch.setattr("embedft.training.trackers.find_spec", lambda _: None)
     with pytest.raises(RecipeError, match="mlflow is not installed: pip install mlflow"):
         trained(make(train={"trackers": ["mlflow"]}), store)
 
@@ -304,6 +304,12 @@ def test_a_max_length_without_room_for_a_text_is_refused_before_anything_is_trai
 ) -> None:
     with pytest.raises(UsageError, match=r"max_length of 1 leaves nothing of a text .*\(train\.max_length"):
         train(make("mean", adapter=adapter, train={"max_length": 1}), store=store)
+    assert not (store.root / ".training").exists()
+
+
+def test_an_optimizer_beside_a_methods_own_is_refused_before_anything_is_read(make: Make, store: AdapterStore) -> None:
+    with pytest.raises(MethodUnsupported, match=r"leave train\.optimizer out"):
+        train(make("mean", adapter={"method": "lora_fa"}, train={"optimizer": "paged_adamw"}, data={"train": "nowhere.jsonl"}), store=store)
     assert not (store.root / ".training").exists()
 
 
