@@ -97,8 +97,8 @@ class Lifecycle:
             self._start_drain(resident)
 
     async def _reload(self, resident: Resident) -> None:
-        """Into a slot again. Raises _Superseded where it has drained while the request waited: then nobody would ever unload it."""
-        if self._held.get(resident.id) is not resident:
+        """Into a slot again. Raises _Superseded where it drains, or has, since the request began to wait: another is meant now, or none."""
+        if resident.retired or self._held.get(resident.id) is not resident:
             raise _Superseded
         await self.loading.again(resident)
 

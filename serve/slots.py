@@ -44,40 +44,69 @@ class Slots:
         self.size, self._lock = size, lock
         self.together = asyncio.Lock()  # for a request that takes several: two of them could each wait for what the other has
         self.loaded: set[Seat] = set()
-        self._bringing: dict[Seat, asyncio.Task[None]] = {}
+        self._waiting: dict[Seat, list[asyncio.Future[None]]] = {}
+        self._bringing: set[asyncio.Task[None]] = set()
         self._freed = asyncio.Event()
 
     @asynccontextmanager
     async def held(self, seat: Seat, *, load: Load, unload: Unload) -> AsyncGenerator[None]:
         """`seat` loaded and kept so inside the block. Raises what `load` raises, SlotsPinned."""
-        while not seat.loaded or seat.leaving:
+        if seat.loaded and not seat.leaving:
+            self._lease(seat)
+        else:
             await self._brought(seat, load, unload)
-        seat.leases += 1
-        seat.used = time.monotonic()
-        seat.idle.clear()
         try:
             yield
         finally:
-            seat.leases -= 1
-            if not seat.leases:
-                seat.idle.set()
-                self._freed.set()
+            self._release(seat)
+
+    def _lease(self, seat: Seat) -> None:
+        seat.leases += 1
+        seat.used = time.monotonic()
+        seat.idle.clear()
+
+    def _release(self, seat: Seat) -> None:
+        seat.leases -= 1
+        if not seat.leases:
+            seat.idle.set()
+            self._freed.set()
 
     async def _brought(self, seat: Seat, load: Load, unload: Unload) -> None:
-        """All who wait for one seat wait for one task, which goes on though any of them leaves."""
-        task = self._bringing.get(seat)
-        if task is None:
-            task = self._bringing[seat] = asyncio.create_task(self._bring(seat, load, unload))
-            task.add_done_callback(lambda done: (self._bringing.pop(seat, None), done.cancelled() or done.exception()))
-        await asyncio.shield(task)
+        """All who wait for one seat wait for one task, which goes on though any of them leaves, and leases it to each of them."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if seat not in self._waiting:
+            self._waiting[seat] = []
+            task = asyncio.create_task(self._bring(seat, load, unload))
+            self._bringing.add(task)
+            task.add_done_callback(self._bringing.discard)
+        self._waiting[seat].append(waiter)
+        try:
+            await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._release(seat)
+            raise
 
     async def _bring(self, seat: Seat, load: Load, unload: Unload) -> None:
-        async with self._lock:
-            if seat.loaded and not seat.leaving:
-                return
-            await self.make_room(unload)
-            await load()
-            self.came(seat)
+        try:
+            async with self._lock:
+                if not seat.loaded:
+                    await self.make_room(unload)
+                    await load()
+                    self.came(seat)
+                self._tell(seat, None)  # before the lock is let go of: who has it next could take the seat away unused
+        except Exception as error:
+            self._tell(seat, error)
+
+    def _tell(self, seat: Seat, failure: Exception | None) -> None:
+        for waiter in self._waiting.pop(seat):
+            if waiter.done():  # nobody waits any more
+                continue
+            if failure is None:
+                self._lease(seat)
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(failure)
 
     def came(self, seat: Seat) -> None:
         seat.loaded, seat.leaving, seat.used = True, False, time.monotonic()
