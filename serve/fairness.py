@@ -95,10 +95,11 @@ class FairQueue:
             if not ready:
                 return
             entry = min(ready, key=lambda one: (one.start, one.number))
+            if entry.admitted.cancelled():  # it has not come to say so yet
+                self._give_up(entry)
+                continue
             entry.flow.waiting.popleft()
             self.waiting -= 1
-            if entry.admitted.cancelled():
-                continue
             self._begin(entry.flow, entry.start)
             entry.admitted.set_result(None)
 

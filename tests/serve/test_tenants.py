@@ -24,7 +24,7 @@ from tests.serve.test_choice import refused
 from tests.serve.world import Server, World, make_world
 from tests.timing import assert_faster
 
-KEYS = {name: new_key() for name in ("ops", "anna", "bert", "few", "small", "one", "flood")}
+KEYS = {name: new_key() for name in ("ops", "anna", "bert", "few", "small", "one", "flood", "writer")}
 TENANTS: list[dict[str, Any]] = [
     {"tenant": "ops", "admin": True},
     {"tenant": "anna", "adapters": ["a", "s"]},
@@ -33,6 +33,7 @@ TENANTS: list[dict[str, Any]] = [
     {"tenant": "small", "limits": {"tokens_per_minute": 100}},
     {"tenant": "one", "limits": {"concurrency": 1}},
     {"tenant": "flood"},
+    {"tenant": "writer", "adapters": ["s"], "bases": ["words"]},
 ]
 
 
@@ -70,7 +71,9 @@ def chat(server: Server, tenant: str, *, tokens: int = 4, **body: Any) -> httpx.
 def test_without_a_key_only_health_and_readiness_answer(keyed: Server, given: str | None) -> None:
     headers = {"authorization": given} if given else {}
     for method, path in (("GET", "/v1/models"), ("GET", "/v1/adapters"), ("GET", "/metrics"), ("PUT", "/v1/adapters/a")):
-        refused(keyed.client.request(method, path, headers=headers), 401, "not_authorized")
+        answer = keyed.client.request(method, path, headers=headers)
+        refused(answer, 401, "not_authorized")
+        assert answer.headers["www-authenticate"] == "Bearer"
     refused(keyed.post("/v1/embeddings", {"input": "x"}, headers=headers), 401, "not_authorized")
     assert keyed.client.get("/health").status_code == 200
     assert set(keyed.client.get("/ready").json()) == {"ready", "bases"}
@@ -109,6 +112,17 @@ def test_another_tenants_adapter_cannot_be_told_from_an_unknown_one(keyed: Serve
     assert {status for status, _ in others} == {404}
     assert others == asked("z")
     assert asked("a")[0][0] == 200
+
+
+def test_a_base_that_is_not_a_tenants_cannot_be_told_from_an_unknown_one(keyed: Server) -> None:
+    headers = header("writer")
+    assert {row["id"] for row in keyed.client.get("/v1/models", headers=headers).json()["data"]} == {"words", "s"}
+    answers = [keyed.post("/v1/embeddings", {"input": "x", "model": base}, headers=headers) for base in ("texts", "nixes")]
+    assert [answer.status_code for answer in answers] == [404, 404]
+    assert answers[0].text.replace("texts", "nixes") == answers[1].text
+    refused(keyed.post("/v1/embeddings", {"input": "x"}, headers=headers), 400, "model_required")
+    assert "texts" not in keyed.post("/v1/embeddings", {"input": "x"}, headers=headers).text
+    assert chat(keyed, "writer").status_code == 200
 
 
 def test_refusing_anothers_adapter_takes_as_long_as_refusing_an_unknown_one(keyed: Server) -> None:
@@ -241,7 +255,14 @@ def test_with_keys_any_host_may_be_named_and_other_interfaces_bound(keyed: Serve
 
 @pytest.mark.parametrize(
     "content",
-    ["tenants: []", "tenants: [{tenant: a, key_sha256: " + "0" * 64 + "}]", "tenants: [{tenant: a, key: plain}]", "- a", "tenants: {"],
+    [
+        "tenants: []",
+        "tenants: [{tenant: a, key_sha256: " + "0" * 64 + "}]",
+        "tenants: [{tenant: a, key: plain}]",
+        "- a",
+        "tenants: {",
+        "tenants: [" + ", ".join(f"{{tenant: {name}, admin: true, key_sha256: {'0' * 64}}}" for name in "ab") + "]",
+    ],
 )
 def test_a_keys_file_that_is_none_is_refused_at_the_start(tmp_path: Path, content: str) -> None:
     (tmp_path / "keys.yaml").write_text(content)
@@ -267,6 +288,26 @@ def test_a_minutes_tokens_come_back_evenly_and_unused_ones_at_once() -> None:
     assert buckets.take(30) is None
     now[0] -= 3600  # a clock that jumps back gives nothing and takes nothing
     assert Buckets(1, None, clock=lambda: now[0]).take(0) is None
+
+
+def test_a_quiet_hour_saves_up_one_minutes_worth_and_a_large_request_borrows_from_the_next() -> None:
+    now = [0.0]
+    buckets = Buckets(None, 60, clock=lambda: now[0])
+    now[0] += 3600
+    assert buckets.take(60) is None
+    assert buckets.take(1) == ("tokens", pytest.approx(1.0))
+    now[0] += 60
+    buckets.settle(taken=60, used=0)  # which comes late: the bucket is full again
+    assert buckets.take(100) is None  # more than a minute's worth, which a full one gives
+    assert buckets.take(1) == ("tokens", pytest.approx(41.0))
+
+
+def test_what_is_refused_for_its_tokens_takes_no_request() -> None:
+    buckets = Buckets(2, 10, clock=lambda: 0.0)
+    assert buckets.take(10) is None
+    for _ in range(3):
+        assert buckets.take(5) == ("tokens", 30.0)
+    assert buckets.take(0) is None
 
 
 def test_waiting_flows_share_by_tokens_and_weight() -> None:
@@ -318,7 +359,27 @@ def test_the_queue_is_bounded_and_a_cancelled_wait_frees_its_room() -> None:
     asyncio.run(check())
 
 
-def test_a_flow_does_not_owe_for_what_it_gave_up_waiting_for() -> None:
+def test_who_leaves_as_its_turn_comes_gives_its_place_back() -> None:
+    async def check() -> None:
+        queue = FairQueue(places=1)
+        holder = await queue.enter("a")
+        turn = asyncio.create_task(queue.enter("b"))
+        await asyncio.sleep(0)
+        queue.leave(holder)
+        turn.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await turn
+        async with asyncio.timeout(1):
+            queue.leave(await queue.enter("c"))
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_flow_does_not_owe_for_what_it_gave_up_waiting_for(at_once: bool) -> None:
+    """Nor where a place becomes free in the turn in which it gives up."""
+
     async def served() -> list[str]:
         queue, order = FairQueue(places=1), list[str]()
         holder = await queue.enter("holder")
@@ -331,13 +392,12 @@ def test_a_flow_does_not_owe_for_what_it_gave_up_waiting_for() -> None:
 
         gone = [asyncio.create_task(one("a", 1000)) for _ in range(10)]
         await asyncio.sleep(0)
-        behind = asyncio.create_task(one("a", 1))
+        jobs = [asyncio.create_task(one("a", 1)), *(asyncio.create_task(one("b", 1)) for _ in range(50)), asyncio.create_task(one("a", 1))]
         await asyncio.sleep(0)
         for job in gone:
             job.cancel()
-        await asyncio.sleep(0)
-        jobs = [behind, *(asyncio.create_task(one("b", 1)) for _ in range(50)), asyncio.create_task(one("a", 1))]
-        await asyncio.sleep(0)
+        if not at_once:
+            await asyncio.sleep(0)
         queue.leave(holder)
         await asyncio.gather(*jobs)
         return order
