@@ -64,6 +64,8 @@ async def _start(gateway: Gateway, server: uvicorn.Server, port: int) -> None:
     _say(f"ready on http://{gateway.config.host}:{port}: bases {', '.join(gateway.lifecycle.engines)}; adapters {served}")
     for name, reason in gateway.lifecycle.unserved().items():
         _say(f"not served: {name}: {reason}")
+    if gateway.aliases.damaged:
+        _say(gateway.aliases.damaged)
 
 
 def _listen(config: ServerConfig) -> socket.socket:

@@ -16,10 +16,11 @@ import yaml
 
 from embedft.errors import AdapterNotFound, EngineBusy, ProbesFailed
 from serve.access import AccessLog, Record
+from serve.aliases import Aliases
 from serve.app import create_app
 from serve.config import ServerConfig
 from serve.engines.peft.bank import AdapterBank
-from serve.errors import RateLimited
+from serve.errors import NotReady, RateLimited
 from serve.gateway import Gateway
 from serve.link.gateway import Link
 from serve.mixes import Mixes
@@ -64,6 +65,35 @@ def test_clients_that_hung_up_hold_no_place_in_the_queue(start: Start) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def test_who_waits_too_long_for_a_slot_is_told_so(start: Start) -> None:
+    server = start(token_latency=0.05, base={"slots": 1}, limits={"queue_seconds": 0.5})
+    body = {"model": "s", "prompt": "x", "stream": True, "max_tokens": 200}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+        chunks = response.iter_raw()
+        next(chunks)
+        began = time.perf_counter()
+        refused(server.post("/v1/completions", {"model": "t", "prompt": "x"}), 503, "queue_full")
+        assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"x": 5}', '{"x": {"a": "much"}}'])
+def test_aliases_that_cannot_be_read_are_none_until_one_is_put(tmp_path: Path, content: str) -> None:
+    (tmp_path / "aliases.json").write_text(content)
+    aliases = Aliases(tmp_path)
+    assert aliases.all == {}
+    assert "is damaged" in (aliases.damaged or "")
+    aliases.put("y", {"a": 1})
+    assert (aliases.all, aliases.damaged) == (Aliases(tmp_path).all, None) == ({"y": {"a": 1}}, None)
+
+
+def test_aliases_that_cannot_be_read_are_told_at_the_start_and_stop_nothing_else(world: World, start: Start) -> None:
+    (world.store.root / "aliases.json").write_text("{")
+    server = start()
+    wait_for(lambda: "aliases.json in the store is damaged" in server.log.read_text())
+    assert server.client.get("/v1/aliases").json()["data"] == {}
+    assert server.post("/v1/embeddings", {"input": "x", "adapter": "a"}).status_code == 200
+
+
 def test_who_waits_for_an_adapter_that_is_deleted_is_told_of_its_own_alone(world: World, start: Start) -> None:
     put_adapter(world.store, "secret", world.words, seed=77, task="causal_lm")
     file, sent = keys(world.folder, bob={"adapters": ["s", "t"]})
@@ -95,6 +125,31 @@ def test_an_engines_own_words_for_what_it_lacks_reach_nobody(tmp_path: Path) -> 
     with pytest.raises(AdapterNotFound) as bank:
         AdapterBank._known(cast("Any", SimpleNamespace(names=["secret"])), "x")  # pyright: ignore[reportPrivateUsage]
     assert "secret" not in str(bank.value)
+
+
+def test_an_engine_that_is_away_is_no_fault_of_the_adapter_and_one_that_stays_busy_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.proxy.UNLOAD_SECONDS", 0.2)
+    asked: list[str] = []
+
+    async def busy(_: EngineClient, path: str, body: Any) -> None:
+        asked.append(path)
+        raise EngineBusy("it is generating")
+
+    async def run() -> None:
+        client = EngineClient("words", tmp_path / "s", "key")
+        with pytest.raises(NotReady):
+            await client.load("x@1", tmp_path)
+        with pytest.raises(NotReady):
+            await client.unload("x@1")
+        monkeypatch.setattr(EngineClient, "_done", busy)
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineBusy):
+                await client.unload("x@1")
+        assert len(asked) > 1
+
+    asyncio.run(run())
 
 
 def test_a_fault_that_nobody_foresaw_is_a_500_with_its_id_in_answer_and_log(tmp_path: Path) -> None:
@@ -169,21 +224,26 @@ def test_a_mix_that_nobody_asks_for_any_more_goes_by_itself(monkeypatch: pytest.
     live, gone = dict[str, Any](), list[str]()
 
     async def make(_: Mixes, name: str, members: Any) -> None:
-        live[name] = members
+        live[name] = SimpleNamespace(loaded=True)
 
     async def delete(name: str) -> None:
         gone.append(name)
         del live[name]
 
     async def run() -> None:
-        mixes = Mixes(cast("Any", SimpleNamespace(live=live, delete=delete)), cast("Any", None), cast("Any", None), quota=2, seconds=0.3)
+        mixes = Mixes(cast("Any", SimpleNamespace(live=live, delete=delete)), cast("Any", None), cast("Any", None), quota=2, seconds=0.5)
         member: Any = SimpleNamespace(id="a@1", name="a", passport=passport, engine=engine)
-        name, began = await mixes.name_of([(member, 0.5)], "anna"), time.monotonic()
+        name, began = "", 0.0
+        for _ in range(10):  # as long as it is asked for, it stays
+            name, began = await mixes.name_of([(member, 0.5)], "anna"), time.monotonic()
+            assert (mixes.owned(name, "anna"), mixes.owned(name, "bert")) == (True, False)
+            await asyncio.sleep(0.1)
+        assert not gone
         while not gone:
             assert time.monotonic() - began < 10
             await asyncio.sleep(0.02)
         assert (gone, live, mixes.owned(name, "anna")) == ([name], {}, False)
-        assert time.monotonic() - began >= 0.25
+        assert time.monotonic() - began >= 0.45
 
     passport = SimpleNamespace(**dict.fromkeys(("task", "side", "prompts", "pooling", "normalize", "max_length", "template_hash")), r=1)
     engine = SimpleNamespace(config=SimpleNamespace(max_lora_rank=64))
