@@ -98,7 +98,11 @@ def test_every_prompt_of_a_request_is_paid_for() -> None:
 
 def test_an_answer_whose_length_was_left_open_ends_at_the_servers_limit(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"context": 100, "vocabulary": 50}
-    assert room_for([[1] * 10], None, **asked) == 90
+    assert room_for([[1] * 10], None, **asked) == room_for([[1] * 10, [1]], 90, **asked) == 90
+    assert room_for([[1] * 99], None, **asked) == 1
+    for prompt, wanted in ((10, 91), (100, None)):
+        with pytest.raises(InputInvalid, match="exceed the context of 100"):
+            room_for([[1] * prompt], wanted, **asked)
     assert room_for([[1] * 10], None, **asked, most=8) == room_for([[1] * 10], 20, **asked, most=8) == 8
     base, settings = tiny_llama(tmp_path / "llama"), EngineSettings(max_tokens=8)
     for kind, expected in (("peft", ["--max-tokens", "8"]), ("vllm", ["--override-generation-config", '{"max_new_tokens": 8}'])):

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from embedft.encode import EncodeSettings, TextPreparer
 from serve.embedding import Preparers, Way
 from serve.engines.fake import load, vector
-from tests.serve.world import DIMENSION, LENGTH, Server, World
+from tests.serve.world import DIMENSION, LENGTH, Server, World, launch, put_adapter, write_base
 
 
 def expected(world: World, adapter: str | None, text: str, *, length: int = LENGTH) -> np.ndarray:
@@ -160,6 +161,10 @@ def test_rerank_orders_by_closeness_and_sets_both_input_types(shared: Server, sh
     as_objects = {**body, "documents": [{"text": text} for text in body["documents"]]}
     for alias in ("/v2/rerank", "/rerank"):
         assert shared.post(alias, as_objects).json()["results"] == response.json()["results"]
+    found = r'embedft_tokens_total\{adapter="q",base="texts",kind="prompt"\} (\S+)'
+    before, after = [float(re.findall(found, shared.client.get("/metrics").text)[0]) for _ in range(2) if shared.post("/rerank", body)]
+    assert after == before + response.json()["usage"]["total_tokens"]
+    assert response.headers["x-embedft-lineage"] == shared.client.get("/v1/adapters/q").json()["lineage"]
     query = expected(shared_world, "q", "tea")
     scores = [float(query @ expected(shared_world, None, text)) for text in body["documents"]]
     results = response.json()["results"]
@@ -177,6 +182,33 @@ def test_teis_embed_gives_the_same_vectors_in_its_own_shape(shared: Server, shar
     refused(shared.post("/embed", {"inputs": "x" * 99, "truncate": False}), 400, "input_too_long")
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "more"),
+    [("/v1/embeddings", "input", {}), ("/embed", "inputs", {}), ("/v1/rerank", "documents", {"query": "x"})],
+)
+def test_what_one_request_for_vectors_may_hold_is_capped(shared: Server, path: str, field: str, more: dict[str, Any]) -> None:
+    refused(shared.post(path, {field: ["x"] * 2049, **more}), 400, "too_many_inputs")
+    refused(shared.post(path, {field: ["x" * 1_000_001], **more}), 400, "input_too_large")
+
+
+def test_an_adapter_named_by_nothing_is_a_400(shared: Server) -> None:
+    refused(shared.post("/v1/embeddings?adapter=", {"input": "x"}), 400, "invalid_parameter")
+
+
+def test_one_request_asks_one_base(world: World) -> None:
+    other = write_base(world.folder / "other", seed=9)
+    put_adapter(world.store, "o", other, seed=1)
+    bases = [{"name": path.name, "model": str(path), "task": "embedding", "engine": "fake"} for path in (world.texts, other)]
+    server = launch({"bases": bases, "stop_seconds": 3.0}, folder=world.folder, store=world.store.root)
+    try:
+        server.wait_ready()
+        refused(server.post("/v1/embeddings", {"input": ["x", "y"], "adapter": ["a", "o"]}), 400, "adapter_conflict")
+        refused(server.post("/v1/embeddings", {"input": "x"}), 400, "model_required")
+        assert server.post("/v1/embeddings", {"input": "x", "adapter": "o"}).headers["x-embedft-base"] == "other"
+    finally:
+        server.stop()
+
+
 def test_a_base_is_not_asked_for_what_it_cannot_do(shared: Server) -> None:
     refused(shared.post("/v1/embeddings", {"input": "x", "model": "words"}), 400, "wrong_task")
     refused(shared.post("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "x"}]}), 400, "wrong_task")
@@ -190,18 +222,27 @@ def test_models_lists_bases_and_adapters_with_their_parent(shared: Server) -> No
     refused(shared.client.get("/v1/models/nix"), 404, "model_not_found")
 
 
-def test_adapters_that_read_alike_share_one_tokenizer_and_others_have_their_own(shared_world: World) -> None:
+def test_adapters_that_read_alike_share_one_tokenizer_and_others_have_their_own(
+    shared_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine: Any = SimpleNamespace(name="texts", preparer=lambda settings: TextPreparer(shared_world.texts, settings))
 
-    async def texts(*settings: EncodeSettings) -> list[TextPreparer]:
-        kept = Preparers()
-        return [await kept.of(Way(engine, None, "base", one, "", None)) for one in settings]
+    other: Any = SimpleNamespace(name="other", preparer=engine.preparer)
+    kept = Preparers()
+
+    async def texts(*settings: EncodeSettings, of: Any = engine) -> list[TextPreparer]:
+        return [await kept.of(Way(of, None, "base", one, "", None)) for one in settings]
 
     plain, prompts = EncodeSettings("mean", True, 16), {"query": "find: "}
     one, same, shorter, prompted, matryoshka = asyncio.run(
         texts(plain, plain, replace(plain, max_length=8), replace(plain, prompts=prompts), replace(plain, dimensions=4))
     )
     assert one is same is matryoshka
+    assert asyncio.run(texts(plain, of=other)) != [one]  # another base, another tokenizer
+    monkeypatch.setattr("serve.embedding.KEPT_PREPARERS", 2)
+    asyncio.run(texts(plain, replace(plain, max_length=9)))
+    assert asyncio.run(texts(plain)) == [one]  # of those that were asked for last
+    assert asyncio.run(texts(replace(plain, max_length=8))) != [shorter]
     assert len({id(preparer) for preparer in (one, shorter, prompted)}) == 3
     assert len(shorter.prepare(["hello there " * 20]).ids[0]) == 8
     assert prompted.prepare(["x"], "query").ids == one.prepare(["find: x"]).ids

@@ -10,19 +10,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from embedft.base import BaseSpec, load_base
 from embedft.encode import Encoder, EncodeSettings
-from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineFailed, InputInvalid
+from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineBusy, EngineFailed, InputInvalid
 from embedft.model_folder import describe
 from serve.engines import vllm
 from serve.engines.command import engine_command
+from serve.engines.peft.answers import Piece
 from serve.engines.peft.bank import AdapterBank
 from serve.engines.peft.batch import Batch, Row, Step
+from serve.engines.peft.bodies import Chat, Completion
+from serve.engines.peft.generation import Request
 from serve.engines.peft.sampling import Sampling
 from serve.engines.peft.threads import AGAIN, TRIED, Threads
+from serve.engines.peft.tools import ToolReader
 from serve.engines.peft.worker import MAX_WAITING, Worker
 from serve.engines.settings import KEY, EngineSettings, parse_cores
 from serve.engines.vllm import check_base, lora_rank
@@ -122,15 +128,32 @@ def test_an_adapter_that_would_change_other_rows_is_refused(tmp_path: Path) -> N
         assert bank.names == []
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"layer_replication": [[0, 2], [0, 2]]}, "replicates layers"),
+        ({"peft_type": "BOFT", "boft_block_size": 4}, r"does not know its method \(BOFTConfig\)"),
+    ],
+)
+def test_what_this_engine_would_serve_otherwise_than_it_was_trained_is_refused_by_its_name(
+    tmp_path: Path, plain_llama: Path, change: dict[str, Any], why: str
+) -> None:
+    folder = random_adapter(tmp_path / "a", plain_llama, "causal_lm", seed=0)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(AdapterInvalid, match=why):
+        AdapterBank(load_base(BaseSpec(str(plain_llama)), task="causal_lm")).load("a", folder)
+
+
 @pytest.fixture(scope="module")
 def plain_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("plain") / "base")
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", [*FEATURES, "biases of B"])
 def test_what_a_lora_can_ask_for_is_done_as_peft_does_it_or_refused(tmp_path: Path, plain_llama: Path, feature: str) -> None:
     """No third outcome: never loaded and wrong, never loaded and without effect."""
-    folder = featured_adapter(tmp_path / "a", plain_llama, seed=1, **FEATURES[feature])
+    folder = featured_adapter(tmp_path / "a", plain_llama, seed=1, **FEATURES.get(feature, {"lora_bias": True}))
     base = load_base(BaseSpec(str(plain_llama)), task="causal_lm")
     bank, ids = AdapterBank(base), torch.tensor([[5, 6, 7, 8]])
     before = base.model(input_ids=ids).logits
@@ -144,7 +167,7 @@ def test_what_a_lora_can_ask_for_is_done_as_peft_does_it_or_refused(tmp_path: Pa
     if bank.group("a") is None:
         mixed = bank.model(input_ids=ids.repeat(2, 1), **bank.rows(["a", None])).logits
     else:  # it runs apart: the base's rows never meet it
-        assert feature in {"dora", "whole embeddings"}
+        assert feature in {"dora", "whole embeddings", "biases of B"}
         mixed = torch.cat([bank.model_of(bank.group(name))(input_ids=ids).logits for name in ("a", None)])
     assert torch.allclose(mixed[0], wanted[0], atol=1e-4)
     assert torch.allclose(mixed[1], before[0], atol=1e-4)
@@ -201,6 +224,112 @@ def test_all_rows_of_a_request_are_queued_or_none(worker: Worker) -> None:
     worker.generate([last])
     assert ended(told).finish == "length"
     assert all(steps.empty() for _, steps in made)
+
+
+def test_who_finds_too_many_waiting_is_told_to_come_back(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.engines.peft.worker.MAX_WAITING", 3)
+    monkeypatch.setattr("serve.engines.peft.batch.MAX_ROWS", 1)
+    opened, told = threading.Event(), queue.SimpleQueue[Step]()
+
+    def emit(step: Step) -> None:  # from the model's thread, which waits here
+        told.put(step)
+        assert opened.wait(10)
+
+    first = Row(None, [5, 9], Sampling(2, temperature=0), frozenset(), emit)
+    worker.generate([first])
+    told.get(timeout=10)
+    waiting = rows(worker, 3)
+    worker.generate([row for row, _ in waiting])
+    with pytest.raises(EngineBusy, match="3 sequences are waiting"):
+        worker.generate([rows(worker, 1)[0][0]])
+    opened.set()
+    assert [ended(steps).finish for _, steps in waiting] == ["length"] * 3
+    again, steps = rows(worker, 1)[0]
+    worker.generate([again])
+    assert ended(steps).finish == "length"
+
+
+def test_a_pass_holds_no_more_tokens_and_a_batch_no_more_rows_than_are_allowed(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[tuple[str, int]] = []
+    real = Threads.of
+    monkeypatch.setattr(Threads, "of", lambda self, kind, tokens: passes.append((kind, tokens)) or real(self, kind, tokens))
+    monkeypatch.setattr("serve.engines.peft.batch.PREFILL_TOKENS", 5)
+    monkeypatch.setattr("serve.engines.peft.batch.MAX_ROWS", 3)
+    batch, made = Batch(worker.bank), rows(worker, 7)
+    batch.waiting.extend(row for row, _ in made)
+    while batch:
+        batch.step()
+    assert all(ended(steps).finish == "length" for _, steps in made)
+    assert max(tokens for kind, tokens in passes if kind == "prefill") == 4  # two prompts of two tokens
+    assert max(tokens for kind, tokens in passes if kind == "decode") == 3
+    long = Row(None, [5] * 40, Sampling(2, temperature=0), frozenset(), lambda _: None)
+    batch.waiting.extend([long, rows(worker, 1)[0][0]])
+    monkeypatch.setattr("serve.engines.peft.batch.PREFILL_TOKENS", 100)
+    batch.step()
+    batch.step()
+    assert batch._mask is not None  # pyright: ignore[reportPrivateUsage]
+    assert batch._mask.shape == (1, 3)  # pyright: ignore[reportPrivateUsage]  # nobody goes on padding to a prompt that has gone
+
+
+def test_an_answer_that_its_stop_string_ended_is_generated_no_further(worker: Worker) -> None:
+    async def texts(stop: str | None) -> list[str]:
+        body = Completion(prompt=[[5, 9], [100, 33, 7]], temperature=0, ignore_eos=True, stop=stop)
+        asked = Request(worker, body, prompts=[[5, 9], [100, 33, 7]], adapter=None, max_tokens=40, logprobs=None, eos=frozenset())
+        said = ["", ""]
+        async for piece in asked.pieces():
+            said[piece.index] += piece.text
+            if stop and piece.finish == "stop":
+                assert asked.rows[piece.index].cancelled
+                assert not asked.rows[1 - piece.index].cancelled
+                asked.close()
+                break
+        return said
+
+    first, second = asyncio.run(texts(None))
+    stop = next(first[at : at + 3] for at in range(3, len(first) - 3) if first[at : at + 3] not in second)
+    assert asyncio.run(texts(stop))[0] == first[: first.index(stop)]
+
+
+def test_where_calls_go_one_by_one_an_answer_has_one(worker: Worker) -> None:
+    call = '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
+    tools = [{"type": "function", "function": {"name": "look"}}]
+
+    async def calls(**more: Any) -> tuple[int, str | None]:
+        body = Chat.model_validate({"messages": [{"role": "user"}], "tools": tools, **more})
+        asked = Request(worker, body, prompts=[], adapter=None, max_tokens=1, logprobs=None, eos=frozenset())
+        asked._tools = [ToolReader(body.tool_names)]  # pyright: ignore[reportPrivateUsage]
+        piece = Piece(0, call * 2, finish="stop")
+        asked._find_calls(piece)  # pyright: ignore[reportPrivateUsage]
+        return len(piece.calls), piece.finish
+
+    assert asyncio.run(calls()) == asyncio.run(calls(parallel_tool_calls=True)) == (2, "tool_calls")
+    assert asyncio.run(calls(parallel_tool_calls=False)) == (1, "tool_calls")
+
+
+def test_vectors_that_are_not_finite_are_nobodys_answer(tmp_path: Path) -> None:
+    base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
+    folder = random_adapter(tmp_path / "a", base.folder, "embedding", seed=0)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    encoder = Held(base.model, base.folder, EncodeSettings("mean", True, 16))
+    worker = Worker(base, encoder)
+
+    async def run() -> None:
+        await worker.load("nan", folder)
+        first = asyncio.create_task(worker.embed(None, [[1, 5, 9, 2]]))
+        while not encoder.batches:
+            await asyncio.sleep(0.01)
+        mixed = [asyncio.create_task(worker.embed(name, [[1, 5, 9, 2]])) for name in ("nan", None)]
+        await asyncio.sleep(0.05)
+        encoder.gate.set()
+        alone = await first
+        broken, beside = await asyncio.gather(*mixed, return_exceptions=True)
+        assert isinstance(broken, EngineFailed)
+        assert isinstance(beside, np.ndarray)
+        assert np.allclose(beside, alone, atol=1e-6)
+
+    asyncio.run(run())
+    assert encoder.batches == [1, 2]
 
 
 class Held(Encoder):

@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from embedft.errors import InputInvalid
 from embedft.model_folder import CHATML
 from serve.engines.peft.tools import ToolCall, ToolReader, forced
 from tests.fixtures_lm import tiny_llama
@@ -137,7 +138,8 @@ def test_an_answer_keeps_to_its_schema_and_its_neighbours_do_not(server: EngineP
     assert answers[1]["token_ids"] == answers[3]["token_ids"] == free["token_ids"]
     assert answers[0] == answers[2]
     for choice in answers[0]:
-        jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+        jsonschema.validate(found := json.loads(choice["message"]["content"]), SCHEMA)
+        assert choice["message"]["content"] == json.dumps(found)  # with as much space as Python writes, and no more
         assert choice["finish_reason"] == "stop"
     assert len({choice["message"]["content"] for choice in answers[0]}) > 1
     anything = server.complete("base", PROMPTS[1], response_format={"type": "json_object"}, max_tokens=12)["text"]
@@ -232,3 +234,6 @@ def test_definitions_of_a_tools_parameters_move_to_the_root() -> None:
     jsonschema.validate({"name": "look", "arguments": {"a": 7}}, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"name": "look", "arguments": {"a": 8}}, schema)
+    assert forced([("look", parameters), ("wait", parameters)])["$defs"] == parameters["$defs"]
+    with pytest.raises(InputInvalid, match="two tools define"):
+        forced([("look", parameters), ("wait", {**parameters, "$defs": {"A": {"const": 8}}})])

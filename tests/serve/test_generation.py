@@ -127,6 +127,19 @@ def test_a_whole_request_begins_with_its_wait_for_an_engine() -> None:
     assert 5 <= meters.seconds.labels("words", "s", "chat")._sum.get() < 6  # pyright: ignore[reportPrivateUsage]
 
 
+def test_a_request_that_ended_is_no_longer_running_and_one_that_failed_is_counted_so() -> None:
+    loading = SimpleNamespace(loads={}, evictions={})
+    meters = Meters(cast("Any", SimpleNamespace(draining=list, live={}, engines={}, loading=loading)))
+    with meters.measured("words", "s", "chat", began=0.0):
+        assert b'embedft_running_requests{adapter="s",base="words"} 1.0' in meters.render()
+    with pytest.raises(ValueError, match="planted"), meters.measured("words", "s", "chat", began=0.0):
+        raise ValueError("planted")
+    told = meters.render()
+    assert b'embedft_running_requests{adapter="s",base="words"} 0.0' in told
+    for status in (b"ok", b"error"):
+        assert b'embedft_requests_total{adapter="s",base="words",route="chat",status="%s"} 1.0' % status in told
+
+
 def _tokens(server: Server) -> float:
     wanted = 'embedft_tokens_total{adapter="t",base="words",kind="completion"}'
     lines = [line for line in server.client.get("/metrics").text.splitlines() if line.startswith(wanted)]

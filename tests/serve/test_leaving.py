@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve.leaving import ClientGone, unless_gone
+from serve.leaving import ClientGone, together, unless_gone
 
 
 class Client:
@@ -60,6 +60,48 @@ def test_a_client_that_leaves_as_the_work_ends_ends_nothing_else(turns: int) -> 
         task = asyncio.current_task()
         assert task is not None
         assert task.cancelling() == 0
+
+    asyncio.run(run())
+
+
+def test_who_cancels_the_whole_as_the_client_leaves_has_it_cancelled() -> None:
+    """A server that ends must not be told that it was the client."""
+
+    async def run() -> None:
+        for turns in range(8):
+            client = Client()
+            whole = asyncio.ensure_future(unless_gone(client, asyncio.sleep(60)))  # pyright: ignore[reportArgumentType]
+            await asyncio.sleep(0.01)
+            client.leaves.set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if whole.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await whole
+            else:
+                assert isinstance(whole.exception(), ClientGone)
+
+    asyncio.run(run())
+
+
+def test_what_is_done_together_ends_with_its_first_failure() -> None:
+    async def run() -> None:
+        ended = list[str]()
+
+        async def long() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.append("long")
+
+        async def failing() -> None:
+            await asyncio.sleep(0.01)
+            raise ValueError("planted")
+
+        with pytest.raises(ValueError, match="planted"):
+            await together([long(), failing(), long()])
+        await asyncio.sleep(0)
+        assert ended == ["long", "long"]
 
     asyncio.run(run())
 

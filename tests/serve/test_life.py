@@ -108,7 +108,11 @@ def test_an_adapter_in_use_is_never_evicted(server: Server, world: World) -> Non
 
 
 def test_a_pinned_adapter_stays_and_pins_cannot_take_every_slot_unsaid(server: Server) -> None:
-    assert server.put("x0", {"pin": True}).json()["pinned"] is True
+    for name in NAMES[1:]:
+        assert ask(server, name).status_code == 200
+    assert server.client.get("/v1/adapters/x0").json()["loaded"] is False
+    pinned = server.put("x0", {"pin": True}).json()
+    assert (pinned["pinned"], pinned["loaded"]) == (True, True)
     for name in NAMES[1:]:
         assert ask(server, name).status_code == 200
     assert server.client.get("/v1/adapters/x0").json()["loaded"] is True
@@ -131,6 +135,29 @@ def test_a_pinned_name_stays_pinned_when_it_moves_to_a_new_generation(server: Se
     assert server.put("held", {"pin": False}).json()["pinned"] is False
     assert server.put("held").json()["pinned"] is False
     assert server.client.delete("/v1/adapters/held", headers=ADMIN).status_code == 200
+
+
+def test_a_pinned_adapter_that_is_deleted_leaves_its_slot(server: Server, world: World) -> None:
+    for number in range(SLOTS + 1):
+        name = f"pin{number}"
+        put_adapter(world.store, name, world.texts, seed=150 + number)
+        assert server.put(name, {"pin": True}).status_code == 200
+        assert server.client.delete(f"/v1/adapters/{name}", headers=ADMIN).status_code == 200
+    assert ask(server, "x0").status_code == 200
+
+
+def test_an_adapter_whose_files_were_changed_is_not_loaded_again(server: Server, world: World) -> None:
+    generation = put_adapter(world.store, "changed", world.texts, seed=401)
+    assert server.put("changed").status_code == 200
+    for name in NAMES:
+        assert ask(server, name).status_code == 200
+    weights = world.store.folder(generation) / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.chmod(0o644)
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused(ask(server, "changed"), 503, "adapter_unavailable")
+    weights.write_bytes(content)
+    assert ask(server, "changed").status_code == 200
 
 
 def test_one_request_for_more_adapters_than_slots_is_refused_at_once_and_holds_nothing(server: Server) -> None:
@@ -221,6 +248,15 @@ def test_an_alias_names_the_variant_that_is_not_served(server: Server, world: Wo
     refused(answer, 404, "adapter_not_found")
     assert answer.json()["error"]["message"].startswith("no adapter named 'going'")
     assert server.client.delete("/v1/aliases/onward", headers=ADMIN).status_code == 200
+
+
+def test_a_variant_gets_its_share_and_one_without_a_share_is_never_drawn(tmp_path: Path) -> None:
+    aliases = Aliases(tmp_path)
+    aliases.put("x", {"never": 0, "one": 1, "three": 3})
+    drawn = Counter(aliases.pick("x", f"key {number}") for number in range(2000))
+    assert drawn.keys() == {"one", "three"}
+    assert 430 < drawn["one"] < 570
+    assert {aliases.pick("x", None) for _ in range(100)} == {"one", "three"}
 
 
 def test_an_aliass_shares_must_add_up_to_something(world: World) -> None:

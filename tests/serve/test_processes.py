@@ -137,6 +137,17 @@ def test_a_request_is_not_asked_again_when_its_time_is_over(start: Start) -> Non
     assert 'embedft_engine_retries{base="texts"} 0.0' in server.client.get("/metrics").text
 
 
+def test_what_is_pinned_comes_back_first(start: Start) -> None:
+    server = start(base={"slots": 2})
+    assert server.put("b", {"pin": True}).status_code == 200
+    for name in ("b", "a", "q", "a"):  # it is used before the others
+        assert server.post("/v1/embeddings", {"input": "x", "model": name, "input_type": "query"}).status_code == 200
+    os.kill(running(server, "embedding"), signal.SIGKILL)
+    wait_for(lambda: server.client.get("/ready").status_code == 503, 10, server)
+    server.wait_ready()
+    assert {name: server.client.get(f"/v1/adapters/{name}").json()["loaded"] for name in "abq"} == {"a": True, "b": True, "q": False}
+
+
 def test_a_request_that_waited_for_an_adapter_while_it_was_replaced_leaves_nothing_in_the_engine(world: World, start: Start) -> None:
     """`a` is out when its replacement begins; a request asks for it, and gets its turn when the old one has drained."""
     server, old = start(base={"slots": 2}, latency=0.2), world.store.current("a")
@@ -165,6 +176,7 @@ def test_an_engine_killed_in_mid_stream_ends_the_stream_with_an_error(changing: 
     assert last["error"]["code"] == "engine_not_ready"
     assert "[DONE]" not in rest
     server.wait_ready()
+    assert 'embedft_requests_total{adapter="s",base="words",route="completions",status="error"} 1.0' in server.client.get("/metrics").text
 
 
 def test_an_engine_that_cannot_start_ends_the_server_with_its_log(world: World) -> None:
@@ -227,6 +239,20 @@ time.sleep(600)
     assert guard.wait(timeout=10) == 128 + signal.SIGKILL
     assert not sockets.exists()
     wait_for(lambda: gone(processes), 5)
+
+
+def test_the_guard_lets_an_engine_finish_and_keeps_the_folder_of_a_gateway_that_lives(tmp_path: Path) -> None:
+    begun, finished = tmp_path / "begun", tmp_path / "finished"
+    script = f"trap 'sleep 0.5; touch {finished}; exit 0' TERM; touch {begun}; while true; do sleep 0.05; done"
+    read, write = os.pipe()
+    command = [sys.executable, "-I", "-S", guard_file, str(read), "10", str(tmp_path), "sh", "-c", script]
+    guard = subprocess.Popen(command, pass_fds=(read,))
+    os.close(read)
+    wait_for(begun.exists)
+    guard.terminate()
+    assert guard.wait(timeout=10) == 0
+    os.close(write)
+    assert finished.exists()
 
 
 def test_a_base_that_is_served_twice_has_each_adapter_once_and_by_its_task(world: World) -> None:

@@ -1,9 +1,11 @@
 """/v1/rag over a running server: adapters chosen per question, sources first, indexes replaced while they serve."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from embedft.model_folder import template_hash
 from embedft.rag.index import VectorIndex
 from embedft.rag.mapping import fit_map
 from embedft.rag.remote import RemoteEngine
+from tests.serve.test_abuse import keys
 from tests.serve.world import ADMIN, Server, World, make_rag_world, put_adapter
 
 TEXTS = [f"note {i} about thing{i}" for i in range(80)]
@@ -118,6 +121,8 @@ def test_hybrid_and_reranking(rag: Server) -> None:
     again = ask(rag, "notes", "anything", k=5, rerank_adapter="b", answer=False).json()["sources"]
     assert [source["score"] for source in again] == sorted((source["score"] for source in again), reverse=True)
     assert [source["chunk"] for source in again] != [source["chunk"] for source in plain]
+    first = ask(rag, "notes", "anything", k=1, rerank_adapter="b", answer=False).json()["sources"]
+    assert [source["chunk"] for source in first] == [again[0]["chunk"]] != [plain[0]["chunk"]]  # out of more than were asked for
 
 
 def test_words_alone_are_looked_up_without_asking_any_engine(rag: Server) -> None:
@@ -185,6 +190,45 @@ def test_indexes_are_listed_loaded_and_replaced_with_the_admin_key(rag: Server, 
     assert listed["notes"]["chunks"] == 30
     assert rag.client.delete("/v1/rag/extra", headers=ADMIN).json()["state"] == "unserved"
     refused(ask(rag, "extra", "x"), 404, "index_not_found")
+
+
+def test_a_tenant_searches_its_own_indexes_and_knows_of_no_other(rag: Server, rag_world: World, tmp_path: Path) -> None:
+    file, sent = keys(tmp_path, bob={"adapters": ["a", "s"], "indexes": ["notes"]}, eve={"adapters": ["a", "s"], "indexes": ["notes"]})
+    server = replace(rag_world, folder=tmp_path).start(indexes=str(rag_world.folder / "indexes"), keys=file)
+    try:
+        bob = sent["bob"]
+        assert [row["name"] for row in server.client.get("/v1/rag", headers=bob).json()["data"]] == ["notes"]
+        for name in ("shared", "nothere"):
+            asked = server.post(f"/v1/rag/{name}/query", {"question": "x", "adapter": "a"}, headers=bob)
+            for answer in (asked, server.client.get(f"/v1/rag/{name}", headers=bob)):
+                assert "there are notes" in refused(answer, 404, "index_not_found")
+        for tenant in ("bob", "eve", "root"):
+            body = {"question": "x", "lm_adapter": "s"}
+            assert server.post("/v1/rag/notes/query", body, headers=sent[tenant]).status_code == 200
+        assert server.client.post("/v1/completions", json={"model": "s", "prompt": "x"}, headers=bob).status_code == 200
+        own, other, _, chat = [row["salt"] for row in server.events("generate")[-4:]]
+        assert own == chat != other, "the engine's cache of prefixes is each tenant's own"
+        line = next(json.loads(line) for line in server.log.read_text().splitlines() if '"/v1/rag/notes/query"' in line)
+        assert (line["tenant"], line["adapter"]) == ("bob", "s")
+    finally:
+        server.stop()
+
+
+def test_an_index_is_no_link_to_elsewhere(rag: Server, rag_world: World) -> None:
+    (rag_world.folder / "indexes" / "linked").symlink_to(rag_world.folder / "indexes" / "notes")
+    assert "it is a link" in refused(rag.client.put("/v1/rag/linked", json={}, headers=ADMIN), 422, "index_invalid")
+    refused(ask(rag, "linked", "x"), 404, "index_not_found")
+
+
+def test_an_answers_tokens_are_counted(rag: Server) -> None:
+    def counted() -> float:
+        text = rag.client.get("/metrics").text
+        return sum(map(float, re.findall(r'embedft_tokens_total\{adapter="s",base="words",kind="completion"\} (\S+)', text)))
+
+    before = counted()
+    for stream in (False, True):
+        assert ask(rag, "notes", "x", lm_adapter="s", max_tokens=7, stream=stream).status_code == 200
+    assert counted() == before + 14
 
 
 def test_a_damaged_version_leaves_the_last_good_one_serving(rag: Server, rag_world: World) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from embedft.adapters.probes import read_probes, write_probes
 from serve.engines.fake import text
+from serve.lifecycle import KEPT_EARLIER
 from tests.serve.test_choice import refused
 from tests.serve.world import ADMIN, Server, World, fill_adapter, put_adapter, wait_for
 
@@ -180,14 +181,40 @@ def test_a_base_is_not_named_for_what_knows_its_own(world: World, server: Server
 
 def test_delete_drains_and_unloads_and_put_brings_it_back(world: World, server: Server) -> None:
     served(server, world, "off", seed=71)
+    assert 'embedft_adapter_resident{adapter="off"' in server.client.get("/metrics").text
     assert server.client.delete("/v1/adapters/off", headers=ADMIN).status_code == 200
     refused(server.post("/v1/embeddings", {"input": "x", "adapter": "off"}), 404, "adapter_not_found")
     refused(server.client.delete("/v1/adapters/off", headers=ADMIN), 404, "adapter_not_found")
     wait_for(lambda: len(unloaded(server, "off")) == 1)
     assert server.client.get("/v1/adapters/off").json()["state"] == "unserved"
+    assert 'embedft_adapter_resident{adapter="off"' not in server.client.get("/metrics").text
     assert server.put("off").status_code == 200
     assert server.post("/v1/embeddings", {"input": "x", "adapter": "off"}).status_code == 200
     assert server.client.post("/v1/adapters/off/verify", headers=ADMIN).json()["probe"]["passed"] is True
+
+
+def test_of_earlier_generations_that_were_asked_for_only_the_last_few_stay_loaded(world: World, server: Server) -> None:
+    generations = [served(server, world, "many", seed=200 + number) for number in range(KEPT_EARLIER + 3)]
+    wait_for(lambda: len(unloaded(server, "many")) == len(generations) - 1)
+    for generation in generations[:-1]:
+        for _ in range(2):
+            answer = server.post("/v1/embeddings", {"input": "x", "adapter": own("many", generation)})
+            assert answer.headers["x-embedft-adapter"] == own("many", generation)
+    wait_for(lambda: unloaded(server, "many")[len(generations) - 1 :] == [own("many", one) for one in generations[:2]])
+    assert f'embedft_requests_total{{adapter="{own("many", generations[0])}"' in server.client.get("/metrics").text
+
+
+def test_an_earlier_generation_that_fails_its_probes_is_not_gone_back_to(world: World, server: Server) -> None:
+    old, new = (served(server, world, "back", seed=seed) for seed in (75, 76))
+    wait_for(lambda: unloaded(server, "back") == [own("back", old)])
+    assert server.post("/v1/embeddings", {"input": "x", "adapter": own("back", old)}).status_code == 200
+    with world.store.stage() as folder:
+        fill_adapter(folder, "back", world.texts, seed=75, scale=1.0, task="embedding")
+        recorded = read_probes(folder)
+        write_probes(folder, replace(recorded, effect=tuple(-effect for effect in recorded.effect)))
+        assert world.store.add(folder) == old
+    refused(server.put("back", {"source": old}), 422, "probes_failed")
+    assert server.post("/v1/embeddings", {"input": "x", "adapter": "back"}).headers["x-embedft-adapter"] == own("back", new)
 
 
 def test_a_generation_is_not_what_is_deleted(world: World, server: Server) -> None:

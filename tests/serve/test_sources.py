@@ -89,6 +89,49 @@ def test_a_name_that_resolves_into_the_own_network_is_refused(monkeypatch: pytes
             public_address(allowed("https://files.example/a/x", ALLOW))
     monkeypatch.setattr("socket.getaddrinfo", resolved("93.184.216.34"))
     assert public_address(allowed("https://files.example/a/x", ALLOW)) == "93.184.216.34"
+    with pytest.raises(InputInvalid, match="public"):  # whoever could stand between would be believed
+        public_address(allowed("http://files.example/a/x", ("http://files.example/",)))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [*resolved("93.184.216.34")(), *resolved("10.1.2.3")()])
+    with pytest.raises(InputInvalid, match="public"):
+        public_address(allowed("https://files.example/a/x", ALLOW))
+
+
+def test_of_the_hub_one_revision_is_fetched_and_it_is_measured_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    files = [SimpleNamespace(rfilename=name, size=40) for name in ("adapter_config.json", "adapter_model.safetensors", "evil.bin")]
+
+    def info(_: Any, repo: str, *, revision: str, **__: Any) -> Any:
+        asked.append((repo, revision))
+        return SimpleNamespace(siblings=files, sha="0123abcd")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", info)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name, **more: asked.append((repo, name, more["revision"])))
+    rules = Sources(allow=("hf://our/",), max_bytes=80)
+    for source in ("hf://our/one", "hf://our/one@"):
+        with pytest.raises(InputInvalid, match="name the revision"):
+            fetch(source, tmp_path, rules, name="g")
+    assert asked == []
+    with pytest.raises(InputInvalid, match="80 bytes: at most 79"):
+        fetch("hf://our/one@main", tmp_path, rules.model_copy(update={"max_bytes": 79}), name="g")
+    assert asked == [("our/one", "main")]
+    fetch("hf://our/one@main", tmp_path, rules, name="g")
+    assert asked[2:] == [("our/one", file.rfilename, "0123abcd") for file in files[:2]]  # of the commit that was measured
+    files.pop(0)
+    with pytest.raises(AdapterInvalid, match=r"there is no adapter_config\.json there"):
+        fetch("hf://our/one@main", tmp_path, rules, name="g")
+
+
+def test_no_proxy_of_the_environment_stands_between(
+    site: tuple[str, Path], shared_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would resolve names itself, into whatever network it is in."""
+    url, folder = site
+    (folder / "direct").mkdir()
+    fill_adapter(folder / "direct", "g", shared_world.texts, seed=1, scale=1.0, task="embedding")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    fetch(f"{url}/direct", tmp_path, Sources(allow=(f"{url}/",)), name="g")
+    assert (tmp_path / "passport.json").is_file()
 
 
 @pytest.fixture(scope="module")
