@@ -145,9 +145,9 @@ def compare(
     noise = _norm([one - other for one, other in zip(base_again, base, strict=True)])
     signal = _norm(effect)
     error = _norm([one - other for one, other in zip(effect, recorded.effect, strict=True)]) / strength
-    if not np.isfinite(error) or not np.isfinite(signal):
+    if not np.isfinite([error, signal, noise]).all():
         return ProbeReport(error, signal, noise, limit, False, "the engine's outputs are not finite")
-    if signal <= SIGNAL * noise or signal == 0.0:
+    if signal <= SIGNAL * noise:
         return ProbeReport(error, signal, noise, limit, False, "it changes nothing: its effect drowns in the engine's repeat noise")
     if error > limit:
         reason = f"its effect differs from the trainer's by {error:.3f} of its norm, where {limit:.3f} is allowed"

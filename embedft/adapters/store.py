@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from embedft.adapters.passport import TEXTS, Passport, generation, read_passport
-from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, GenerationConflict, UsageError
+from embedft.errors import AdapterInvalid, AdapterNotFound, GenerationConflict, UsageError
 from embedft.files import abandoned_stages, locked, publish_folder, replace_folder, restore_folders, staged_folder, unfinished, write_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -47,10 +47,10 @@ class AdapterStore:
         with staged_folder(self._objects) as folder:
             yield folder
 
-    def put(self, staged: Path, name: str, *, expected: str | None = None, replace: bool = True, renew: bool = True) -> str:
+    def put(self, staged: Path, name: str, *, expected: str | None = None, renew: bool = True) -> str:
         """Take a staged folder as the newest generation of `name` and return that generation (64 hex).
 
-        `expected` is compare-and-swap: GenerationConflict unless `name` is there now. AdapterExists if it may not be replaced.
+        `expected` is compare-and-swap: GenerationConflict unless `name` is there now.
         Where the store has that generation, the staged folder takes its place if it is damaged, or with `renew` if any file differs.
         """
         check_name(name)
@@ -58,7 +58,7 @@ class AdapterStore:
         identity = generation(staged)
         with self._locked():
             self._take(staged, identity, renew=renew)
-            self._point(name, identity, expected=expected, replace=replace)
+            self._point(name, identity, expected=expected)
         return identity
 
     def add(self, staged: Path, *, renew: bool = True) -> str:
@@ -95,7 +95,7 @@ class AdapterStore:
         check_name(name)
         with self._locked():
             identity = self.folder(generation).name
-            self._point(name, identity, expected=expected, replace=True)
+            self._point(name, identity, expected=expected)
         return identity
 
     def names(self) -> dict[str, str]:
@@ -194,15 +194,13 @@ class AdapterStore:
         elif not (_alike(there, staged) if renew else _whole(there, identity)):
             replace_folder(staged, there)
 
-    def _point(self, name: str, identity: str, *, expected: str | None, replace: bool) -> None:
+    def _point(self, name: str, identity: str, *, expected: str | None) -> None:
         self._names.mkdir(parents=True, exist_ok=True)
         path = self._names / f"{name}.json"
         try:
             history = self._read(path) if path.is_file() else []
         except AdapterInvalid:  # pointing it again is what mends it
             history = []
-        if history and not replace:
-            raise AdapterExists(f"there is an adapter named {name!r} already: choose another name or remove it first")
         if expected is not None and (not history or not history[-1].startswith(expected)):
             raise GenerationConflict(name, expected=expected, current=history[-1] if history else None)
         if not history or history[-1] != identity:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from embedft.adapters.passport import PASSPORT, WEIGHTS, generation, lineage, read_passport
+from embedft.adapters.card import model_card
+from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, BaseIdentity, Passport, generation, lineage, read_passport
 from embedft.adapters.probes import PROBES, Probe, RecordedProbes, choose, compare, read_probes, write_probes
 from embedft.adapters.store import AdapterStore
-from embedft.adapters.transfer import export_folder, import_folder, pull, push
-from embedft.errors import AdapterExists, AdapterInvalid, BaseMismatch
+from embedft.adapters.transfer import TransferFailed, export_folder, import_folder, pull, push
+from embedft.errors import AdapterExists, AdapterInvalid, BaseMismatch, UsageError
 from embedft.verify import verify
 from tests.embedft.adapter_fixtures import damaged
 
@@ -75,6 +76,30 @@ def test_a_generation_ignores_metrics_and_the_card_but_not_what_changes_answers(
     assert generation(adapter) != before
 
 
+def test_a_generation_changes_with_the_config_the_base_and_every_field_that_changes_answers(adapter: Path) -> None:
+    passport = json.loads((adapter / PASSPORT).read_text())
+    changes = {
+        "task": "causal_lm",
+        "base": passport["base"] | {"fingerprint": "0" * 64},
+        "method": "rslora",
+        "side": "query",
+        "prompts": {"query": "query: "},
+        "pooling": "cls",
+        "normalize": not passport["normalize"],
+        "max_length": passport["max_length"] + 1,
+        "dimensions": [384, 64],
+        "template_hash": "0" * 64,
+    }
+    found = {generation(adapter)}
+    for field, value in changes.items():
+        (adapter / PASSPORT).write_text(json.dumps({**passport, field: value}))
+        found.add(generation(adapter))
+    (adapter / PASSPORT).write_text(json.dumps(passport))
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    assert len({*found, generation(adapter)}) == len(changes) + 2
+
+
 def test_links_and_pickles_are_refused(adapter: Path, store: AdapterStore, tmp_path: Path) -> None:
     (adapter / "extra.bin").write_bytes(b"x")
     with pytest.raises(AdapterInvalid, match="pickle"):
@@ -125,6 +150,53 @@ def test_push_and_pull_round_trip_bit_for_bit(adapter: Path, store: AdapterStore
                 assert (other.folder("copy") / path.relative_to(store.folder("legal"))).read_bytes() == path.read_bytes()
 
 
+def test_what_is_pulled_stays_in_its_folder(store: AdapterStore, tmp_path: Path) -> None:
+    import fsspec
+
+    files, root = fsspec.core.url_to_fs("memory://evil/adapter")
+    files.pipe_file(f"{root}/../../outside", b"x")
+    with pytest.raises(UsageError, match="does not belong in an adapter"):
+        pull(store, "memory://evil/adapter")
+    with pytest.raises(TransferFailed, match="there is nothing there"):
+        pull(store, "memory://empty")
+    assert not [*store.root.rglob("outside")]
+    assert not store.names()
+
+
+def test_the_card_says_how_good_the_adapter_is_and_how_it_must_be_used() -> None:
+    figures = {name: {"mrr@10": value} for name, value in (("base", 0.5), ("bm25", 0.25), ("adapter", 0.75))}
+    passport = Passport(
+        name="a",
+        task="embedding",
+        base=BaseIdentity(model="owner/base", revision="v1", quantization="nf4", fingerprint="f" * 64),
+        method="lora",
+        r=4,
+        alpha=8,
+        side="query",
+        prompts={"query": "find: "},
+        pooling="cls",
+        normalize=True,
+        max_length=64,
+        metrics={"metric": "mrr@10", **figures, "gain_ci95": [-0.01, 0.4]},
+    )
+    card = model_card(passport)
+    for line in (
+        'base_model: "owner/base"',
+        "| Base | `owner/base` at `v1` |",
+        "| Vectors | cls pooling, normalised |",
+        '| Prompts | `{"query": "find: "}` |',
+        "| Side | query |",
+        "| | base | bm25 | adapter |",
+        "| mrr@10 | 0.5000 | 0.2500 | 0.7500 |",
+        "95 % interval -0.0100 to +0.4000",
+        "It was trained on the base in nf4",
+    ):
+        assert line in card
+    plain = passport.model_copy(update={"base": BaseIdentity(model="b", fingerprint="f" * 64), "metrics": {}})
+    assert "Not evaluated" in model_card(plain)
+    assert "It was trained on" not in model_card(plain)
+
+
 def test_export_leaves_evaluation_texts_out_and_says_so(adapter: Path, store: AdapterStore, tmp_path: Path) -> None:
     (adapter / "eval").mkdir()
     (adapter / "eval" / "texts.jsonl").write_text('{"text": "private"}\n')
@@ -145,6 +217,50 @@ def test_probes_that_were_tampered_with_are_refused(adapter: Path) -> None:
     (adapter / PROBES).write_bytes(b"nonsense")
     with pytest.raises(AdapterInvalid, match="malformed"):
         read_probes(adapter)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "count", "length", "taken"),
+    [
+        (0.1, 64, 4096, True),
+        (0.11, 1, 1, False),
+        (0.0, 1, 1, False),
+        (float("nan"), 1, 1, False),
+        (0.1, 65, 1, False),
+        (0.1, 1, 4097, False),
+    ],
+)
+def test_probes_that_allow_or_ask_for_more_than_any_trainer_writes_are_refused(
+    tmp_path: Path, tolerance: float, count: int, length: int, taken: bool
+) -> None:
+    """Who brings an adapter brings its probes: they must not be their own judge, nor work without end."""
+    effect = np.ones(4, np.float32)
+    write_probes(tmp_path, RecordedProbes((Probe((1,) * length),) * count, (), (effect,) * count, {}, tolerance))
+    if taken:
+        assert len(read_probes(tmp_path).probes) == count
+        return
+    with pytest.raises(AdapterInvalid, match="malformed"):
+        read_probes(tmp_path)
+
+
+def test_probes_whose_lengths_do_not_add_up_are_refused(tmp_path: Path) -> None:
+    write_probes(tmp_path, RecordedProbes((Probe((1, 2)),) * 2, (), (np.ones(4, np.float32),) * 2, {}, 0.1))
+    tensors: Tensors = load_file(str(tmp_path / PROBES))
+    save_file(tensors | {"effect": tensors["effect"][:-1]}, str(tmp_path / PROBES), metadata={"tolerance": "0.1"})
+    with pytest.raises(AdapterInvalid, match="lengths that do not add up"):
+        read_probes(tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["base", "adapted", "base_again"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_engine_whose_outputs_are_no_numbers_or_of_another_shape_fails(broken: str, value: float) -> None:
+    effect = np.full(4, 0.1, np.float32)
+    recorded = RecordedProbes((Probe((1,)),), (), (effect,), {}, 0.1)
+    given = {"base": np.zeros(4, np.float32), "adapted": effect, "base_again": np.zeros(4, np.float32)}
+    for wrong, said in ((np.array([value, 0, 0, 0], np.float32), "not finite"), (np.zeros(3, np.float32), "another shape")):
+        report = compare(recorded, **{name: [array] for name, array in (given | {broken: wrong}).items()})  # type: ignore[arg-type]
+        assert not report.passed
+        assert said in report.reason
 
 
 def test_the_probes_kept_are_those_that_show_the_least_visible_module() -> None:
@@ -182,6 +298,13 @@ def test_an_engine_may_differ_by_its_rounding_which_its_base_shows_but_never_by_
 
 def test_lineage_changes_with_everything_that_changes_a_vector() -> None:
     same = {"side": "both", "prompts": {}, "pooling": "mean", "max_length": 128, "dimensions": (), "normalize": True}
-    changes = [{"prompts": {"query": "q"}}, {"pooling": "cls"}, {"max_length": 64}, {"dimensions": (64,)}, {"normalize": False}]
+    changes = [
+        {"side": "query"},
+        {"prompts": {"query": "q"}},
+        {"pooling": "cls"},
+        {"max_length": 64},
+        {"dimensions": (64,)},
+        {"normalize": False},
+    ]
     identities = [lineage("b", "g", **{**same, **change}) for change in [{}, *changes]]  # type: ignore[arg-type]
     assert len({*identities, lineage("b", None, **same), lineage("c", "g", **same)}) == len(changes) + 3  # type: ignore[arg-type]

@@ -92,6 +92,40 @@ def test_collect_deletes_only_what_nothing_names_or_leases(adapter: Path, store:
         store.folder("legal")
 
 
+def test_what_a_name_once_pointed_at_is_kept_for_a_rollback(made: Path, store: AdapterStore, tmp_path: Path) -> None:
+    first = import_folder(store, made, name="legal")
+    second_folder = damaged(Path(shutil.copytree(made, tmp_path / "second")), lambda name, tensor: tensor * np.float32(1.5))
+    second = import_folder(store, second_folder, name="legal")
+    assert import_folder(store, second_folder, name="legal") == second
+    assert store.history("legal") == [first, second], "the same once more is no step"
+    for identity in (first, second):
+        store.discard(identity)
+    assert store.collect() == []
+    assert generation(store.folder(store.point("legal", first[:12]))) == first
+    store.remove("legal")
+    store.discard(first)
+    assert store.collect() == [second]
+
+
+def test_a_name_that_should_be_there_and_is_not_is_a_conflict(adapter: Path, store: AdapterStore) -> None:
+    with store.stage() as stage:
+        shutil.copytree(adapter, stage, dirs_exist_ok=True)
+        with pytest.raises(GenerationConflict):
+            store.put(stage, "legal", expected=generation(adapter))
+    assert store.names() == {}
+
+
+@pytest.mark.parametrize("bound", ["MAX_FILES", "MAX_BYTES"])
+def test_a_folder_beyond_reason_is_refused(adapter: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    files = [path for path in adapter.rglob("*") if path.is_file()]
+    most = len(files) if bound == "MAX_FILES" else sum(path.stat().st_size for path in files)
+    monkeypatch.setattr(f"embedft.adapters.store.{bound}", most)
+    import_folder(store, adapter)
+    monkeypatch.setattr(f"embedft.adapters.store.{bound}", most - 1)
+    with pytest.raises(AdapterInvalid, match="more than"):
+        import_folder(store, adapter)
+
+
 @pytest.mark.parametrize("renew", [True, False])
 @pytest.mark.parametrize("file", [WEIGHTS, CONFIG, PASSPORT, PROBES])
 def test_a_damaged_object_is_mended_by_putting_the_good_folder_again(adapter: Path, store: AdapterStore, file: str, renew: bool) -> None:
