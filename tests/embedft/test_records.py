@@ -63,6 +63,8 @@ def test_a_long_field_is_read(tmp_path: Path) -> None:
         ("a.json", b"{}", "a.json: a JSON dict; expected a list of objects"),
         ("a.json", b"[1]", "a.json[1]: a JSON int; expected an object"),
         ("a.json", b"[", "a.json: not JSON"),
+        ("a.json", b"[" * 100_000, "a.json: nested too deep"),
+        ("a.json", rb'[{"a": ["\ud83d"]}]', "a.json[1]: holds half a character"),
         ("a.jsonl", b'{"a": 1}\n\xff\n', "a.jsonl:2: not UTF-8 (byte 0xff)"),
         ("a.csv", b"a,b\n\xff,1\n", "a.csv:2: not UTF-8 (byte 0xff)"),
         ("a.json", b'["\xff"]', "a.json: not UTF-8 (byte 2): convert it"),

@@ -53,6 +53,60 @@ def test_each_loss_falls_while_it_trains(
     assert losses[-1] < 0.9 * losses[0]
 
 
+def exact_losses(scale: float, y: torch.Tensor, scores: torch.Tensor, q: torch.Tensor, p: torch.Tensor, n: torch.Tensor) -> dict[str, Any]:
+    """By the formulas in the table; `y` (b,) and `scores` (b, 2) are what scored and distilled losses take."""
+    q, p, n = (torch.nn.functional.normalize(part, dim=1) for part in (q, p, n))
+    rows, entropy = torch.arange(len(q)), torch.nn.functional.cross_entropy
+    near, far = (q * p).sum(1), (q * n).sum(1)
+    forth = entropy(scale * q @ torch.cat([p, n]).T, rows)
+    higher = y[:, None] > y[None, :]
+    apart = torch.eye(len(q)).bool()
+    alike = [q @ p.T, (q @ q.T).masked_fill(apart, -torch.inf), (p @ p.T).masked_fill(apart, -torch.inf), q @ n.T]
+    above = [part > near[:, None] + 1e-6 for part in alike]  # of a guide that says what the model says
+    kept = torch.cat([part.masked_fill(over, -torch.inf) for part, over in zip(alike, above, strict=True)], dim=1)
+    wanted, made = scores.softmax(1), (scale * torch.stack([near, far], dim=1)).log_softmax(1)
+    return {
+        "mnrl": forth,
+        "symmetric": (forth + entropy(scale * p @ q.T, rows)) / 2,
+        "gist": entropy(scale * kept, rows),
+        "triplet": (far - near + 0.2).clamp(min=0).mean(),
+        "cosent": torch.log1p(torch.exp(scale * (near[None, :] - near[:, None]))[higher].sum()),
+        "margin_mse": (scale * (near - far) - (scores[:, 0] - scores[:, 1])).square().mean(),
+        "kl": (wanted * (wanted.log() - made)).sum(1).mean(),
+    }
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("name", ["mnrl", "symmetric", "gist", "triplet", "cosent", "margin_mse", "kl"])
+def test_each_loss_is_the_formula_of_its_paper_at_any_scale(name: str, scale: float, bases: dict[str, str]) -> None:
+    from embedft.embedding.fast import Given
+
+    torch.manual_seed(4)
+    parts = [torch.randn(5, 64) for _ in range(3)]
+    parts[1] += 0.3 * parts[0]
+    y, scores = torch.tensor([0.1, 0.9, 0.4, 0.4, 0.7]), torch.randn(5, 2)
+    takes, tokenizer = LOSSES[name].takes, load_base(BaseSpec(bases["mean"]), task="embedding").tokenizer
+    given, guide = (Given(64, tokenizer, key=key) for key in ("vectors", "guide"))
+    features = [{"vectors": part, "guide": part} for part in parts[: 2 if takes == "scored" else 3]]
+    labels = {"scored": y, "distilled": scores}.get(takes)
+    made = LOSSES[name].build(given, scale=scale, guide=guide)(features, labels)
+    assert float(made) == pytest.approx(float(exact_losses(scale, y, scores, *parts)[name]), rel=1e-4)
+
+
+def test_a_loss_of_several_lengths_is_the_sum_of_each_lengths_own(bases: dict[str, str]) -> None:
+    from embedft.embedding.fast import Given
+
+    torch.manual_seed(4)
+    parts = [torch.randn(5, 64) for _ in range(2)]
+    given = Given(64, load_base(BaseSpec(bases["mean"]), task="embedding").tokenizer)
+
+    def loss(width: int, *dimensions: int) -> float:
+        built = LOSSES["mnrl"].build(given, scale=20.0, dimensions=dimensions)
+        return float(built([{"vectors": part[:, :width]} for part in parts], None))
+
+    assert loss(64, 16, 32, 16) == pytest.approx(loss(64) + loss(32) + loss(16), rel=1e-4)
+
+
 def test_gradients_of_the_cached_loss_are_those_of_the_plain_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from embedft.embedding.data import load_data
     from embedft.embedding.train import make_trainer, plan_for, settings_for
