@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.compressed import BITS, plain
-from embedft.errors import BaseNotFound, QuantizationUnsupported, UsageError
+from embedft.errors import BaseNotFound, UsageError
 from embedft.int8 import keep_activations
 from embedft.model_folder import RECORD, BaseInfo, Task, describe, fingerprint, quantization_of
 from embedft.quantize import quantize
@@ -109,11 +109,8 @@ def _from_hub(spec: BaseSpec, patterns: Sequence[str] = _FILES) -> Path:
 def base_folder(spec: BaseSpec) -> Path:
     """The folder that trainer and engine load: the source itself, or its quantization, written to the cache when first asked for."""
     source = source_folder(spec)
-    own = quantization_of(source)
-    if spec.quantization == "none" or own == spec.quantization:
+    if spec.quantization in ("none", quantization_of(source)):
         return source
-    if own != "none":
-        raise QuantizationUnsupported(f"base {spec.model!r} is already {own}; asked for {spec.quantization}: name its unquantized weights")
     folder = cache_root() / "bases" / f"{Path(spec.model).name}-{spec.quantization}-{fingerprint(source)[:16]}"
     if not (folder / RECORD).is_file():
         quantize(source, folder, scheme=spec.quantization)

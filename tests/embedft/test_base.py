@@ -1,5 +1,6 @@
 """Bases: fingerprints, quantized folders and refusals."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from embedft.base import BaseSpec, base_folder, compute_dtype, load_base, source_folder
+from embedft.base import BaseSpec, base_folder, compute_dtype, config_folder, load_base, load_model, source_folder
 from embedft.errors import BaseNotFound, MethodUnsupported, QuantizationUnsupported, UsageError
 from embedft.files import hash_tensors
 from embedft.methods import attach, supported, targeted_modules
-from embedft.model_folder import describe, fingerprint
+from embedft.model_folder import describe, fingerprint, own_template
 from embedft.quantize import quantize
 from embedft.recipe import AdapterSection
+from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama
 
 
@@ -42,6 +44,19 @@ def test_changing_one_weight_or_the_tokenizer_changes_the_fingerprint(tmp_path: 
     assert len({before, changed, fingerprint(folder)}) == 3
 
 
+def test_bytes_written_in_place_change_the_fingerprint_and_so_does_a_tokenizer_in_any_file(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "base", layers=1)
+    found = {fingerprint(folder)}
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x2a")
+    found.add(fingerprint(folder))
+    (folder / "tokenizer.json").unlink()
+    for content in (b"one", b"two"):
+        (folder / "tokenizer.model").write_bytes(content)
+        found.add(fingerprint(folder))
+    assert len(found) == 4
+
+
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_a_quantized_base_is_a_folder_that_knows_its_parent(scheme: str) -> None:
     spec = BaseSpec("minilm", scheme)
@@ -59,8 +74,84 @@ def test_quantizing_twice_gives_the_same_fingerprint(tmp_path: Path) -> None:
 
 
 def test_a_quantized_base_is_not_quantized_again(tmp_path: Path) -> None:
+    folder = base_folder(BaseSpec("minilm", "nf4"))
+    assert base_folder(BaseSpec(str(folder), "nf4")) == folder
     with pytest.raises(QuantizationUnsupported, match="already nf4"):
-        quantize(base_folder(BaseSpec("minilm", "nf4")), tmp_path / "out", scheme="int8")
+        quantize(folder, tmp_path / "out", scheme="int8")
+    with pytest.raises(QuantizationUnsupported, match="already nf4"):
+        base_folder(BaseSpec(str(folder), "int8"))
+
+
+def test_two_bases_of_one_name_are_quantized_apart(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        source = tiny_llama(tmp_path / str(seed) / "same", layers=1, seed=seed)
+        folder = base_folder(BaseSpec(str(source), "int8"))
+        assert describe(folder).parent == fingerprint(source)
+        assert fingerprint(folder) == fingerprint(quantize(source, tmp_path / str(seed) / "int8", scheme="int8"))
+
+
+def test_a_quantized_folder_says_of_itself_what_its_parent_says(tmp_path: Path) -> None:
+    """How it pools and reads, its chat template and how it ends an answer: trainer and engines go by the folder alone."""
+    encoder = tiny_encoder(tmp_path / "encoder", pooling="cls", normalize=False)
+    made, parent = describe(quantize(encoder, tmp_path / "encoder-int8", scheme="int8")), describe(encoder)
+    for said in ("pooling", "normalize", "max_length", "positions", "hidden_size", "kind"):
+        assert getattr(made, said) == getattr(parent, said), said
+    decoder = tiny_llama(tmp_path / "decoder", layers=1)
+    generation = json.loads((decoder / "generation_config.json").read_text()) | {"eos_token_id": [1, 2]}
+    (decoder / "generation_config.json").write_text(json.dumps(generation))
+    for scheme in ("int8", "w4a16"):
+        folder = quantize(decoder, tmp_path / f"decoder-{scheme}", scheme=scheme)
+        assert own_template(folder) == own_template(decoder) is not None
+        assert load_model(folder, task="causal_lm").generation_config.eos_token_id == [1, 2]
+
+
+@pytest.mark.parametrize(("given", "reads"), [(16, 16), (999, 64), (None, 64)])
+def test_a_base_reads_no_more_than_it_can_place_whatever_its_files_say(tmp_path: Path, given: int | None, reads: int) -> None:
+    folder = tiny_encoder(tmp_path / "base", pooling="mean")
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": given}))
+    assert (describe(folder).max_length, describe(folder).positions) == (reads, 64)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"pooling_mode": "cls"}, {"pooling_mode_cls_token": True}, {"pooling_mode": "lasttoken"}, {"pooling_mode_lasttoken": True}, {}],
+)
+def test_how_a_base_pools_is_read_in_the_words_of_any_version_of_sentence_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = tiny_encoder(tmp_path / "base", pooling="mean", normalize=False)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64} | config))
+    info, said = describe(folder), str(config)
+    assert (info.pooling, info.normalize) == ("cls" if "cls" in said else "lasttoken" if "lasttoken" in said else "mean", False)
+
+
+def test_a_folder_that_says_nothing_of_pooling_is_pooled_by_its_kind_and_normalised(tmp_path: Path) -> None:
+    encoder, decoder = tiny_encoder(tmp_path / "encoder", pooling="cls"), tiny_llama(tmp_path / "decoder", layers=1)
+    (encoder / "modules.json").unlink()
+    assert [(info.pooling, info.normalize) for info in map(describe, (encoder, decoder))] == [("mean", True), ("lasttoken", True)]
+
+
+def test_of_a_folders_several_chat_templates_the_default_one_is_its_own(tmp_path: Path) -> None:
+    listed = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain words"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    assert own_template(tmp_path) == "plain words"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed[:1]}))
+    assert own_template(tmp_path) is None
+
+
+def test_of_a_hub_base_the_named_revision_is_asked_for_and_for_a_plan_nothing_but_its_small_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    folder, asked = tiny_llama(tmp_path / "base", layers=1), list[Any]()
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, any("safetensors" in pattern for pattern in allow_patterns)))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    spec = BaseSpec("owner/base", revision="v1")
+    assert source_folder(spec) == config_folder(spec) == folder
+    assert asked == [("owner/base", "v1", True), ("owner/base", "v1", False)]
 
 
 def test_a_base_that_is_nowhere_is_said_so(tmp_path: Path) -> None:

@@ -146,6 +146,9 @@ def test_the_order_is_a_permutation_of_like_lengths_that_depends_on_seed_and_epo
 def test_the_end_of_a_turn_stops_an_answer() -> None:
     tokenizer = tiny_tokenizer()
     assert stop_tokens(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    turns = ["<|eot_id|>", "<end_of_turn>"]  # Llama's and Gemma's, beside an eos of another name
+    tokenizer.add_special_tokens({"additional_special_tokens": turns})
+    assert set(stop_tokens(tokenizer)) == set(tokenizer.convert_tokens_to_ids(["<|im_end|>", *turns]))
 
 
 def test_a_base_folder_says_which_template_an_engine_will_render_by(tmp_path: Path) -> None:
