@@ -40,7 +40,7 @@ def unpackable(model: Any) -> str | None:
     if len(model.peft_config) > 1 or (attached and attached.method.update):
         return "a frozen pair stands, or will stand, beside the one that trains"
     for peft in model.peft_config.values():
-        if str(getattr(peft.peft_type, "value", peft.peft_type)) != "LORA" or peft.lora_dropout or peft.use_dora or peft.bias != "none":
+        if str(getattr(peft.peft_type, "value", peft.peft_type)) != "LORA" or peft.lora_dropout or peft.use_dora:
             return "its adapter is no plain LoRA without dropout"
     try:
         return None if [*_layers(model)] else "it has no layers"

@@ -1,11 +1,13 @@
 """The packed path: the ordinary forward's numbers and gradients, what is computed only once, and what cannot run so."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from embedft import unpadded
 from embedft.base import Base, BaseSpec, load_base
 from embedft.embedding.fast import PackedModel, Texts
 from embedft.embedding.packed import PackedEncoder, unpackable
@@ -212,3 +214,9 @@ def test_what_cannot_run_packed_says_why(root: Path) -> None:
     assert "dropout" in str(unpackable(adapted(folder, dropout=0.1)[1]))
     assert "Linear8bitLt" in str(unpackable(adapted(folder, quantization="int8")[1]))
     assert "llama" in str(unpackable(adapted(tiny_decoder(root / "llama"))[1]))
+    config = json.loads((folder / "config.json").read_text())
+    for said, change in (("activation", {"hidden_act": "relu"}), ("architecture", {"is_decoder": True})):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        base, model = adapted(folder)
+        assert said in str(unpackable(model))
+        assert unpadded.usable(base.model) == (said == "activation"), "there the model's own code computes all but attention"

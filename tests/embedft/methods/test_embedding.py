@@ -29,7 +29,7 @@ def test_an_embedding_adapter_of_any_method_is_published_with_probes_that_pass(b
     assert report.passed, report.reason
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "olora", "relora", "delta_lora", "vera"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "pissa", "olora", "relora", "delta_lora", "vera"])
 def test_packed_training_is_for_what_it_computes_rightly(bases: dict[str, Path], method: str) -> None:
     """A packed encoder knows one pair a layer: where a frozen one joins it, the ordinary forward must serve."""
     from embedft.base import BaseSpec, load_base
@@ -39,4 +39,4 @@ def test_packed_training_is_for_what_it_computes_rightly(bases: dict[str, Path],
 
     base = load_base(BaseSpec(str(bases["embedding"])), task="embedding")
     model = attach(base, AdapterSection(method=method, r=4), task="embedding")
-    assert (unpackable(model) is None) == (method == "lora")
+    assert (unpackable(model) is None) == (method in {"lora", "rslora"})
