@@ -3,16 +3,28 @@
 import csv
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from embedft.embedding.check import check
-from embedft.embedding.data import Examples, RetrievalSet, data_hash, load_data, load_retrieval, make_examples, reduce_to
-from embedft.embedding.pairs import Example
+from embedft.embedding.data import (
+    Examples,
+    RetrievalSet,
+    data_hash,
+    load_data,
+    load_retrieval,
+    make_examples,
+    of_pairs,
+    reduce_to,
+    split_dev,
+)
+from embedft.embedding.pairs import Example, parse
 from embedft.errors import DataError
 from embedft.recipe import EmbeddingData, EmbeddingEval
+from embedft.records import read_records
 from tests.fixtures_embedding import planted_rows, write_beir, write_rows
 
 ROWS = planted_rows(40)
@@ -211,6 +223,86 @@ def test_the_data_hash_changes_with_any_text_or_order_of_rows(tmp_path: Path) ->
     rows = [Example(row["query"], row["document"]) for row in ROWS]
     hashes = {make_examples(rows).hash, make_examples(rows[::-1]).hash, make_examples([*rows[:-1], Example("q", "d")]).hash}
     assert len(hashes) == 3
+
+
+def test_the_data_hash_changes_with_whatever_a_row_teaches_and_with_every_judgement() -> None:
+    taught = Example("q", "d", ("n",), 0.5, (1.0, 0.0), 1.0)
+    changes: list[dict[str, Any]] = [{"query": "r"}, {"document": "e"}, {"negatives": ("m",)}, {"score": 0.6}, {"scores": (1.0, 0.1)}]
+    rows = [taught, *(replace(taught, **change) for change in [*changes, {"weight": 2.0}])]
+    assert len({make_examples([row]).hash for row in rows}) == len(rows)
+    pairs = [Example("a", "x"), Example("b", "y")]
+    judged = of_pairs(pairs, extra_documents=()), of_pairs([*pairs, Example("a", "y")], extra_documents=())
+    examples = make_examples(pairs)
+    assert judged[0].documents == judged[1].documents
+    assert len({data_hash(examples), *(data_hash(examples, one) for one in judged), data_hash(examples, *judged)}) == 4
+
+
+def test_the_same_queries_are_held_out_whatever_the_order_of_the_rows(tmp_path: Path) -> None:
+    one, other = (load(write_rows(tmp_path / f"{i}.jsonl", rows)) for i, rows in enumerate((ROWS, ROWS[::-1])))
+    assert set(one[1].queries.values()) == set(other[1].queries.values())
+    assert set(one[0].rows) == set(other[0].rows)
+    assert set(one[1].documents.values()) == {row["document"] for row in ROWS}, "what is trained on stands in the corpus too"
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_training_never_sees_the_queries_that_choose_the_best_checkpoint(tmp_path: Path, given: bool) -> None:
+    examples = make_examples(Example(row["query"], row["document"]) for row in ROWS)
+    dev = write_rows(tmp_path / "dev.jsonl", ROWS[:7]) if given else None
+    kept, retrieval = split_dev(examples, dev)
+    asked = set(retrieval.queries.values())
+    assert len(asked) == (7 if given else 4)
+    assert {row.query for row in kept.rows} == {row["query"] for row in ROWS} - asked
+    with pytest.raises(DataError, match=r"data\.dev: 1 training rows besides the dev queries; expected at least 2"):
+        split_dev(make_examples(examples.rows[:8]), write_rows(tmp_path / "dev.jsonl", ROWS[:7]))
+
+
+def test_one_row_beside_the_evaluations_is_too_few_to_learn_from(tmp_path: Path) -> None:
+    train, evaluation = write_rows(tmp_path / "a.jsonl", ROWS[:3]), write_rows(tmp_path / "b.jsonl", ROWS[:2])
+    assert "1 usable rows besides the evaluation's queries; expected at least 2" in problems(train, eval=evaluation)[0]
+    assert len(load(train, eval=write_rows(tmp_path / "b.jsonl", ROWS[:1]))[0]) == 2
+
+
+def test_of_a_beir_folder_the_first_pairs_are_trained_on_and_test_goes_before_dev(tmp_path: Path) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=32, test=8))
+    train = (folder / "qrels" / "train.tsv").read_text().splitlines(keepends=True)
+    (folder / "qrels" / "dev.tsv").write_text("".join(train[:3]))
+    data = EmbeddingData(train=str(folder), limit=5)
+    examples, retrieval = load_data(data, EmbeddingEval(), scored=False)
+    assert (len(examples), len(retrieval.queries)) == (5, 8)
+    (folder / "qrels" / "test.tsv").unlink()
+    assert len(load_retrieval(str(folder)).queries) == 2
+
+
+def test_negatives_of_the_evaluations_pairs_are_documents_to_be_told_apart(tmp_path: Path) -> None:
+    retrieval = load_retrieval(write_rows(tmp_path / "a.jsonl", [{"query": "q", "document": "d", "negatives": ["m", "n"]}]))
+    assert set(retrieval.documents.values()) == {"d", "m", "n"}
+    assert sum(map(len, retrieval.relevant.values())) == 1
+
+
+def test_white_space_about_a_text_is_not_part_of_it(tmp_path: Path) -> None:
+    spaced = [{"query": f" {row['query']}\n", "document": f"\t{row['document']} ", "negative": " none  "} for row in ROWS]
+    plain = [row | {"negative": "none"} for row in ROWS]
+    assert load(write_rows(tmp_path / "a.jsonl", spaced)) == load(write_rows(tmp_path / "b.jsonl", plain))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "high", None])
+def test_a_score_that_is_no_finite_number_is_named(tmp_path: Path, value: str | None) -> None:
+    evaluation = write_rows(tmp_path / "test.jsonl", planted_rows(8, start=500))
+    source = write_rows(tmp_path / "a.jsonl", [ROWS[0] | {"score": 1}, ROWS[1] | {"score": value}, ROWS[2] | {"score": "0.5"}])
+    assert problems(source, eval=evaluation, scored=True) == [f"a.jsonl:2: score is {value!r}; expected a number"]
+    twice = write_rows(tmp_path / "b.jsonl", [row | {"score": 1, "label": 1} for row in ROWS])
+    assert "expected exactly one of the columns" in problems(twice, eval=evaluation, scored=True)[0]
+
+
+@pytest.mark.parametrize("scores", [[1.0], [1.0, 0.5, 0.0], [1.0, "nan"], [1.0, None], 1.0])
+def test_a_teacher_scores_the_document_and_each_negative(tmp_path: Path, scores: Any) -> None:
+    rows = [row | {"negative": f"no {i}", "scores": [1.0, 0.5]} for i, row in enumerate(ROWS)]
+    found: list[str] = []
+    for wrong in (rows[3] | {"scores": scores}, ROWS[3] | {"scores": [1.0]}):
+        source = write_rows(tmp_path / "a.jsonl", [*rows[:3], wrong])
+        assert len(list(parse(read_records(source, found), found, scored=False, taught=True))) == 3
+    assert [line.split(": ")[0] for line in found] == ["a.jsonl:4"] * 2
+    assert all("expected 2 numbers: document, then negatives" in line for line in found)
 
 
 def test_what_is_absent_or_unknown_says_what_is_read(tmp_path: Path) -> None:
