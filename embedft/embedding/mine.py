@@ -265,7 +265,7 @@ def _rows(
 
 def _fill(query: _Query, documents: Sequence[str], picked: Sequence[int], mining: Mining, *, own: Sequence[str]) -> list[int]:
     """Documents drawn at random, always the same for a query, so that every row has as many negatives."""
-    missing, taken = mining.negatives - len(picked), {*picked, *query.answers, *query.doubtful}
+    missing, taken = mining.negatives - len(picked), {*picked, *query.answers}
     if missing <= 0:
         return []
     said = [shingles(documents[row]) for row in query.answers]

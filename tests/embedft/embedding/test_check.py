@@ -87,6 +87,12 @@ def test_swapped_columns_are_seen_by_their_lengths_and_swapped_back(tmp_path: Pa
     assert kept == rows
 
 
+def test_queries_somewhat_longer_than_their_documents_are_no_swapped_columns(tmp_path: Path) -> None:
+    rows = [{"query": row["query"], "document": row["query"][: round(len(row["query"]) / 1.75)]} for row in clean_rows()]
+    assert all(1.5 * len(row["document"]) < len(row["query"]) < 2 * len(row["document"]) for row in rows)
+    assert check(write_rows(tmp_path / "rows.jsonl", rows)).clean
+
+
 def test_a_label_column_is_told_and_irrelevant_rows_go(tmp_path: Path) -> None:
     rows = clean_rows()
     report, kept = fixed(tmp_path, [row | {"label": int(i > 5)} for i, row in enumerate(rows)])
@@ -134,6 +140,7 @@ def test_texts_beyond_the_limit_are_told_and_stay(tmp_path: Path) -> None:
     assert found(report, "long_document").count == 1
     assert "402 tokens" in found(report, "long_document").examples[0]
     assert len(kept) == len(rows)
+    assert check(str(tmp_path / "rows.jsonl"), max_length=402).clean, "402 tokens are read to their end"
 
 
 def test_a_negative_that_answers_the_query_elsewhere_is_taken_out(tmp_path: Path) -> None:
@@ -212,6 +219,15 @@ def test_a_beir_folder_is_checked_against_its_own_test_split_and_copied_clean(tm
     assert "q1\td1\t1" not in kept
     assert len(kept) == report.kept
     assert (tmp_path / "fixed" / "qrels" / "test.tsv").read_text() == (folder / "qrels" / "test.tsv").read_text()
+
+
+def test_a_beir_folder_with_a_dev_split_alone_is_checked_against_that(tmp_path: Path) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=40, test=12))
+    (folder / "qrels" / "test.tsv").rename(folder / "qrels" / "dev.tsv")
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    queries[1]["text"] = queries[45]["text"]
+    write_rows(folder / "queries.jsonl", queries)
+    assert "q1/d1" in found(check(str(folder)), "leakage").examples[0]
 
 
 def test_of_a_beir_folder_no_more_is_promised_and_changed_than_its_judgements(tmp_path: Path) -> None:

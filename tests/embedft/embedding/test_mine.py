@@ -90,16 +90,29 @@ def test_the_margins_keep_out_what_scores_too_near(tmp_path: Path) -> None:
     wide, rows, _ = mined(source, tmp_path, mining={"relative": 0.3})
     (tmp_path / "mined.jsonl").unlink()
     (tmp_path / "review.jsonl").unlink()
-    narrow, _, _ = mined(source, tmp_path, mining={"relative": 0.0, "absolute": 0.02})
+    narrow, others, _ = mined(source, tmp_path, mining={"relative": 0.0, "absolute": 0.1})
     assert wide.kept_out["scores too near to the answer"] > narrow.kept_out.get("scores too near to the answer", 0)
     from embedft.base import BaseSpec, base_folder, load_model
     from embedft.encode import Encoder, EncodeSettings
 
     folder = base_folder(BaseSpec("minilm"))
     encoder = Encoder(load_model(folder, task="embedding"), folder, EncodeSettings("mean", True, 64))
-    for row in (row for row in rows if row["negatives"]):
-        query, document, *negatives = encoder.encode([row["query"], row["document"], *row["negatives"]])
-        assert max(query @ negative for negative in negatives) <= 0.7 * (query @ document) + 1e-5
+    for found, most in ((rows, lambda best: 0.7 * best), (others, lambda best: best - 0.1)):
+        for row in found:
+            query, document, *negatives = encoder.encode([row["query"], row["document"], *row["negatives"]])
+            assert max(query @ negative for negative in negatives) <= most(query @ document) + 1e-5
+
+
+def test_what_the_rankers_leave_open_is_drawn_at_random_and_the_same_every_time(tmp_path: Path) -> None:
+    source, made = beir(tmp_path / "beir"), list[list[dict[str, Any]]]()
+    for seed in (7, 7, 8):
+        report, rows, _ = mined(source, tmp_path, mining={"depth": 1, "relative": 0.0, "seed": seed})
+        assert report.filled >= 2 * len(FRUITS), "a ranker lists no more than its depth"
+        assert report.negatives == 3 * len(FRUITS)
+        made.append(rows)
+        for name in ("mined.jsonl", "review.jsonl"):
+            (tmp_path / name).unlink()
+    assert made[0] == made[1] != made[2]
 
 
 def test_too_small_a_corpus_gives_fewer_and_says_so(tmp_path: Path) -> None:

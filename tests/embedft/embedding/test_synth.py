@@ -194,6 +194,59 @@ def test_what_was_paid_for_survives_any_line_separator_and_a_kill_inside_a_chara
     assert len({row["document"] for row in map(json.loads, out.read_bytes().split(b"\n")[:-1])}) == len(FACTS)
 
 
+def test_each_passages_queries_are_in_the_file_before_the_next_is_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in a buffer, which goes with a process that is killed."""
+    from embedft.embedding import synth as module
+
+    lines, from_text, parts = list[int](), module.from_text, tmp_path / "out.jsonl.parts"
+
+    def watched(synth: Synth) -> Any:
+        generate = from_text(synth)
+        return lambda passage: lines.append(len(parts.read_text().splitlines())) or generate(passage)
+
+    monkeypatch.setattr(module, "from_text", watched)
+    synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=Synth(), base=None)
+    assert lines == [1, 2, 3, 4]
+
+
+def test_what_was_made_of_another_text_is_not_gone_on_with(tmp_path: Path, server: Server) -> None:
+    settings, out = Synth(generator=server.url, model="m"), tmp_path / "out.jsonl"
+    server.broken = 3
+    source = corpus(tmp_path)
+    with pytest.raises(EngineFailed):
+        synthesize(source, out, synth=settings, base=None)
+    content = Path(source).read_text()
+    for before, after in (("Bleed it", "Drain it"), ("Violin care", "Care of violins"), ('"d3"', '"d4"')):
+        Path(source).write_text(content.replace(before, after))
+        with pytest.raises(DataError, match="another corpus"):
+            synthesize(source, out, synth=settings, base=None)
+
+
+def test_a_server_is_asked_as_the_settings_say(tmp_path: Path, server: Server) -> None:
+    settings = Synth(generator=server.url, count=3, seed=11, temperature=0.2, max_characters=20, prompt="{passage}")
+    synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=settings, base=None)
+    for asked in server.asked:
+        assert (asked["seed"], asked["temperature"], asked["max_tokens"]) == (11, 0.2, 3 * 64)
+        assert len(asked["messages"][0]["content"]) == 20
+
+
+def test_a_server_that_stays_away_is_asked_five_times_and_no_more(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    server.broken, server.status = 1, 503
+    with pytest.raises(EngineFailed, match="503"):
+        synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=Synth(generator=server.url), base=None)
+    assert len(server.asked) == 5
+    assert slept == [0.5, 1.0, 2.0, 4.0]
+
+
+def test_a_passage_does_not_outdo_the_document_that_was_made_of_it(tmp_path: Path) -> None:
+    """The passage still holds the words that became the query: were it a rival, nothing would be found again."""
+    source = corpus(tmp_path)
+    alone = synthesize(source, tmp_path / "out.jsonl", synth=Synth(count=1, top=1))
+    assert (alone.made, alone.lost) == (4, 0)
+
+
 def test_a_server_that_is_busy_is_asked_again(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: setattr(server, "broken", None))
     server.broken, server.status = 1, 503
