@@ -7,7 +7,7 @@ import pytest
 
 from embedft.base import BaseSpec, load_base, load_model
 from embedft.embedding.data import RetrievalSet, load_retrieval
-from embedft.embedding.evaluate import METRICS, Towers, bm25_baseline, bm25_top, compare_towers, evaluate_retrieval, fuse, score
+from embedft.embedding.evaluate import METRICS, Towers, bm25_baseline, bm25_top, compare_towers, evaluate_retrieval, fuse, rank, score
 from embedft.embedding.proof import comparison
 from embedft.encode import Encoder, EncodeSettings
 from embedft.methods import attach
@@ -53,6 +53,25 @@ def test_only_the_first_ten_places_count() -> None:
     assert score(data, [[str(i) for i in range(12)]]).metrics["hit@10"] == 0.0
 
 
+def test_of_more_relevant_documents_than_places_the_best_that_fit_are_the_ideal() -> None:
+    grades = {str(i): 1 + i % 2 for i in range(24)}
+    data = RetrievalSet({"a": "x"}, dict.fromkeys(grades, ""), {"a": grades}, "")
+    best = sorted(grades, key=lambda name: -grades[name])
+    assert score(data, [best]).metrics["ndcg@10"] == pytest.approx(1.0)
+    assert score(data, [best[::-1]]).metrics["ndcg@10"] == pytest.approx(0.5)
+    assert score(data, [best]).metrics["recall@10"] == pytest.approx(10 / 24)
+
+
+def test_vectors_that_are_not_normalised_are_ranked_by_their_direction() -> None:
+    queries, documents = np.array([[3.0, 0.0]], np.float32), np.array([[90.0, 90.0], [0.1, 0.01], [0.0, 0.0]], np.float32)
+    assert rank(queries, documents, ["far", "near", "nothing"]) == [["near", "far", "nothing"]]
+
+
+def test_what_two_rankings_put_alike_is_fused_in_the_order_of_the_ids() -> None:
+    data = RetrievalSet({"a": "x"}, dict.fromkeys("12", ""), {"a": {"2": 1}}, "")
+    assert fuse(data, score(data, [["2"]]), score(data, [["1"]])).ranked == (("1", "2"),)
+
+
 def test_bm25_finds_shared_words_and_gives_no_rank_to_documents_without_any() -> None:
     documents = {"1": "read_csv parses a table", "2": "the moon", "3": "write a file"}
     data = RetrievalSet({"a": "csv table", "b": "zebra"}, documents, {"a": {"1": 1}, "b": {"2": 1}}, "")
@@ -93,6 +112,10 @@ def test_a_comparison_holds_three_rows_and_the_interval_of_the_gain(tmp_path: Pa
     towers = Towers({"base": worst, "bm25": bm25, "adapter": best, "fused": fuse(data, bm25, best)}, {})
     made = comparison(towers, data, metric="mrr@10")
     assert made["gain_ci95"] == [1.0, 1.0]
+    for pair, interval in made["intervals"].items():
+        one, other = (towers.results[name].metrics["mrr@10"] for name in pair.split(" - "))
+        assert interval[0] <= one - other <= interval[1]
+    assert set(made["intervals"]) == {"adapter - base", "adapter - bm25", "base - bm25", "fused - bm25"}
     assert made["queries"] == 32
     assert made["base"]["mrr@10"] == 0.0
     assert made["adapter"]["ndcg@10"] == 1.0
