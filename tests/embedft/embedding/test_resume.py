@@ -154,7 +154,11 @@ def test_a_run_goes_on_only_under_the_versions_that_it_began_with(make: Make, tm
     (run.folder / "checkpoint-3" / "complete").touch()
     assert open_run(make(), resume=True, **options).checkpoint == run.folder / "checkpoint-3"
     facts = json.loads((run.folder / "run.json").read_text())
-    for name in ("torch", "transformers", "peft", "tokenizers", "bitsandbytes", "sentence-transformers", "dtype"):
+    for what in ("data_hash", "base_fingerprint"):
+        with pytest.raises(ResumeRefused, match=f"the {what.partition('_')[0]} changed"):
+            open_run(make(), resume=True, **options | {what: "another"})
+    versions = ("embedft", "torch", "transformers", "peft", "tokenizers", "bitsandbytes", "sentence-transformers")
+    for name in (*versions, "dtype", "device", "threads", "processor", "attention", "gelu"):
         changed = facts | {"machine": facts["machine"] | {name: "0.1"}}
         (run.folder / "run.json").write_text(json.dumps(changed))
         with pytest.raises(ResumeRefused, match=f"the run's {name} was '0.1', is now"):

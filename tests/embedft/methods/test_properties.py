@@ -53,6 +53,16 @@ def test_lora_plus_learns_b_sixteen_times_as_fast(llama: Path, tmp_path: Path) -
     assert rates["lora_B"].pop() == pytest.approx(16 * rates["lora_A"].pop())
 
 
+@pytest.mark.parametrize("method", ["lora", "lora_plus", "lora_fa"])
+def test_every_methods_optimizer_decays_and_learns_as_the_recipe_says(llama: Path, tmp_path: Path, method: str) -> None:
+    made = cell(tmp_path, llama, "causal_lm", method, "none", weight_decay=0.125, lr=0.25, max_steps=1)
+    trained(made)
+    groups = [group for group in made.trainer.optimizer.param_groups if group["params"]]
+    assert groups
+    assert {group["weight_decay"] for group in groups} == {0.125}
+    assert min(group["lr"] for group in groups) == 0.25
+
+
 def test_vera_shares_a_and_b_and_trains_only_vectors(llama: Path, tmp_path: Path) -> None:
     import torch
 

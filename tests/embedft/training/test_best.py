@@ -56,3 +56,17 @@ def test_a_run_without_a_finite_score_ends_after_its_patience_and_says_so(tmp_pa
     assert len(json.loads((tmp_path / "best" / "history.json").read_text())) == 4
     with pytest.raises(AdapterInvalid, match="none of its 4 evaluations gave a finite score"):
         best.restore(name="a")
+
+
+def test_what_was_measured_after_the_checkpoint_is_forgotten_and_a_run_begun_afresh_knows_nothing(tmp_path: Path) -> None:
+    """A run that was killed after its fourth evaluation goes on from its second step: it will measure the third and fourth again."""
+    trainer, first = run(tmp_path, [0.1, 0.2, 0.9, 0.3])
+    assert first.best == (3, 0.9)
+    for step, known in ((2, [(1, 0.1), (2, 0.2)]), (0, [])):
+        again = BestCheckpoint(trainer, tmp_path, lambda: 0.5, every=1, patience=None)
+        again.on_train_begin(None, SimpleNamespace(global_step=step), None)
+        assert again.history == known
+    again.on_train_begin(None, SimpleNamespace(global_step=2), None)
+    trainer.step = 3
+    again.on_step_end(None, SimpleNamespace(global_step=3, max_steps=4), SimpleNamespace(should_training_stop=False))
+    assert (again.restore(name="a")["score"], trainer.loaded) == (0.5, 3)

@@ -51,7 +51,8 @@ def test_trainable_counts_a_packed_weight_by_its_elements() -> None:
 def test_settings_reach_transformers_in_its_own_terms(tmp_path: Any) -> None:
     from transformers import TrainingArguments
 
-    train = TrainSection(epochs=3, batch=8, accumulate=2, lr=1e-3, warmup=0.1, schedule="constant", checkpoint_every=7)
+    train = TrainSection(epochs=3, batch=8, accumulate=2, lr=1e-3, warmup=0.1, schedule="constant", checkpoint_every=7, seed=8)
+    train = train.model_copy(update={"weight_decay": 0.1, "max_grad_norm": 0.3})
     steps = steps_an_epoch(100, train)
     assert steps == 7  # 13 batches, two a step
     arguments = TrainingArguments(**hf_arguments(train, output_dir=tmp_path, steps_per_epoch=steps))
@@ -59,7 +60,9 @@ def test_settings_reach_transformers_in_its_own_terms(tmp_path: Any) -> None:
     assert (arguments.save_steps, str(arguments.save_strategy.value)) == (7, "steps")
     assert arguments.lr_scheduler_type.value == "constant_with_warmup"
     assert arguments.report_to == []
-    assert arguments.data_seed == arguments.seed == 7
+    assert arguments.data_seed == arguments.seed == 8
+    assert (arguments.learning_rate, arguments.weight_decay, arguments.max_grad_norm) == (1e-3, 0.1, 0.3)
+    assert (arguments.num_train_epochs, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (3, 8, 2)
 
 
 def test_progress_goes_to_stderr_with_loss_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from embedft.files import hold
 from embedft.training import interrupt
 from embedft.training.measure import AdapterResult
 from embedft.training.progress import ProgressETA
-from embedft.training.run import last_checkpoint, open_run
+from embedft.training.run import COMPLETE, Run, last_checkpoint, open_run
 from tests.fixtures_lm import planted_recipe, planted_rows, tiny_llama, write_jsonl
 
 STEPS = {"epochs": 2, "batch": 24, "checkpoint_every": 4}  # 10 steps an epoch
@@ -71,6 +73,46 @@ def test_a_run_that_was_set_aside_by_an_accidental_start_is_named_when_there_is_
     (kept / "complete").touch()
     with pytest.raises(ResumeRefused, match=rf"{recipe.name}~1 \(checkpoint-11\); move one to "):
         open_run(recipe, root=root, data_hash="d", base_fingerprint="b", resume=True)
+
+
+def test_the_last_checkpoint_is_the_one_of_most_steps_that_is_whole(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for step in (4, 13, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 100:
+            (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-13"
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_counts_and_only_then_the_one_before_it_goes(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, Path]] = []
+    fsync, touch, rmtree = os.fsync, Path.touch, shutil.rmtree
+
+    def noted(descriptor: int) -> None:
+        done.append(("kept", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "touch", lambda path: done.append(("made", path)) or touch(path))
+    monkeypatch.setattr(interrupt.shutil, "rmtree", lambda path, **how: done.append(("gone", Path(path))) or rmtree(path, **how))
+    monkeypatch.setattr("embedft.causal_lm.train.publish", lambda *_, **__: None)
+    monkeypatch.setattr(Run, "ending", lambda _: nullcontext())
+    train(recipe_in(tmp_path, base, max_steps=8), store=AdapterStore(tmp_path / "store"), progress=False)
+    first, last = (tmp_path / "store" / ".training" / "colours-nf4" / f"checkpoint-{step}" for step in (4, 8))
+    assert [path.name for path in last.parent.glob("checkpoint-*")] == [last.name]
+    counts = done.index(("made", last / COMPLETE))
+    before = {path for step, path in done[:counts] if step == "kept"}
+    assert before >= {path for path in last.iterdir() if path.name != COMPLETE}
+    assert counts < done.index(("kept", last)) < done.index(("gone", first))
+
+
+def test_a_second_signal_ends_at_once(base: Path, tmp_path: Path) -> None:
+    with interrupt.InterruptGuard(Run(tmp_path, None, "")):
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def recipe_in(folder: Path, base: Path, **settings: Any) -> Any:

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -9,9 +11,21 @@ def test_the_interval_is_that_of_the_mean_difference() -> None:
     base = generator.normal(size=400)
     adapted = base + generator.normal(0.3, 0.5, size=400)
     low, high = paired_bootstrap(base, adapted)
-    mean, error = float((adapted - base).mean()), 0.5 / np.sqrt(400)
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.012)
-    assert high == pytest.approx(mean + 1.96 * error, abs=0.012)
+    mean, error = float((adapted - base).mean()), float((adapted - base).std()) / np.sqrt(400)
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)  # 90 % would be 1.64, 99 % 2.58
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+
+
+def test_the_interval_of_many_queries_is_taken_in_bounded_memory() -> None:
+    base = np.zeros(200_000)
+    tracemalloc.start()
+    try:
+        low, high = paired_bootstrap(base, base + np.arange(200_000) % 2, resamples=100)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0.49 < low < 0.5 < high < 0.51
+    assert peak < 128 << 20  # 320 MB at once
 
 
 def test_pairs_are_kept_together() -> None:
