@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from embedft.causal_lm.data import Message, data_hash, read_rows
-from embedft.causal_lm.train import read_split
+from embedft.causal_lm.data import Message, Row, data_hash, read_rows
+from embedft.causal_lm.train import Split, read_split
 from embedft.errors import DataError
 from embedft.recipe import parse_recipe
 from tests.fixtures_lm import write_jsonl
@@ -98,6 +98,19 @@ def test_the_data_hash_changes_with_any_text_and_with_the_split(tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps(PAIR | {"completion": "five"}) + "\n")
     rows = read_rows(str(tmp_path / "a.jsonl"))
     assert len({data_hash(rows), data_hash(rows[:1]), data_hash(rows[:1], rows[1:]), data_hash(rows[::-1])}) == 4
+
+
+def test_the_hash_of_a_run_is_of_its_validation_rows_too() -> None:
+    rows = [Row(str(i), (Message("user", "a"), Message("assistant", f"{i}"))) for i in range(3)]
+    splits = Split(rows, []), Split(rows, rows[:1]), Split(rows, [], rows[:1]), Split(rows, [], rows[1:])
+    assert len({split.hash for split in splits}) == 4
+
+
+def test_rows_have_ids_of_their_own_and_no_more_are_read_than_asked_for(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [PAIR | {"id": name} for name in ("x", "y", "x")])
+    assert [row.id for row in read_rows(str(path))] == ["0", "1", "2"], "one id twice names no row"
+    assert [row.id for row in read_rows(str(path), limit=2)] == ["x", "y"]
+    assert len(read_rows(str(path), limit=3)) == 3
 
 
 def test_further_references_are_read_and_change_the_data_hash(tmp_path: Path) -> None:

@@ -110,6 +110,26 @@ def test_prompt_and_answer_stay_within_the_bases_positions(tiny_base: Path, monk
     assert bits[1] / len(rows[1].answer) < made.scores["bits_per_character"][1] < bits[1]
 
 
+def test_of_a_prompt_that_is_too_long_its_end_is_kept_where_the_question_stands(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    template, seen = template_of(base.tokenizer), list[list[int]]()
+    forward = base.model.forward
+    monkeypatch.setattr(base.model, "forward", lambda *a, **named: seen.append(named["input_ids"][0].tolist()) or forward(*a, **named))
+    row = Row("0", (Message("user", "find the note " * 20 + "what does red mean?"), Message("assistant", "stop")))
+    greedy(base.model, template, [row], max_new_tokens=1, batch=1, max_length=9)
+    answer_bits(base.model, template, [row], batch=1, max_length=9)
+    end = template.prompt_ids(row)[-9:]
+    assert seen == [end, end + template.answer_ids(row)]
+
+
+def test_bits_a_character_are_of_the_answers_own_characters(tiny_base: Path) -> None:
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    template = template_of(base.tokenizer)
+    bits = answer_bits(base.model, template, ROWS, batch=3, max_length=512)
+    made = evaluate_generation(base.model, template, ROWS, max_new_tokens=1)
+    assert made.scores["bits_per_character"].tolist() == pytest.approx([value / len("stop") for value in bits])
+
+
 def test_a_gain_is_positive_where_fewer_bits_are_better(tiny_base: Path) -> None:
     base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
     template = template_of(base.tokenizer)

@@ -1,15 +1,21 @@
 import json
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from embedft.adapters.passport import BaseIdentity
+from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, base_folder, load_model
 from embedft.causal_lm.evaluate import evaluate_adapter
-from embedft.causal_lm.train import train
+from embedft.causal_lm.train import read_split, train
 from embedft.errors import DataError
-from embedft.training.measure import DryRunReport
+from embedft.model_folder import describe, own_template, template_hash
+from embedft.recipe_file import load_recipe
+from embedft.training.measure import AdapterResult, DryRunReport
 from embedft.verify import verify
 from tests.fixtures_lm import planted_recipe, planted_rows, write_jsonl
 
@@ -42,9 +48,36 @@ def test_the_adapter_folder_is_whole_and_names_no_machine_path(trained: Any, tin
     rows = [json.loads(line) for line in (folder / "eval" / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 36
     assert np.mean([row["adapter"]["exact_match"] for row in rows]) == pytest.approx(result.metrics["adapter"]["exact_match"])
-    assert "expected" not in rows[0]  # texts only when asked
+    assert [path.name for path in (folder / "eval").iterdir()] == ["rows.jsonl"], "texts only when asked"
     assert store.names() == {recipe.name: result.generation}
     assert not list((store.root / ".training").glob("*"))
+
+
+def test_the_passport_says_what_it_was_trained_on_and_how(trained: Any, tiny_base: Path) -> None:
+    result, recipe, store = trained("nf4")
+    passport = store.passport(recipe.name)
+    base, source = describe(base_folder(BaseSpec(recipe.base.model, "nf4"))), describe(tiny_base)
+    assert passport.base == BaseIdentity(model="tiny", quantization="nf4", fingerprint=base.fingerprint, parent=source.fingerprint)
+    assert (passport.task, passport.method, passport.r, passport.alpha, passport.max_length) == ("causal_lm", "lora", 16, 32, 64)
+    assert passport.template_hash == template_hash(own_template(tiny_base))
+    assert (passport.data_hash, passport.recipe_hash) == (read_split(recipe).hash, recipe.digest())
+    assert passport.metrics == result.metrics
+    assert passport.versions == {name: version(name) for name in ("torch", "transformers", "peft")}
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(passport.created)).total_seconds()) < 3600
+    assert load_recipe(Path(result.path) / "recipe.yaml").train == recipe.train
+
+
+def test_the_same_seed_gives_the_same_adapter_whatever_was_drawn_before_and_another_seed_another(tiny_base: Path, tmp_path: Path) -> None:
+    import torch
+
+    made: list[str] = []
+    for number, seed in enumerate((7, 7, 8)):
+        torch.manual_seed(number)
+        recipe = planted_recipe(tmp_path, tiny_base, test_rows=0, train={"max_steps": 2, "seed": seed})
+        result = train(recipe, store=AdapterStore(tmp_path / str(number)), progress=False)
+        assert isinstance(result, AdapterResult)
+        made.append(result.generation)
+    assert made[0] == made[1] != made[2]
 
 
 def test_its_probes_pass_on_a_base_loaded_afresh_and_notice_every_module_type(trained: Any) -> None:
@@ -99,18 +132,22 @@ def test_an_evaluation_writes_as_long_as_the_recipe_said(trained: Any, tmp_path:
 
 def test_rows_that_leave_no_room_for_an_answer_are_told_of(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from embedft.causal_lm.template import template_of
-    from embedft.causal_lm.train import read_split, tokenized
+    from embedft.causal_lm.train import tokenized
     from tests.fixtures_lm import tiny_tokenizer
 
     recipe = planted_recipe(tmp_path, tiny_base)
     write_jsonl(tmp_path / "train.jsonl", [*planted_rows(20), {"prompt": "red " * 100, "completion": "stop"}])
     assert len(tokenized(read_split(recipe).train, template_of(tiny_tokenizer()), recipe)) == 20
     assert "1 of 21 prompts fill all 64 tokens" in capsys.readouterr().err
+    rows = [*planted_rows(18), *[{"prompt": "red " * 100, "completion": "stop"}] * 2]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    assert len(tokenized(read_split(recipe).train, template_of(tiny_tokenizer()), recipe)) == 18, "a tenth"
+    write_jsonl(tmp_path / "train.jsonl", rows[1:])
+    with pytest.raises(DataError, match="2 of 19 prompts fill all 64 tokens"):
+        tokenized(read_split(recipe).train, template_of(tiny_tokenizer()), recipe)
 
 
 def test_a_dry_run_reports_its_cost_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
-    from embedft.adapters.store import AdapterStore
-
     recipe, store = planted_recipe(tmp_path, tiny_base), AdapterStore(tmp_path / "store")
     report = train(recipe, store=store, dry_run=True)
     assert isinstance(report, DryRunReport)
@@ -122,8 +159,6 @@ def test_a_dry_run_reports_its_cost_and_leaves_nothing(tiny_base: Path, tmp_path
 
 
 def test_bad_rows_of_both_files_are_named_before_any_model_loads(tmp_path: Path) -> None:
-    from embedft.adapters.store import AdapterStore
-
     recipe = planted_recipe(tmp_path, tmp_path / "no-such-base")
     write_jsonl(tmp_path / "train.jsonl", [*planted_rows(1), {"prompt": "x"}])
     write_jsonl(tmp_path / "test.jsonl", [*planted_rows(2), {"prompt": 3, "completion": "y"}])
@@ -133,8 +168,6 @@ def test_bad_rows_of_both_files_are_named_before_any_model_loads(tmp_path: Path)
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_refused(tiny_base: Path, tmp_path: Path) -> None:
-    from embedft.adapters.store import AdapterStore
-
     recipe = planted_recipe(tmp_path, tiny_base, train={"max_length": 4})
     with pytest.raises(DataError, match=r"raise train\.max_length"):
         train(recipe, store=AdapterStore(tmp_path / "store"))

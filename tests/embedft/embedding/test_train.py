@@ -135,6 +135,32 @@ def test_a_query_only_adapter_leaves_documents_to_the_base(make: Make, bases: di
     assert again["adapter"]["ndcg@10"] == pytest.approx(result.metrics["adapter"]["ndcg@10"])  # type: ignore[index]
 
 
+def test_the_passport_says_what_it_was_trained_on_and_how(make: Make, bases: dict[str, str], store: AdapterStore, root: Path) -> None:
+    from embedft.embedding.data import data_hash, load_data
+    from embedft.model_folder import describe
+
+    hashes = set[str | None]()
+    for part in (None, 0, 16):
+        dev = {} if part is None else {"dev": write_rows(root / "own-dev.jsonl", planted_rows(8, start=2000 + part))}
+        settings = {"max_steps": 2} | ({"evaluate_every": 2} if dev else {})
+        recipe = make(data=dev, train=settings, adapter={"side": "query"}, loss={"dimensions": [16, 32, 16]})
+        passport = store.passport(trained(recipe, store).generation)
+        hashes.add(passport.data_hash)
+    assert len(hashes) == 3, "who chose the best step is part of the data"
+    data = load_data(recipe.data, recipe.eval, scored=False)
+    assert data_hash(*data) in hashes
+    assert (passport.dimensions, passport.side, passport.recipe_hash) == ((64, 32, 16), "query", recipe.digest())
+    assert passport.base.fingerprint == describe(Path(bases["mean"])).fingerprint
+
+
+def test_the_same_seed_gives_the_same_adapter_whatever_was_drawn_before_and_another_seed_another(make: Make, tmp_path: Path) -> None:
+    made: list[str] = []
+    for number, seed in enumerate((7, 7, 8)):
+        torch.manual_seed(number)
+        made.append(trained(make(train={"max_steps": 2, "seed": seed}), AdapterStore(tmp_path / str(number))).generation)
+    assert made[0] == made[1] != made[2]
+
+
 def test_a_published_adapter_scores_the_same_when_evaluated_again(make: Make, bases: dict[str, str], store: AdapterStore) -> None:
     recipe = make(train={"epochs": 1})
     result = trained(recipe, store)
