@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from embedft.methods import attach, save_weights
+from embedft.methods import METHODS, attach, save_weights
 from embedft.methods.companion import lora_layers, plain_pairs
 from embedft.methods.starts import dequantized, original_weights
 from tests.embedft.methods.cells import STEPS, cell, trained, weights
+from tests.fixtures_lm import tiny_llama
 
 
 def rank_of(delta: Any) -> int:
@@ -175,6 +176,92 @@ def test_relora_drops_most_of_the_optimizers_memory_at_a_restart(llama: Path, tm
     assert seen[0] > 0.4
     assert seen[1] < 0.02
     assert seen[2] > 0.4
+
+
+def test_relora_warms_up_again_after_a_restart(llama: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    rates: list[float] = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+    made = cell(tmp_path, llama, "causal_lm", "relora", "none", lr=0.03, max_steps=8, options={"restarts": 1, "warm": 2})
+    made.trainer.add_callback(Look())
+    trained(made)
+    assert rates == pytest.approx([0.03] * 4 + [0.01, 0.02, 0.03, 0.03])
+
+
+CONFIGURED: list[tuple[str, str, Any, str]] = [
+    ("vera", "seed", 5, "projection_prng_key"),
+    ("vera", "d_initial", 0.25, "d_initial"),
+    ("adalora", "init_r", 7, "init_r"),
+    ("adalora", "every", 3, "deltaT"),
+    ("lokr", "decompose_both", True, "decompose_both"),
+    ("prefix_tuning", "projection", True, "prefix_projection"),
+    ("p_tuning", "hidden_size", 24, "encoder_hidden_size"),
+    ("prompt_tuning", "text", "red", "prompt_tuning_init_text"),
+    ("multitask_prompt_tuning", "ranks", 3, "num_ranks"),
+    ("llama_adapter", "layers", 1, "adapter_layers"),
+]
+USED_ELSEWHERE = {  # in training, or where the adapter begins
+    *(("adalora", name) for name in ("warm", "settle", "orthogonal")),
+    *(("relora", name) for name in ("restarts", "prune", "warm")),
+    *(("delta_lora", name) for name in ("ratio", "begin")),
+    *(("pissa", "iterations"), ("eva", "rho"), ("lora_plus", "ratio"), ("prefix_tuning", "hidden_size")),
+}
+
+
+def test_an_option_that_is_new_in_the_table_is_missed_here() -> None:
+    known = {(row.name, name) for row in METHODS.values() for name in row.options}
+    assert known == {(method, name) for method, name, _, _ in CONFIGURED} | USED_ELSEWHERE
+
+
+@pytest.mark.parametrize(("method", "name", "value", "field"), CONFIGURED)
+def test_an_option_reaches_peft(llama: Path, tmp_path: Path, method: str, name: str, value: Any, field: str) -> None:
+    base = tiny_llama(tmp_path / "deep", layers=3) if method == "llama_adapter" else llama
+    given, plain = (
+        cell(tmp_path, base, "causal_lm", method, "none", options=options).model.peft_config["default"] for options in ({name: value}, {})
+    )
+    assert getattr(given, field) == value != getattr(plain, field)
+
+
+def test_a_projected_prefix_and_prompts_by_a_network_are_as_wide_as_asked(llama: Path, tmp_path: Path) -> None:
+    options = {"projection": True, "hidden_size": 24}
+    prefix = cell(tmp_path, llama, "causal_lm", "prefix_tuning", "none", options=options).model.prompt_encoder["default"]
+    assert prefix.transform[0].out_features == 24
+    network = cell(tmp_path, llama, "causal_lm", "p_tuning", "none", options={"hidden_size": 24}).model.prompt_encoder["default"]
+    assert network.mlp_head[0].out_features == 24
+
+
+def test_a_prompt_begins_as_the_text_that_was_given(llama: Path, tmp_path: Path) -> None:
+    import torch
+
+    made = cell(tmp_path, llama, "causal_lm", "prompt_tuning", "none", options={"text": "red mean"})
+    ids = made.base.tokenizer("red mean", add_special_tokens=False)["input_ids"]
+    words = made.base.model.get_input_embeddings()(torch.tensor((ids * 4)[:4]))
+    assert torch.equal(made.model.get_prompt(batch_size=1)[0], words)
+
+
+def test_pissas_iterations_look_for_its_directions_by_chance_and_find_nearly_the_same(llama: Path, tmp_path: Path) -> None:
+    import torch
+
+    def products(iterations: int, seed: int) -> list[Any]:
+        from embedft.base import BaseSpec, load_base
+        from embedft.recipe import AdapterSection
+
+        torch.manual_seed(seed)
+        section = AdapterSection(method="pissa", r=4, options={"iterations": iterations})
+        model: Any = attach(load_base(BaseSpec(str(llama)), task="causal_lm"), section, task="causal_lm")
+        return [layer.lora_B["default"].weight @ layer.lora_A["default"].weight for _, layer in lora_layers(model)]
+
+    exact, again = products(0, 1), products(0, 2)
+    one, other = products(4, 1), products(4, 2)
+    assert all(torch.equal(*pair) for pair in zip(exact, again, strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    for near, true in zip(one, exact, strict=True):
+        assert float(near.norm()) == pytest.approx(float(true.norm()), rel=0.1)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
