@@ -150,10 +150,14 @@ def read_csv(path: Path, problems: list[str]) -> Iterator[Record]:
             return
         reader = csv.DictReader(chain([header], lines), strict=True)  # else a quote left open swallows the rest of the file
         try:
+            names = reader.fieldnames or ()
+            if twice := next((name for place, name in enumerate(names) if name and name in names[:place]), None):
+                problems.append(f"{path.name}:1: two columns are named {twice!r}; expected a name for each: rename or drop one")
+                return
             for values in reader:
                 where = f"{path.name}:{reader.line_num}"
                 if None in values or None in values.values():
-                    problems.append(f"{where}: not as many fields as the header has; expected {len(reader.fieldnames or ())}")
+                    problems.append(f"{where}: not as many fields as the header has; expected {len(names)}")
                 else:
                     yield Record(where, values)
         except csv.Error as error:

@@ -71,6 +71,7 @@ def test_a_long_field_is_read(tmp_path: Path) -> None:
         ("a.jsonl", b'{"query": "x"\n', "a.jsonl:1: not JSON (Expecting ',' delimiter at column 14)"),
         ("a.csv", b"query;document\na;b, c\nd;e, f\n", "a.csv: its fields are delimited by a semicolon; expected a comma"),
         ("a.csv", b'"query"\t"document"\n"a, b"\t"c"\n', "a.csv: its fields are delimited by a tab; expected a comma"),
+        ("a.csv", b"query,answer,answer\na,b,c\n", "a.csv:1: two columns are named 'answer'; expected a name for each"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: stops being readable"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}', mtime=0)[:10] + b"\xff" * 20, "a.jsonl.gz: stops being readable"),
         ("a.parquet", b"no parquet", "a.parquet: not a Parquet file"),
