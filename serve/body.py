@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from embedft.errors import InputInvalid
 from serve.errors import BodySlow, BodyTooLarge, MediaTypeUnsupported
+from serve.fields import place, told
 from serve.leaving import ClientGone
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -92,9 +93,9 @@ def validated(schema: type[Schema], content: Any) -> Schema:
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)
         of_one = [fault for fault in found if fault["loc"][:1] == found[0]["loc"][:1]]
-        fault = next((fault for fault in of_one if not fault["type"].endswith("_type")), of_one[0])  # not that it is no other kind too
-        parts = [str(part) for part in fault["loc"]]
-        param = parts[0] if parts else None
+        where, fault = max(
+            ((place(fault, content), fault) for fault in of_one),
+            key=lambda one: (len(one[0]), not one[1]["type"].endswith("_type")),  # the kind that fits furthest; not that it is no other
+        )
         code = "unknown_parameter" if fault["type"] == "extra_forbidden" else "invalid_parameter"
-        where = ".".join(parts)[:120] if len(of_one) == 1 else param
-        raise InputInvalid(code, f"{where or 'body'}: {fault['msg']}", param) from None
+        raise InputInvalid(code, f"{'.'.join(where)[:120] or 'body'}: {told(fault, schema)}", where[0] if where else None) from None

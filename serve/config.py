@@ -15,6 +15,7 @@ from embedft.errors import EmbedftError, UsageError
 from embedft.methods.table import METHODS
 from embedft.strict_yaml import read_yaml
 from serve.engines.settings import EngineKind, parse_cores
+from serve.fields import told
 from serve.remote import Sources
 from serve.tenants import TenantEntry, read_keys
 
@@ -148,9 +149,7 @@ def load_config(
     try:
         config = ServerConfig.model_validate(content)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, item['loc'])) or 'server'}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()
-        ]
+        problems = [f"{'.'.join(map(str, item['loc'])) or 'server'}: {told(item, ServerConfig)}" for item in error.errors()]
         raise UsageError(f"{path or 'server'}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from None
     default = engine or default_engine()
     bases = tuple(

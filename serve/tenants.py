@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from embedft.errors import NotAuthorized, UsageError
 from embedft.strict_yaml import read_yaml
+from serve.fields import told
 from serve.limiter import Buckets
 
 ENVIRONMENT = "EMBEDFT_KEYS"  # the keys file's content, where there is no file
@@ -145,7 +146,7 @@ def read_keys(path: Path | None) -> tuple[TenantEntry, ...]:
         return KeysFile.model_validate(content).tenants
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)  # a key pasted for its hash is not repeated
-        problems = [f"{'.'.join(map(str, item['loc'])) or 'keys'}: {item['msg'].removeprefix('Value error, ')}" for item in found]
+        problems = [f"{'.'.join(map(str, item['loc'])) or 'keys'}: {told(item, KeysFile)}" for item in found]
         raise UsageError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from None
 
 

@@ -4,7 +4,8 @@ import httpx
 import pytest
 
 from embedft.errors import InputInvalid
-from serve.body import parse
+from serve.body import parse, validated
+from serve.schemas import EmbeddingRequest
 from tests.serve.test_choice import refused
 from tests.serve.world import ADMIN, Server
 
@@ -39,6 +40,27 @@ def test_what_fits_no_kind_of_a_field_is_told_of_the_kind_it_comes_nearest_to(sh
     told = answer.json()["error"]
     assert told["message"].startswith("input: List should have at least 1 item")
     assert told["param"] == "input"
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"adaptor": "a"}, "adaptor: there is no such field; did you mean 'adapter'?"),
+        ({"nothing": 1}, "nothing: there is no such field"),
+        ({"x" * 10_000_000: 1}, "x" * 120 + ": there is no such field"),
+        ({"adapter": {"mix": [{"adapter": "a"}]}}, "adapter.mix.0.weight: Field required"),
+        (
+            {"adapter": {"mix": [{"adapter": "a", "weight": 1, "wieght": 2}]}},
+            "adapter.mix.0.wieght: there is no such field; did you mean 'weight'?",
+        ),
+        ({"adapter": {"mix": [{"adapter": "a", "weight": 11}]}}, "adapter.mix.0.weight: Input should be less than or equal to 10"),
+        ({"adapter": ["a", 7]}, "adapter.1: Input should be a valid string"),
+    ],
+)
+def test_a_fault_is_told_with_its_place_and_a_typo_with_the_field_that_was_meant(body: dict[str, object], told: str) -> None:
+    with pytest.raises(InputInvalid) as caught:
+        validated(EmbeddingRequest, {"input": "x", **body})
+    assert str(caught.value) == told
 
 
 def test_duplicate_keys_deep_inside_are_found() -> None:

@@ -1,12 +1,13 @@
 """A server's settings: from YAML, or from what the store's adapters need."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from embedft.errors import UsageError
 from serve.config import BaseConfig, load_config, with_cores
-from tests.serve.world import World, put_adapter
+from tests.serve.world import ROOT, World, put_adapter
 
 
 def write(folder: Path, text: str) -> Path:
@@ -33,10 +34,31 @@ def test_all_faults_of_a_file_are_told_at_once(world: World, tmp_path: Path) -> 
     assert all(part in str(caught.value) for part in ("bases.0.name", "bases.0.task", "prot"))
 
 
+def test_a_typo_names_the_nearest_setting_of_its_section(world: World, tmp_path: Path) -> None:
+    path = write(tmp_path, "bases: [{name: a, modle: m, task: embedding}]\nlimits: {max_token: 9}\nprot: 80\nwhatever: 1\n")
+    with pytest.raises(UsageError) as caught:
+        load_config(path, store=world.store)
+    for line in (
+        "bases.0.modle: there is no such field; did you mean 'model'?",
+        "limits.max_token: there is no such field; did you mean 'max_tokens'?",
+        "prot: there is no such field; did you mean 'port'?",
+    ):
+        assert f"- {line}\n" in str(caught.value)
+    assert str(caught.value).endswith("- whatever: there is no such field")
+
+
 def test_without_keys_only_loopback_is_bound(world: World, tmp_path: Path) -> None:
     path = write(tmp_path, "bases: [{name: a, model: m, task: embedding}]\nhost: 0.0.0.0\n")
     with pytest.raises(UsageError, match=r"- server: host 0\.0\.0\.0: without a keys file the server binds to loopback only"):
         load_config(path, store=world.store)
+
+
+def test_the_readmes_settings_are_taken(world: World, tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "serve" / "README.md").read_text(encoding="utf-8"), re.S)
+    (settings,) = [block for block in blocks if "bases:" in block]
+    config = load_config(write(tmp_path, settings), store=world.store)
+    assert [(base.name, base.task) for base in config.bases] == [("minilm", "embedding"), ("seed-lm", "causal_lm")]
+    assert (config.port, config.adapters) == (8000, tmp_path / "adapters")
 
 
 def test_a_relative_store_is_relative_to_the_file(world: World, tmp_path: Path) -> None:
