@@ -65,15 +65,13 @@ class QuantizationUnsupported(BaseError):
 
 
 class BaseMismatch(BaseError):
-    """An adapter meets a base that it was not trained on. Fingerprints are 64 hex digits."""
+    """An adapter meets a base that it was not trained on. Both as `adapters.passport.base_said` has them, so that a person knows them."""
 
     code = "base_mismatch"
 
     def __init__(self, name: str, *, trained_on: str, serving: str) -> None:
-        self.name, self.trained_on, self.serving = name, trained_on, serving
         super().__init__(
-            f"adapter {name!r} was trained on base {trained_on[:12]}…, but this is base {serving[:12]}…: "
-            "use the base it was trained on, or retrain"
+            f"adapter {name!r} was trained on base {trained_on}, but here is {serving}: use the base that it was trained on, or retrain"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from embedft.adapters.card import CARD, model_card
-from embedft.adapters.passport import Passport, read_passport
+from embedft.adapters.passport import Passport, base_said, read_passport
 from embedft.adapters.probes import compare, read_probes, write_probes
 from embedft.base import BaseSpec, exact_dtype, load_model, source_folder
 from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, UsageError
@@ -46,7 +46,8 @@ def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | No
         raise UsageError(f"{out} is {'not empty' if out.is_dir() else 'a file'}: name a new folder")
     source = base or source_folder(BaseSpec(passport.base.model, "none", passport.base.revision))
     if (given := fingerprint(source)) not in {passport.base.fingerprint, passport.base.parent}:
-        raise BaseMismatch(passport.name, trained_on=passport.base.parent or passport.base.fingerprint, serving=given)
+        trained_on = base_said(passport.base.model, "none", passport.base.parent or passport.base.fingerprint)
+        raise BaseMismatch(passport.name, trained_on=trained_on, serving=base_said(str(source), "none", given))
     settings = settings_of(passport) if passport.task == "embedding" else None
     model: Any = load_model(source, task=passport.task, dtype=exact_dtype())
     plain = outputs(model, recorded.probes, folder=source, settings=settings)

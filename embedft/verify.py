@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.adapters.passport import Passport, ProbeRecord, read_passport
+from embedft.adapters.passport import Passport, ProbeRecord, base_said, read_passport
 from embedft.adapters.probes import (
     PROBE_CONTINUATIONS,
     PROBE_TEXTS,
@@ -22,7 +22,7 @@ from embedft.encode import Encoder, EncodeSettings, TextPreparer
 from embedft.errors import AdapterInvalid, BaseMismatch
 from embedft.methods import load_adapter
 from embedft.methods.prompts import is_prompted
-from embedft.model_folder import Task, fingerprint
+from embedft.model_folder import Task, fingerprint, quantization_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +110,9 @@ def trained_base(passport: Passport, given: str | Path | None = None) -> Path:
     source = BaseSpec(named.model, named.quantization, named.revision) if given is None else BaseSpec(str(given), named.quantization)
     folder = base_folder(source)
     if fingerprint(folder) != named.fingerprint:
-        raise BaseMismatch(passport.name, trained_on=named.fingerprint, serving=fingerprint(folder))
+        raise BaseMismatch(
+            passport.name, trained_on=named.said, serving=base_said(source.model, quantization_of(folder), fingerprint(folder))
+        )
     return folder
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from embedft.adapters.passport import Passport
+from embedft.adapters.passport import Passport, base_said
 from embedft.base import base_folder
 from embedft.encode import EncodeSettings, TextPreparer
 from embedft.model_folder import BaseInfo, describe, own_template, template_hash
@@ -58,6 +58,10 @@ class Engine:
         """What a passport may call this base: no path of this machine."""
         model = self.config.model
         return Path(model).name if Path(model).expanduser().is_dir() or Path(model).is_absolute() else model
+
+    @property
+    def said(self) -> str:
+        return base_said(self.public_model, self.info.quantization, self.info.fingerprint)
 
     @cached_property
     def template_hash(self) -> str:

@@ -31,7 +31,7 @@ def state_of(folder: Path) -> tuple[tuple[str, int, int, int], ...] | None:
 def check_fit(name: str, passport: Passport, engine: Engine) -> None:
     """Raise BaseMismatch, MethodUnsupported or AdapterInvalid where the engine cannot serve it as it was trained."""
     if passport.base.fingerprint != engine.info.fingerprint:
-        raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=engine.info.fingerprint)
+        raise BaseMismatch(name, trained_on=passport.base.said, serving=engine.said)
     method = method_named(passport.method)
     if engine.config.engine == "vllm" and not method.vllm:
         convert = f"convert it first: embedft adapters convert {name} --to lora; or" if method.to_lora != "no" else "it has no LoRA form:"

@@ -304,8 +304,8 @@ class Lifecycle:
     def _engine_for(self, name: str, passport: Passport) -> Engine:
         engine = self._home_of(passport)
         if engine is None:
-            of_task = [engine.info.fingerprint for engine in self.engines.values() if engine.config.task == passport.task]
-            raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=", ".join(of_task) or "none of its task")
+            of_task = [engine.said for engine in self.engines.values() if engine.config.task == passport.task]
+            raise BaseMismatch(name, trained_on=passport.base.said, serving=", ".join(of_task) or f"no base for {passport.task}")
         return engine
 
     def _home_of(self, passport: Passport) -> Engine | None:

@@ -30,6 +30,10 @@ class BaseIdentity(_Part):
     fingerprint: str
     parent: str | None = None
 
+    @property
+    def said(self) -> str:
+        return base_said(self.model, self.quantization, self.fingerprint)
+
 
 class ProbeRecord(_Part):
     """How the probes were recorded. `sensitivity`: module type → relative change of the effect when that type is dropped."""
@@ -66,6 +70,11 @@ class Passport(_Part):
     def write(self, folder: Path) -> None:
         content = self.model_dump(mode="json", by_alias=True)
         (folder / PASSPORT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def base_said(model: str, quantization: str, fingerprint: str) -> str:
+    """A base as messages name it: minilm in nf4 (3f9c2a1b7d40…)."""
+    return f"{model}{'' if quantization == 'none' else f' in {quantization}'} ({fingerprint[:12]}…)"
 
 
 # Passport fields that change what an adapter answers; metrics and dates do not.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.adapters.passport import Passport, generation, read_passport
+from embedft.adapters.passport import Passport, base_said, generation, read_passport
 from embedft.base import BaseSpec, base_folder
 from embedft.encode import Encoder, InputType
 from embedft.errors import AdapterInvalid, BaseMismatch, InputInvalid, UsageError
@@ -67,7 +67,8 @@ class _OnBase:
             if passport.task != self.task:
                 raise AdapterInvalid(name, f"it is for {passport.task}, not for {self.task}")
             if passport.base.fingerprint != self.info.fingerprint:
-                raise BaseMismatch(name, trained_on=passport.base.fingerprint, serving=self.info.fingerprint)
+                here = base_said(self.spec.model, self.info.quantization, self.info.fingerprint)
+                raise BaseMismatch(name, trained_on=passport.base.said, serving=here)
             found = self._known[key] = _Adapter(folder, passport, generation(folder))
         return found
 
@@ -247,13 +248,15 @@ def store_at(adapters: str | None) -> "AdapterStore | None":
 
 
 def spec_of(adapter: str | None, *, base: str | None, store: "AdapterStore | None") -> BaseSpec:
-    """The base named, else the one in the adapter's passport. UsageError where neither says."""
-    if base is not None:
-        return BaseSpec(base)
-    if adapter is None:
+    """The base named, quantized as the adapter was trained on it, else the one in its passport. UsageError where neither says."""
+    if adapter is None and base is None:
         raise UsageError("name a base or an adapter: without either there is nothing to load")
+    if adapter is None:
+        return BaseSpec(str(base))
     if not Path(adapter).is_dir() and store is None:
         raise UsageError(f"adapter {adapter!r} is no folder, and no adapter store was given to find it in")
     folder = Path(adapter) if Path(adapter).is_dir() or store is None else store.folder(adapter)
     trained_on = read_passport(folder, name=adapter).base
+    if base is not None:
+        return BaseSpec(base, trained_on.quantization)
     return BaseSpec(trained_on.model, trained_on.quantization, trained_on.revision)

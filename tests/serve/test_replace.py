@@ -138,6 +138,7 @@ def test_an_adapter_of_another_base_is_a_409_and_listed_with_the_reason(world: W
     listed = {row["name"]: row for row in server.client.get("/v1/adapters").json()["data"]}
     assert listed["foreign"]["state"] == listed["broken"]["state"] == "unserved"
     assert "trained on base" in listed["foreign"]["reason"]
+    assert f"but here is {world.texts.name} (" in listed["foreign"]["reason"]
     assert "probes" in listed["broken"]["reason"]
 
 

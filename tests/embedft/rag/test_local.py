@@ -1,13 +1,15 @@
 """A language model in this process: who waits for whom, and who stops."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from embedft.adapters.passport import BaseIdentity, Passport
 from embedft.base import BaseSpec
 from embedft.errors import InputInvalid, UsageError
-from embedft.rag.local import LocalReader
+from embedft.rag.local import LocalReader, spec_of
 
 ASKED = [{"role": "user", "content": "Write a long letter about tea."}]
 
@@ -45,6 +47,13 @@ def test_a_stream_that_is_closed_stops_generating(seed_reader: LocalReader) -> N
             in_time_error(seed_reader)
     finally:
         hook.remove()
+
+
+def test_a_base_that_is_named_is_quantized_as_the_adapter_was_trained_on_it(tmp_path: Path) -> None:
+    base = BaseIdentity(model="mine", quantization="nf4", fingerprint="0" * 64)
+    Passport(name="a", task="embedding", base=base, method="lora", r=4, alpha=8, max_length=64).write(tmp_path)
+    assert spec_of(str(tmp_path), base="models/mine", store=None) == BaseSpec("models/mine", "nf4")
+    assert spec_of(None, base="models/mine", store=None) == BaseSpec("models/mine")
 
 
 def test_a_model_that_writes_no_text_is_no_reader() -> None:
