@@ -151,8 +151,8 @@ def compare(
         return ProbeReport(error, signal, noise, limit, False, "it changes nothing: its effect drowns in the engine's repeat noise")
     if error > limit:
         reason = f"its effect differs from the trainer's by {error:.3f} of its norm, where {limit:.3f} is allowed"
-        if rounding > limit:
-            reason += ": it does little, and the base alone differs here by more; train it further, or compute in float32 (EMBEDFT_DTYPE)"
+        if ROUNDING * rounding > recorded.tolerance:
+            reason += f" (the base alone rounds here by {rounding:.3f} of it): train it further, or compute in float32 (EMBEDFT_DTYPE)"
         return ProbeReport(error, signal, noise, limit, False, reason)
     return ProbeReport(error, signal, noise, limit, True, f"its effect differs from the trainer's by {error:.4f} of its norm")
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from embedft.adapters.passport import TEXTS, Passport, generation, read_passport
+from embedft.adapters.passport import PASSPORT, TEXTS, Passport, generation, read_passport
 from embedft.errors import AdapterInvalid, AdapterNotFound, GenerationConflict, UsageError
 from embedft.files import abandoned_stages, locked, publish_folder, replace_folder, restore_folders, staged_folder, unfinished, write_text
 
@@ -235,6 +235,19 @@ def _alike(old: Path, new: Path) -> bool:
     with suppress(OSError):
         return had - given <= {Path("eval", TEXTS)} and all(filecmp.cmp(old / path, new / path, shallow=False) for path in given)
     return False
+
+
+def adapter_folder(named: str | Path, store: AdapterStore | None) -> Path:
+    """The folder of an adapter: `named` itself, or what `store` has under that name, which a folder of other things does not hide.
+
+    UsageError, AdapterNotFound.
+    """
+    given, name = Path(named), str(named)
+    if given.is_dir() and ((given / PASSPORT).is_file() or store is None or name not in store.names()):
+        return given
+    if store is None:
+        raise UsageError(f"adapter {name!r} is no folder, and no adapter store was given to find it in")
+    return store.folder(name)
 
 
 def check_name(name: str) -> None:

@@ -195,13 +195,14 @@ def evaluate_adapter(
     """
     from transformers import AutoTokenizer
 
+    from embedft.adapters.store import adapter_folder
     from embedft.base import load_model
     from embedft.errors import AdapterInvalid
     from embedft.methods import load_adapter
     from embedft.verify import trained_base
 
     rows = read_rows(data)
-    folder = Path(name) if Path(name).is_dir() else store.folder(str(name))
+    folder = adapter_folder(name, store)
     passport = read_passport(folder, name=str(name))
     if passport.task != "causal_lm":
         raise AdapterInvalid(passport.name, "it is no language model's adapter, so it writes nothing")

@@ -125,11 +125,14 @@ def _index(arguments: argparse.Namespace) -> int:
 
 def _own_name(arguments: argparse.Namespace) -> str | None:
     """What an adapter folder of this machine calls itself: an index may travel, and a path of this machine may not."""
-    if not arguments.adapter or arguments.server or not Path(arguments.adapter).is_dir():
-        return None
     from embedft.adapters.passport import read_passport
+    from embedft.adapters.store import adapter_folder
 
-    name = read_passport(Path(arguments.adapter), name=arguments.adapter).name
+    if not _named(arguments.adapter) or arguments.server:
+        return None
+    if (folder := adapter_folder(arguments.adapter, store_of(arguments))) != Path(arguments.adapter):
+        return None
+    name = read_passport(folder, name=arguments.adapter).name
     _say(f"the index records its adapter as {name!r}: `rag ask` looks for that name in the store, unless --adapter names the folder again")
     return name
 

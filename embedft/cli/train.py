@@ -114,10 +114,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from embedft.adapters.passport import read_passport
+    from embedft.adapters.store import adapter_folder
 
     store = store_of(arguments)
-    given = Path(arguments.adapter)
-    folder = given if given.is_dir() else store.folder(arguments.adapter)
+    folder = adapter_folder(arguments.adapter, store)
     if read_passport(folder).task == "embedding":
         from embedft.embedding.proof import evaluate_adapter as evaluate_embedding
 

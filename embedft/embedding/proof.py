@@ -104,16 +104,19 @@ def evaluate_adapter(
     AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
     """
     from embedft.embedding.data import load_retrieval, reduce_to
+    from embedft.embedding.through_mteb import expect_mteb, through_mteb
     from embedft.training.statistics import paired_bootstrap
 
+    if against is not None:
+        ranking_adapter(against, store)  # its faults are told before the time that an evaluation takes
+    if mteb:
+        expect_mteb()
     retrieval = reduce_to(load_retrieval(data), queries=queries, documents=documents)
     model, folder, passport = open_adapter(name, store, base=base)
     settings, metric = _settings(passport), metric or str(passport.metrics.get("metric", "ndcg@10"))
     towers = compare_towers(model, folder, settings, retrieval, side=passport.side, batch_size=batch_size, progress=progress)
     report = comparison(towers, retrieval, metric=metric) | {"side": passport.side}
     if mteb:
-        from embedft.embedding.through_mteb import through_mteb
-
         report["mteb"] = through_mteb(model, folder, settings, retrieval, side=passport.side, batch_size=batch_size)
     if against is not None:
         model, folder, other = open_adapter(against, store, base=base)
@@ -126,18 +129,26 @@ def evaluate_adapter(
 
 def open_adapter(name: str | Path, store: "AdapterStore", *, base: str | Path | None = None) -> "tuple[Any, Path, Passport]":
     """An embedding adapter on the base that it was trained on: the model, the base's folder, the passport."""
-    from embedft.adapters.passport import read_passport
     from embedft.base import load_model
-    from embedft.errors import AdapterInvalid
     from embedft.methods import load_adapter
     from embedft.verify import trained_base
 
-    folder = Path(name) if Path(name).is_dir() else store.folder(str(name))
-    passport = read_passport(folder)
-    if passport.task != "embedding" or passport.pooling is None or passport.normalize is None:
-        raise AdapterInvalid(passport.name, "it is no embedding adapter, so it ranks nothing")
+    folder, passport = ranking_adapter(name, store)
     source = trained_base(passport, base)
     return load_adapter(load_model(source, task="embedding"), folder), source, passport
+
+
+def ranking_adapter(name: str | Path, store: "AdapterStore") -> "tuple[Path, Passport]":
+    """An embedding adapter's folder and passport. AdapterNotFound, AdapterInvalid."""
+    from embedft.adapters.passport import read_passport
+    from embedft.adapters.store import adapter_folder
+    from embedft.errors import AdapterInvalid
+
+    folder = adapter_folder(name, store)
+    passport = read_passport(folder, name=str(name))
+    if passport.task != "embedding" or passport.pooling is None or passport.normalize is None:
+        raise AdapterInvalid(passport.name, "it is no embedding adapter, so it ranks nothing")
+    return folder, passport
 
 
 def _settings(passport: "Passport") -> Any:

@@ -1,5 +1,6 @@
 """The same adapter through MTEB's own evaluator, offline: its search and its scores, on our retrieval set. Knows no recipe."""
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,15 @@ from typing import Any
 from embedft.embedding.data import RetrievalSet
 from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder, EncodeSettings
-from embedft.errors import BaseError
+from embedft.errors import UsageError
 
 SCORES = {"ndcg@10": "ndcg_cut_10", "recall@10": "recall_10", "hit@1": "success_1", "hit@5": "success_5", "hit@10": "success_10"}
+
+
+def expect_mteb() -> None:
+    """Raises UsageError where it is not installed."""
+    if importlib.util.find_spec("mteb") is None:
+        raise UsageError("--mteb needs the package mteb: pip install 'embedft[mteb]'")
 
 
 def through_mteb(
@@ -19,10 +26,8 @@ def through_mteb(
 
     MTEB breaks ties in its own way, so documents with equal vectors may be ranked differently.
     """
-    try:
-        import mteb
-    except ImportError:
-        raise BaseError("--mteb needs the package mteb: pip install 'embedft[mteb]'") from None
+    import mteb
+
     encoder = _Encoder(SidedEncoder(model, folder, settings, side=side), batch_size=batch_size)
     task = _task(data)
     mteb.evaluate(encoder, task, cache=None, co2_tracker=False, show_progress_bar=False)  # pyright: ignore

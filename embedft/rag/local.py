@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.adapters.passport import Passport, base_said, generation, read_passport
+from embedft.adapters.store import adapter_folder
 from embedft.base import BaseSpec, base_folder
 from embedft.encode import Encoder, InputType
 from embedft.errors import AdapterInvalid, BaseMismatch, InputInvalid, UsageError
@@ -56,12 +57,9 @@ class _OnBase:
         """A name in the store (its current generation) or an adapter folder. Raises AdapterNotFound, AdapterInvalid, BaseMismatch."""
         if name is None:
             return None
-        given = Path(name)
-        if not given.is_dir() and self.store is None:
-            raise UsageError(f"adapter {name!r} is no folder, and no adapter store was given to find it in")
-        folder = given if given.is_dir() or self.store is None else self.store.folder(name)
+        folder = adapter_folder(name, self.store)
         key = str(folder.resolve())  # the store's folders never change; a folder of the user's own may, so it is read anew
-        found = self._known.get(key) if folder != given else None
+        found = self._known.get(key) if folder != Path(name) else None
         if found is None:
             passport = read_passport(folder, name=name)
             if passport.task != self.task:
@@ -253,10 +251,7 @@ def spec_of(adapter: str | None, *, base: str | None, store: "AdapterStore | Non
         raise UsageError("name a base or an adapter: without either there is nothing to load")
     if adapter is None:
         return BaseSpec(str(base))
-    if not Path(adapter).is_dir() and store is None:
-        raise UsageError(f"adapter {adapter!r} is no folder, and no adapter store was given to find it in")
-    folder = Path(adapter) if Path(adapter).is_dir() or store is None else store.folder(adapter)
-    trained_on = read_passport(folder, name=adapter).base
+    trained_on = read_passport(adapter_folder(adapter, store), name=adapter).base
     if base is not None:
         return BaseSpec(base, trained_on.quantization)
     return BaseSpec(trained_on.model, trained_on.quantization, trained_on.revision)

@@ -11,9 +11,9 @@ import pytest
 
 from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, generation, read_passport
 from embedft.adapters.probes import PROBES, RecordedProbes, read_probes, write_probes
-from embedft.adapters.store import AdapterStore
+from embedft.adapters.store import AdapterStore, adapter_folder
 from embedft.adapters.transfer import import_folder
-from embedft.errors import AdapterInvalid, AdapterNotFound, GenerationConflict
+from embedft.errors import AdapterInvalid, AdapterNotFound, GenerationConflict, UsageError
 from embedft.files import write_text
 from tests.embedft.adapter_fixtures import damaged
 
@@ -29,6 +29,22 @@ def test_the_store_keeps_generations_and_names_point_at_them(made: Path, store: 
     assert store.folder(second[:12]) == store.folder("legal")
     store.point("legal", first)
     assert store.current("legal") == first
+
+
+def test_a_folder_of_other_things_does_not_hide_the_adapter_of_its_name(
+    adapter: Path, store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_folder(store, adapter, name="notes")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    assert adapter_folder("notes", store) == store.folder("notes")
+    assert adapter_folder("notes", None) == Path("notes")
+    shutil.copytree(adapter, "notes", dirs_exist_ok=True)
+    assert adapter_folder("notes", store) == Path("notes")
+    with pytest.raises(AdapterNotFound, match="there are notes"):
+        adapter_folder("nots", store)
+    with pytest.raises(UsageError, match="'nots' is no folder, and no adapter store was given"):
+        adapter_folder("nots", None)
 
 
 def test_compare_and_swap_refuses_a_stale_expectation(adapter: Path, store: AdapterStore) -> None:

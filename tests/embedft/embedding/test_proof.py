@@ -1,6 +1,7 @@
 """What an evaluation proves: strata, one adapter against another, MTEB's evaluator, and the forgetting guard."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from embedft.embedding.evaluate import Towers, fuse, score
 from embedft.embedding.guard import general_set
 from embedft.embedding.proof import comparison, evaluate_adapter, overlaps
 from embedft.embedding.train import train
-from embedft.errors import AdapterNotFound, DataError, Forgotten
+from embedft.errors import AdapterNotFound, DataError, Forgotten, UsageError
 from embedft.recipe import GuardSection, parse_recipe
 from tests.embedft.adapter_fixtures import make_adapter
 from tests.fixtures_embedding import TOPICS, text, tiny_encoder, write_beir, write_rows
@@ -99,6 +100,19 @@ def test_judgements_that_call_nothing_relevant_are_no_data_to_evaluate_on(
     assert said in capsys.readouterr().err
     with pytest.raises(DataError, match=said):
         train(recipe_of(base, str(folder), "nothing"), store=AdapterStore(tmp_path / "store"), progress=False)
+
+
+def test_what_an_evaluation_lacks_is_told_before_it_begins(
+    store: AdapterStore, beir: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(*_: int) -> None:
+        pytest.fail("it had begun")
+
+    with pytest.raises(AdapterNotFound, match="'bth': there are both"):
+        evaluate_adapter("query", beir, store, base=base, against="bth", progress=begun)
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    with pytest.raises(UsageError, match=r"pip install 'embedft\[mteb\]'"):
+        evaluate_adapter("query", beir, store, base=base, mteb=True, progress=begun)
 
 
 def test_a_query_only_adapter_is_held_against_one_that_moves_documents_too(
