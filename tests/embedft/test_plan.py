@@ -1,6 +1,7 @@
 """What a run is said to cost, against what the same run allocates."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,43 @@ def test_it_counts_parameters_as_training_does(base: Path, tmp_path: Path) -> No
     assert made.weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.01)
     size = trainable(attach(loaded, recipe.adapter, task="causal_lm"))
     assert (made.trainable, made.trainable_percent) == (size.count, pytest.approx(size.percent))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+def test_an_optimizers_moments_are_planned_as_large_as_they_are(base: Path, tmp_path: Path, optimizer: str) -> None:
+    recipe = recipe_of(tmp_path, base, optimizer=optimizer, max_steps=1)
+    recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"r": 64})})
+    loaded = load_base(BaseSpec(str(base)), task="causal_lm")
+    examples = tokenized(read_split(recipe).train, template_of(loaded.tokenizer), recipe)
+    model = attach(loaded, recipe.adapter, task="causal_lm")
+    trainer = build_trainer(model, loaded, examples, recipe.train, folder=tmp_path / "run")
+    trainer.train()
+    states = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state.values()
+    moments = [value for state in states for name, value in state.items() if name in {"exp_avg", "exp_avg_sq", "state1", "state2"}]
+    assert plan(recipe, largest_batch(recipe)).optimizer_bytes == sum(moment.nbytes for moment in moments)
+
+
+def test_a_run_takes_its_steps_and_a_step_all_the_batches_that_it_accumulates(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedft.plan._speed", lambda _: (1e9, 1e9, 0.0))
+    one, four = (plan(recipe, largest_batch(recipe)) for recipe in (recipe_of(tmp_path, base, accumulate=n) for n in (1, 4)))
+    assert four.seconds_per_step == pytest.approx(4 * one.seconds_per_step)
+    assert (one.steps, one.seconds) == (3, pytest.approx(3 * one.seconds_per_step))
+
+
+def test_what_does_not_fit_is_advised_what_helps(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, base)
+    made = plan(recipe, largest_batch(recipe))
+    cheaper = made.peak_with_checkpointing
+    assert cheaper is not None
+    assert cheaper < made.peak_bytes
+    assert replace(made, available_bytes=made.peak_bytes).fits
+    for free, helps in ((made.peak_bytes - 1, True), (cheaper + 1, True), (cheaper, False)):
+        tight = replace(made, available_bytes=free)
+        assert not tight.fits
+        assert ("gradient_checkpointing" in tight.advice) == helps
+        assert ("halve train.batch" in tight.advice) != helps
 
 
 def test_a_quantized_base_is_planned_as_large_as_it_is(base: Path, tmp_path: Path) -> None:

@@ -115,8 +115,49 @@ def test_paths_are_relative_to_the_recipe_and_those_of_overrides_to_the_working_
     assert recipe.data.eval == str(in_folder / "here")
 
 
+def test_every_path_to_data_is_relative_to_the_recipe_but_a_hubs(tmp_path: Path, in_folder: Path) -> None:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    data = {"train": "hf://owner/set#train", "dev": "dev.jsonl", "also": [{"train": "more.jsonl"}]}
+    recipe = load_recipe(written(folder, {**MINIMAL, "data": data, "eval": {"guard": {"data": "general.jsonl"}}}))
+    assert isinstance(recipe, EmbeddingRecipe)
+    assert recipe.eval.guard is not None
+    assert (recipe.data.train, recipe.data.eval) == ("hf://owner/set#train", None)
+    assert [recipe.data.dev, recipe.data.also[0].train, recipe.eval.guard.data] == [
+        str(folder / name) for name in ("dev.jsonl", "more.jsonl", "general.jsonl")
+    ]
+    pydocs = load_recipe(written(folder, {**MINIMAL, "eval": {"guard": {"data": "pydocs"}}}), ["eval.guard.queries=9"])
+    assert isinstance(pydocs, EmbeddingRecipe)
+    assert pydocs.eval.guard is not None
+    assert pydocs.eval.guard.data == "pydocs"
+    words = {"task": "causal_lm", "base": {"model": "seed-lm"}, "data": {"train": "t.jsonl", "validation": "v.jsonl"}}
+    other = load_recipe(written(folder, words))
+    assert isinstance(other, CausalLMRecipe)
+    assert other.data.validation == str(folder / "v.jsonl")
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "../up", "a/b", ".hidden", "a b", "a" * 65, "ü"])
+def test_a_name_that_could_leave_its_folder_is_a_fault(name: str) -> None:
+    with pytest.raises(RecipeError, match="name: "):
+        parse_recipe({**MINIMAL, "name": name})
+
+
+@pytest.mark.parametrize("task", ["embeddings", 3, None])
+def test_an_unknown_task_names_the_two_there_are(task: object) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({**MINIMAL, "task": task})
+    assert caught.value.problems == ["task: expected 'embedding' or 'causal_lm'"]
+
+
 def test_a_portable_recipe_holds_no_machine_path(tmp_path: Path) -> None:
-    assert str(tmp_path) not in load_recipe(written(tmp_path, MINIMAL)).portable_yaml()
+    (tmp_path / "own-base").mkdir()
+    data = {"train": "deep/train.jsonl", "eval": "deep/test", "dev": "dev.jsonl", "also": [{"train": "more.jsonl"}]}
+    content = {**MINIMAL, "base": {"model": "own-base"}, "data": data, "eval": {"guard": {"data": "general.jsonl"}}}
+    recipe = load_recipe(written(tmp_path, content))
+    assert recipe.base.model == str(tmp_path / "own-base")
+    said = yaml.safe_load(recipe.portable_yaml())
+    assert str(tmp_path) not in recipe.portable_yaml()
+    assert (said["base"]["model"], said["data"]["train"]) == ("own-base", "deep/train.jsonl")
 
 
 def test_a_recipe_that_is_shown_is_the_same_recipe_once_it_is_saved_elsewhere(tmp_path: Path) -> None:

@@ -87,6 +87,21 @@ def test_training_sees_exactly_the_prompt_tokens_that_a_server_renders() -> None
     assert list(example.ids) == served + template.answer_ids(ROW)
 
 
+def test_what_a_tokenizer_begins_a_text_with_stands_there_once() -> None:
+    """A chat template writes it itself; plain text gets it from the tokenizer, before the prompt and not before the answer."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    begin = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $0", special_tokens=[("<|endoftext|>", begin)])
+    for name in ("chatml", "plain"):
+        template = template_of(tokenizer, name)
+        example = template.example(ROW, max_length=64)
+        assert example is not None
+        assert list(example.ids) == template.prompt_ids(ROW) + template.answer_ids(ROW)
+        assert (example.ids.count(begin), example.ids[0] == begin) == ((1, True) if name == "plain" else (0, False))
+
+
 def test_a_base_without_a_template_learns_prompt_then_completion_then_end() -> None:
     tokenizer = tiny_tokenizer(template=False)
     template = template_of(tokenizer)
