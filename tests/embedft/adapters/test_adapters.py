@@ -64,6 +64,12 @@ def test_missing_or_misshapen_tensors_are_named(adapter: Path) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if name != gone}, str(adapter / WEIGHTS))
     with pytest.raises(AdapterInvalid, match="the file has none"):
         verify(adapter)
+    save_file(tensors | {gone: tensors[gone][:-1]}, str(adapter / WEIGHTS))
+    with pytest.raises(AdapterInvalid, match=rf"{gone}: the base expects \(4, \d+\), the file has \(3, \d+\)"):
+        verify(adapter)
+    save_file(tensors | {"another": tensors[gone]}, str(adapter / WEIGHTS))
+    with pytest.raises(AdapterInvalid, match="tensor another: the base expects none"):
+        verify(adapter)
 
 
 def test_a_generation_ignores_metrics_and_the_card_but_not_what_changes_answers(adapter: Path) -> None:

@@ -1,12 +1,13 @@
 """What makes each method itself, as its paper says."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from embedft.methods import METHODS, attach, save_weights
-from embedft.methods.companion import lora_layers, plain_pairs
+from embedft.methods.companion import lora_layers, padded, plain_pairs
 from embedft.methods.starts import dequantized, original_weights
 from tests.embedft.methods.cells import STEPS, cell, trained, weights
 from tests.fixtures_lm import tiny_llama
@@ -133,6 +134,30 @@ def test_eva_begins_with_orthonormal_directions_of_the_inputs(llama: Path, tmp_p
         assert torch.allclose(a @ a.T, torch.eye(len(a)), atol=1e-3)
 
 
+def test_how_an_adapter_began_is_not_published(llama: Path, tmp_path: Path) -> None:
+    """It changes nothing that is served, and vLLM refuses the name."""
+    made = cell(tmp_path, llama, "causal_lm", "eva", "none")
+    save_weights(made.model, tmp_path / "adapter", base_name="tiny")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["eva_config"]) == (True, None)
+
+
+def test_a_folder_of_others_that_names_its_start_rewrites_no_weight_of_the_base(llama: Path, tmp_path: Path) -> None:
+    import torch
+
+    from embedft.base import load_model
+    from embedft.methods import load_adapter
+
+    made = cell(tmp_path, llama, "causal_lm", "lora", "none")
+    save_weights(trained(made), tmp_path / "adapter", base_name="tiny")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
+    loaded: Any = load_adapter(load_model(made.base.folder, task="causal_lm"), tmp_path / "adapter")
+    assert torch.equal(made.outputs(loaded), made.outputs(made.model))
+    with loaded.disable_adapter():
+        assert torch.equal(made.outputs(loaded), made.before)
+
+
 def test_eva_without_data_is_refused(llama: Path) -> None:
     from embedft.base import BaseSpec, load_base
     from embedft.errors import MethodUnsupported
@@ -151,6 +176,15 @@ def test_a_start_from_a_layers_directions_is_refused_by_the_layer_that_has_fewer
     with pytest.raises(MethodUnsupported, match=r"the 65 greatest directions of .*[kv]_proj, which has 64"):
         attach(load_base(BaseSpec(str(llama)), task="causal_lm"), AdapterSection(method=method, r=65), task="causal_lm")
     attach(load_base(BaseSpec(str(llama)), task="causal_lm"), AdapterSection(r=65), task="causal_lm")  # which begins from nothing
+
+
+def test_pairs_of_unequal_ranks_are_filled_up_to_one_and_stay_what_they_were() -> None:
+    import torch
+
+    pairs = {f"layer{rank}": (torch.randn(rank, 6), torch.randn(5, rank)) for rank in (1, 3, 2)}
+    filled = padded(pairs)
+    assert {(tuple(a.shape), tuple(b.shape)) for a, b in filled.values()} == {((3, 6), (5, 3))}
+    assert all(torch.allclose(filled[name][1] @ filled[name][0], b @ a) for name, (a, b) in pairs.items())
 
 
 def test_relora_grows_its_rank_past_r(llama: Path, tmp_path: Path) -> None:
