@@ -14,8 +14,9 @@ from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, BaseIdentity, P
 from embedft.adapters.probes import PROBES, Probe, RecordedProbes, choose, compare, read_probes, write_probes
 from embedft.adapters.store import AdapterStore
 from embedft.adapters.transfer import TransferFailed, export_folder, import_folder, pull, push
+from embedft.encode import EncodeSettings
 from embedft.errors import AdapterExists, AdapterInvalid, BaseMismatch, UsageError
-from embedft.verify import verify
+from embedft.verify import record, unnoticed, verify
 from tests.embedft.adapter_fixtures import damaged
 
 Tensors = dict[str, np.ndarray]
@@ -45,6 +46,21 @@ def test_an_adapter_that_does_nothing_is_refused(adapter: Path) -> None:
     report = verify(damaged(adapter, lambda name, tensor: tensor * 0 if "lora_B" in name else tensor))
     assert not report.passed
     assert "changes nothing" in report.reason
+
+
+def test_an_adapter_that_did_not_train_gets_no_probes_and_what_they_would_not_notice_is_named(tmp_path: Path) -> None:
+    from embedft.base import BaseSpec, load_base
+    from embedft.methods import attach, save_weights
+    from embedft.recipe import AdapterSection
+
+    base = load_base(BaseSpec("minilm"), task="embedding")
+    save_weights(attach(base, AdapterSection(r=2), task="embedding"), tmp_path, base_name="minilm")
+    with pytest.raises(AdapterInvalid, match=r"'mine'.*it changes nothing: it did not train"):
+        record(
+            tmp_path, base=base.folder, tokenizer=base.tokenizer, task="embedding", settings=EncodeSettings("mean", True, 64), name="mine"
+        )
+    recorded = RecordedProbes((), (), (), {"query": 0.02, "key": 0.1, "value": 0.11}, 0.1)
+    assert unnoticed(recorded) == ["query", "key"]
 
 
 def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -107,13 +107,16 @@ def test_a_rank_too_small_fails_the_probes_and_says_what_to_do(adapter: Any, tmp
         convert(folder, tmp_path / "out", name="x", base=base, rank=1)
 
 
-def test_the_certificate_tells_what_a_smaller_rank_lost(adapter: Any, tmp_path: Path) -> None:
+def test_the_certificate_tells_what_a_smaller_rank_lost(adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, base = adapter("lora", r=8)
     exact = convert(folder, tmp_path / "exact", name="x", base=base)
     smaller = convert(folder, tmp_path / "small", name="x", base=base, rank=exact.exact_rank - 1)
     assert (smaller.exact, exact.exact) == (False, True)
     assert exact.error < 1e-4 < smaller.error
     assert exact.probes < smaller.probes <= smaller.tolerance
+    monkeypatch.setattr("embedft.convert.MAX_RANK", exact.exact_rank - 1)
+    assert convert(folder, tmp_path / "bounded", name="x", base=base).rank == smaller.rank, "no more than a server takes"
+    assert convert(folder, tmp_path / "asked", name="x", base=base, rank=exact.exact_rank).exact, "unless it is asked for"
 
 
 @pytest.mark.parametrize(("method", "quantization"), [(name, "none") for name in CHOSEN if name not in QUANTIZED] + [("qlora", "nf4")])
