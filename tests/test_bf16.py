@@ -53,7 +53,7 @@ def test_an_adapter_that_does_too_little_for_bf16_is_told_of_before_any_engine_r
     weak = {"task": "embedding", "name": "weak", "base": TEXT, "adapter": {"r": 1}, "data": {"train": str(path)}}
     (tmp_path / "weak.yaml").write_text(json.dumps(weak | {"train": {"epochs": 1, "batch": 16, "lr": 1e-6}}))
     assert main(["train-embed", str(tmp_path / "weak.yaml"), "--adapters", str(tmp_path / "store")]) == 0
-    assert "this machine's engines will refuse it: its effect differs" in capsys.readouterr().out
+    assert "this machine's engines may refuse it: its effect differs" in capsys.readouterr().out
     assert main(["train-embed", str(tmp_path / "weak.yaml"), "--adapters", str(tmp_path / "store"), "name=weaker", "--json"]) == 0
     assert "compute in float32" in json.loads(capsys.readouterr().out)["served here"]
     assert main(["adapters", "verify", "weak", "--adapters", str(tmp_path / "store"), "--json"]) == 0

@@ -71,7 +71,7 @@ def _train(arguments: argparse.Namespace) -> int:
     print(f"trained in {outcome.seconds:.0f} s, {outcome.trainable:,} parameters, {outcome.peak_bytes / 2**20:.0f} MiB at the peak")
     print(f"stored in {outcome.path}")
     if reason:
-        print(f"this machine's engines will refuse it: {reason}")
+        print(f"this machine's engines may refuse it: {reason}")
     else:
         print("serve it with: embedft serve")
     return 0

@@ -11,12 +11,12 @@ from safetensors.numpy import load_file, save_file
 
 from embedft.adapters.card import model_card
 from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, BaseIdentity, Passport, generation, lineage, read_passport
-from embedft.adapters.probes import PROBES, Probe, RecordedProbes, choose, compare, read_probes, write_probes
+from embedft.adapters.probes import PROBES, Probe, ProbeReport, RecordedProbes, choose, compare, read_probes, write_probes
 from embedft.adapters.store import AdapterStore
 from embedft.adapters.transfer import TransferFailed, export_folder, import_folder, pull, push
 from embedft.encode import EncodeSettings
 from embedft.errors import AdapterExists, AdapterInvalid, BaseMismatch, UsageError
-from embedft.verify import record, unnoticed, verify
+from embedft.verify import near_refusal, record, unnoticed, verify
 from tests.embedft.adapter_fixtures import damaged
 
 Tensors = dict[str, np.ndarray]
@@ -316,6 +316,14 @@ def test_an_engine_may_differ_by_its_rounding_which_its_base_shows_but_never_by_
         report = compare(recorded, base=plain, adapted=[plain[0] + effect * np.float32(1 + off)], base_again=plain)
         assert report.passed == passed, (moved, off, report)
         assert ("EMBEDFT_DTYPE" in report.reason) == (not passed and moved > 0), "whose base rounds is told what would help"
+
+
+def test_what_passes_so_narrowly_that_an_engine_may_refuse_it_is_told() -> None:
+    assert near_refusal(ProbeReport(0.074, 1.0, 0.0, 0.1, True, "")) is None
+    told = near_refusal(ProbeReport(0.092, 1.0, 0.0, 0.1, True, ""))
+    assert told is not None
+    assert told.startswith("its effect differs here from the trainer's by 0.092 of its norm, where 0.100 is allowed")
+    assert "EMBEDFT_DTYPE" in told
 
 
 def test_lineage_changes_with_everything_that_changes_a_vector() -> None:
