@@ -87,7 +87,9 @@ def _index(arguments: argparse.Namespace) -> int:
     try:
         chunking = Chunking(size=arguments.chunk_size, overlap=arguments.overlap)
     except ValidationError as error:
-        raise UsageError(f"--chunk-size, --overlap: {error.errors()[0]['msg']}") from None
+        fault = error.errors()[0]
+        option = {("size",): "--chunk-size", ("overlap",): "--overlap"}.get(fault["loc"], "--chunk-size, --overlap")
+        raise UsageError(f"{option}: {fault['msg'].removeprefix('Value error, ')}") from None
     reading = read_documents(arguments.docs, max_bytes=int(arguments.max_mib * 2**20))
     if reading.skipped and arguments.strict:
         raise DocumentsUnusable(reading.skipped)

@@ -130,7 +130,13 @@ def evaluate(
     the documents that the questions name.
     """
     retrieval, answers, indexes = list[Cell](), list[Cell](), dict[str, Any]()
-    notes = _missing(data.questions, VectorIndex.open(index).documents()) if index is not None else []
+    notes: list[str] = []
+    if index is not None:
+        opened = VectorIndex.open(index)
+        for adapter in adapters:  # before the time that the first ones take
+            lineage, made_by = embedder.document_lineage(adapter)
+            opened.check(lineage=lineage, made_by=made_by)
+        notes = _missing(data.questions, opened.documents())
     for note in notes:
         tell(note)
     for adapter in adapters:

@@ -124,6 +124,9 @@ def test_mistakes_are_named(run: Run, docs: Path, tmp_path: Path) -> None:
         status, told = run(*arguments)
         assert status in (1, 2)
         assert told["error"]["code"] == code, (arguments, told)
+    for option, size, overlap in (("--chunk-size", 5, 9), ("--overlap", 20, -1), ("--chunk-size, --overlap", 20, 30)):
+        told = run("index", docs, "--out", tmp_path / "j", "--chunk-size", size, f"--overlap={overlap}")[1]
+        assert told["error"]["message"].startswith((f"{option}: Input should", f"{option}: overlap 30 must"))
     assert len(VectorIndex.open(tmp_path / "i")) > 0  # the last good index is still there
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from embedft.cli import main
-from embedft.errors import DataError, InputInvalid
+from embedft.errors import DataError, InputInvalid, LineageMismatch
 from embedft.rag.build import build_index
 from embedft.rag.evaluate import EvaluationSet, Question, evaluate, load_questions
 from embedft.rag.local import LocalReader
@@ -43,6 +43,15 @@ def test_questions_whose_documents_are_not_in_the_index_are_refused_or_counted(t
     ]
     assert report["notes"][0] in told
     assert evaluate(EvaluationSet((known,)), engine, **options)["notes"] == []
+
+
+def test_an_adapter_of_other_vectors_is_refused_before_the_first_one_is_measured(tmp_path: Path, server: Server) -> None:
+    engine, told = RemoteEngine(server.url), list[str]()
+    build_index(tmp_path / "i", [Chunk("tea.md#0", "tea.md", "tea")], engine, adapter="a")
+    data = EvaluationSet((Question("tea", {"tea.md": 1}),))
+    with pytest.raises(LineageMismatch, match="by b@"):
+        evaluate(data, engine, adapters=["a", "b"], out=tmp_path, index=tmp_path / "i", tell=told.append)
+    assert told == []
 
 
 def test_a_prompt_that_is_too_long_costs_one_answer_and_is_counted(tmp_path: Path, server: Server, seed_reader: LocalReader) -> None:

@@ -95,7 +95,7 @@ def test_a_graph_with_many_dead_is_built_anew(tmp_path: Path) -> None:
 
 def test_foreign_vectors_and_queries_are_refused_and_both_lineages_named(tmp_path: Path) -> None:
     index = filled(tmp_path / "i", vectors(20))
-    with pytest.raises(LineageMismatch, match=r"lineage L \(by base\).*lineage M \(by adapter of M\)"):
+    with pytest.raises(LineageMismatch, match=r"lineage L \(by base\).*lineage M \(by adapter of M\).*max_length and prompt are the same"):
         index.search(label(vectors(1)[0], "M"), 1)
     with pytest.raises(LineageMismatch):
         index.add(chunks(1), vectors(1), lineage="M", made_by="m")
