@@ -10,6 +10,8 @@ from serve.engine import Engine
 from serve.errors import ModelNotFound
 from serve.visible import Named, Visible
 
+DOES = {"embedding": "embeds", "causal_lm": "generates", "cross_encoder": "reranks"}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -47,8 +49,7 @@ def choose(seen: Visible, *, task: Task, model: str | None, adapter: str | None,
         if base is not None and base is not engine:
             raise InputInvalid("adapter_conflict", f"adapter {name!r} is on base {engine.name!r}, not on {base.name!r}", "adapter")
     if engine.config.task != task:
-        can = {"embedding": "embeds", "causal_lm": "generates", "cross_encoder": "reranks"}[engine.config.task]
-        raise InputInvalid("wrong_task", f"base {engine.name!r} only {can}: ask another base for this", "model")
+        raise InputInvalid("wrong_task", f"base {engine.name!r} only {DOES[engine.config.task]}: ask another base for this", "model")
     return Choice(engine, name)
 
 
@@ -72,4 +73,6 @@ def _only(seen: Visible, task: Task) -> Engine:
     fitting = [engine for engine in seen.engines.values() if engine.config.task == task]
     if len(fitting) == 1:
         return fitting[0]
-    raise InputInvalid("model_required", f"name a `model`: there are {', '.join(seen.engines)}", "model")
+    if not fitting:
+        raise InputInvalid("wrong_task", f"no base here {DOES[task]}: there are {', '.join(seen.engines)}", "model")
+    raise InputInvalid("model_required", f"name a `model`: there are {', '.join(engine.name for engine in fitting)}", "model")

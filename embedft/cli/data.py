@@ -76,7 +76,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report)))
         return 0 if report.clean else 1
-    print(f"{report.rows:,} rows: " + ("nothing found" if report.clean else f"{len(report.findings)} kinds of fault"))
+    kinds = f"{len(report.findings)} kind{'s'[: len(report.findings) > 1]} of fault"
+    print(f"{report.rows:,} rows: {'nothing found' if report.clean else kinds}")
     for finding in report.findings:
         print(f"\n{finding.kind}: {finding.count:,} of {finding.of:,} {finding.says}")
         print("\n".join(f"    {example}" for example in finding.examples))

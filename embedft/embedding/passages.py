@@ -30,11 +30,16 @@ def read_passages(corpus: str) -> list[Passage]:
         return _of_files(path)
     source = next((str(path / name) for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).is_file()), corpus)
     passages: dict[str, Passage] = {}
+    bare: set[tuple[str, ...]] = set()  # sets of columns without a text: told once each
     for row in read_records(source, problems):
         text, title, identifier = (row.values.get(name) for name in ("text", "title", "_id"))
         identifier = row.where if identifier is None else str(identifier)
-        if not isinstance(text, str):
-            problems.append(f"{row.where}: no text; expected columns text and, where there is one, title")
+        if "text" not in row.values:
+            if (columns := tuple(row.values)) not in bare:
+                problems.append(f"{row.where}: no text among {', '.join(columns)}; expected columns text and, where there is one, title")
+            bare.add(columns)
+        elif not isinstance(text, str):
+            problems.append(f"{row.where}: {no_text('text', text)}")
         elif not isinstance(title, str | None):
             problems.append(f"{row.where}: {no_text('title', title)}")
         elif identifier in passages:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from embedft.encode import EncodeSettings, TextPreparer
+from embedft.errors import InputInvalid
 from serve.embedding import Preparers, Way
 from serve.engines.fake import load, vector
+from serve.routing import choose
 from tests.serve.world import DIMENSION, LENGTH, Server, World, launch, put_adapter, write_base
 
 
@@ -212,6 +214,19 @@ def test_one_request_asks_one_base(world: World) -> None:
 def test_a_base_is_not_asked_for_what_it_cannot_do(shared: Server) -> None:
     refused(shared.post("/v1/embeddings", {"input": "x", "model": "words"}), 400, "wrong_task")
     refused(shared.post("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "x"}]}), 400, "wrong_task")
+
+
+def test_which_base_is_meant_is_asked_of_those_that_can_do_it() -> None:
+    def unnamed(tasks: dict[str, str]) -> InputInvalid:
+        seen: Any = SimpleNamespace(engines={name: SimpleNamespace(name=name, config=SimpleNamespace(task=tasks[name])) for name in tasks})
+        with pytest.raises(InputInvalid) as caught:
+            choose(seen, task="embedding", model=None, adapter=None, is_set=False)
+        return caught.value
+
+    several = unnamed({"one": "embedding", "two": "embedding", "words": "causal_lm"})
+    assert (several.code, str(several)) == ("model_required", "name a `model`: there are one, two")
+    none = unnamed({"words": "causal_lm"})
+    assert (none.code, str(none)) == ("wrong_task", "no base here embeds: there are words")
 
 
 def test_models_lists_bases_and_adapters_with_their_parent(shared: Server) -> None:

@@ -299,6 +299,16 @@ def test_passages_are_told_apart_by_their_ids_and_what_is_no_text_is_named(tmp_p
     ]
 
 
+def test_a_file_without_texts_is_told_once_with_the_columns_it_has(tmp_path: Path) -> None:
+    rows = [{"id": number, "Question": "why"} for number in range(50)]
+    with pytest.raises(DataError) as caught:
+        read_passages(write_rows(tmp_path / "odd.jsonl", [*rows, {"text": 7}]))
+    assert caught.value.problems == [
+        "odd.jsonl:1: no text among id, Question; expected columns text and, where there is one, title",
+        "odd.jsonl:51: text is a int; expected text",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "queries"),
     [
