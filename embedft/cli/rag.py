@@ -88,7 +88,8 @@ def _index(arguments: argparse.Namespace) -> int:
         chunking = Chunking(size=arguments.chunk_size, overlap=arguments.overlap)
     except ValidationError as error:
         fault = error.errors()[0]
-        option = {("size",): "--chunk-size", ("overlap",): "--overlap"}.get(fault["loc"], "--chunk-size, --overlap")
+        options = {"size": "--chunk-size", "overlap": "--overlap"}
+        option = options.get(".".join(map(str, fault["loc"])), ", ".join(options.values()))
         raise UsageError(f"{option}: {fault['msg'].removeprefix('Value error, ')}") from None
     reading = read_documents(arguments.docs, max_bytes=int(arguments.max_mib * 2**20))
     if reading.skipped and arguments.strict:
