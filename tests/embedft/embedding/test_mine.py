@@ -56,7 +56,8 @@ def test_negatives_are_near_and_never_a_known_answer(tmp_path: Path) -> None:
         assert not any(fruit in text for text in row["negatives"]), "neither its document nor its second one"
     assert report.negatives == 3 * len(rows)
     assert report.short == 0
-    examples, _ = load_data(EmbeddingData(train=report.path, eval=report.path), EmbeddingEval(queries=2), scored=False)
+    asked = write_rows(tmp_path / "asked.jsonl", planted_rows(2))
+    examples, _ = load_data(EmbeddingData(train=report.path, eval=asked), EmbeddingEval(), scored=False)
     assert examples.negatives == 3
 
 
@@ -87,18 +88,22 @@ def test_what_outranks_the_answer_everywhere_goes_to_review_and_not_into_trainin
 
 def test_the_margins_keep_out_what_scores_too_near(tmp_path: Path) -> None:
     source = beir(tmp_path / "beir")
-    wide, rows, _ = mined(source, tmp_path, mining={"relative": 0.3})
-    (tmp_path / "mined.jsonl").unlink()
-    (tmp_path / "review.jsonl").unlink()
-    narrow, others, _ = mined(source, tmp_path, mining={"relative": 0.0, "absolute": 0.1})
-    assert wide.kept_out["scores too near to the answer"] > narrow.kept_out.get("scores too near to the answer", 0)
+    reports, found = list[MineReport](), list[list[dict[str, Any]]]()
+    for margins in ({"relative": 0.3}, {"relative": 0.0, "absolute": 0.3}, {"relative": 0.0, "absolute": 0.02}):
+        report, rows, _ = mined(source, tmp_path, mining=margins)
+        reports.append(report)
+        found.append(rows)
+        for name in ("mined.jsonl", "review.jsonl"):
+            (tmp_path / name).unlink()
+    kept_out = [report.kept_out.get("scores too near to the answer", 0) for report in reports]
+    assert min(kept_out[:2]) > kept_out[2]
     from embedft.base import BaseSpec, base_folder, load_model
     from embedft.encode import Encoder, EncodeSettings
 
     folder = base_folder(BaseSpec("minilm"))
     encoder = Encoder(load_model(folder, task="embedding"), folder, EncodeSettings("mean", True, 64))
-    for found, most in ((rows, lambda best: 0.7 * best), (others, lambda best: best - 0.1)):
-        for row in found:
+    for rows, most in zip(found, (lambda best: 0.7 * best, lambda best: best - 0.3, lambda best: best - 0.02), strict=True):
+        for row in rows:
             query, document, *negatives = encoder.encode([row["query"], row["document"], *row["negatives"]])
             assert max(query @ negative for negative in negatives) <= most(query @ document) + 1e-5
 
