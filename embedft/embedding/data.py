@@ -61,8 +61,8 @@ def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool, t
         retrieval = load_retrieval(source, problems, format=data.format if source == data.train else None)
     if problems:
         raise DataError(problems)
+    seen = set(retrieval.queries.values())  # all of them: what is capped here is asked by `embedft eval`
     retrieval = reduce_to(retrieval, queries=evaluation.queries, documents=evaluation.documents)
-    seen = set(retrieval.queries.values())
     examples = make_examples(row for row in rows if row.query not in seen)
     if len(examples) < 2:
         raise DataError([f"{Path(data.train).name}: {len(examples)} usable rows besides the evaluation's queries; expected at least 2"])

@@ -195,6 +195,9 @@ def test_a_training_row_whose_query_is_evaluated_is_left_out(tmp_path: Path) -> 
     examples, retrieval = load(train, eval=evaluation)
     assert len(examples) == 35
     assert len(retrieval.queries) == 5
+    capped, retrieval = load(train, eval=evaluation, queries=2)
+    assert len(retrieval.queries) == 2
+    assert capped == examples, "a later evaluation asks all of them"
 
 
 def test_repeated_rows_count_once_and_equal_texts_are_one_document(tmp_path: Path) -> None:
