@@ -43,7 +43,7 @@ class BestCheckpoint(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         path = self.folder / "history.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and state.global_step else []
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         self.history = [(step, score) for step, score in known if step <= state.global_step]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -108,7 +108,7 @@ def test_a_comparison_holds_three_rows_and_the_interval_of_the_gain(tmp_path: Pa
     data = load_retrieval(write_beir(tmp_path / "beir", train=8, test=32))
     worst = score(data, [[] for _ in data.queries])
     best = score(data, [list(data.relevant[query]) for query in data.queries])
-    bm25 = bm25_baseline(data)
+    bm25 = score(data, [["another", *data.relevant[query]] for query in data.queries])
     towers = Towers({"base": worst, "bm25": bm25, "adapter": best, "fused": fuse(data, bm25, best)}, {})
     made = comparison(towers, data, metric="mrr@10")
     assert made["gain_ci95"] == [1.0, 1.0]
