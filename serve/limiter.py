@@ -28,7 +28,7 @@ class Bucket:
         return max(0.0, missing) * MINUTE / self.per_minute
 
     def take(self, amount: float) -> None:
-        self.level = min(float(self.per_minute), self.level - amount)
+        self.level -= amount
 
 
 class Buckets:

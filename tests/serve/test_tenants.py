@@ -257,11 +257,11 @@ def test_with_keys_any_host_may_be_named_and_other_interfaces_bound(keyed: Serve
     "content",
     [
         "tenants: []",
-        "tenants: [{tenant: a, key_sha256: " + "0" * 64 + "}]",
+        "tenants: [{tenant: a, key_sha256: " + "f" * 64 + "}]",
         "tenants: [{tenant: a, key: plain}]",
         "- a",
         "tenants: {",
-        "tenants: [" + ", ".join(f"{{tenant: {name}, admin: true, key_sha256: {'0' * 64}}}" for name in "ab") + "]",
+        "tenants: [" + ", ".join(f"{{tenant: {name}, admin: true, key_sha256: {'f' * 64}}}" for name in "ab") + "]",
     ],
 )
 def test_a_keys_file_that_is_none_is_refused_at_the_start(tmp_path: Path, content: str) -> None:
