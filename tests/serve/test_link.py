@@ -209,17 +209,6 @@ def test_a_slow_reader_is_waited_for_and_nobody_else_is(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_who_leaves_an_answer_that_was_told_to_pause_leaves_nothing_waiting(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with linked(tmp_path) as (app, link):
-            async with link.call("/endless", b""):
-                await asyncio.sleep(0.3)
-                assert not app.left
-            await until(lambda: app.left == ["/endless"])
-
-    asyncio.run(run())
-
-
 def test_an_answer_that_breaks_off_is_no_answer(tmp_path: Path) -> None:
     async def run() -> None:
         async with linked(tmp_path) as (_, link):
