@@ -141,7 +141,8 @@ def test_the_passport_says_what_it_was_trained_on_and_how(make: Make, bases: dic
 
     hashes = set[str | None]()
     for part in (None, 0, 16):
-        dev = {} if part is None else {"dev": write_rows(root / "own-dev.jsonl", planted_rows(8, start=2000 + part))}
+        asked = [row | {"query": f"{row['query']} asked {part}"} for row in planted_rows(8)]  # which no training row asks
+        dev = {} if part is None else {"dev": write_rows(root / "own-dev.jsonl", asked)}
         settings = {"max_steps": 2} | ({"evaluate_every": 2} if dev else {})
         recipe = make(data=dev, train=settings, adapter={"side": "query"}, loss={"dimensions": [16, 32, 16]})
         passport = store.passport(trained(recipe, store).generation)
