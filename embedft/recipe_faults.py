@@ -56,7 +56,8 @@ def _fault(item: Any, content: Mapping[str, Any], models: Mapping[str, type[Base
     dotted = ".".join(location) or "task"
     if kind == "extra_forbidden":
         known = list(_known_keys(models.get(str(content.get("task")))))
-        meant = _ELSEWHERE.get(dotted.rpartition(".")[2])
+        elsewhere = difflib.get_close_matches(dotted.rpartition(".")[2], _ELSEWHERE, n=1, cutoff=0.85)
+        meant = _ELSEWHERE[elsewhere[0]] if elsewhere else None
         near = [meant] if meant in known else difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
         return f"{dotted}: no such key" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind.startswith("union_tag"):

@@ -32,6 +32,12 @@ def test_all_faults_are_reported_at_once_with_the_nearest_key() -> None:
     assert "train.batch" in text
 
 
+@pytest.mark.parametrize("key", ["learning_rate", "lerning_rate", "learning_rte"])
+def test_another_librarys_word_for_a_key_is_known_even_with_a_typo(key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"train\.{key}: no such key; did you mean 'train\.lr'\?"):
+        parse_recipe({**MINIMAL, "train": {key: 1}})
+
+
 def test_a_key_that_stands_twice_is_refused_not_half_taken(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
