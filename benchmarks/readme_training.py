@@ -50,9 +50,9 @@ def speed_tables(reports: dict[str, dict[str, Any]]) -> str:
 
 
 def _dtype(report: dict[str, Any]) -> str:
-    has = report["machine"]["cpu_capability"]
+    has = f"{report['machine']['cpu_capability']}, {report['machine']['matmul_gflops']:.0f} GFLOP/s"
     if "stock_bf16" in report["settings"]["sides"]:
-        return f"Ours in bf16, theirs in fp32 and under bf16 autocast ({has} with bf16 products)"
+        return f"Ours in bf16, theirs in fp32 and under bf16 autocast ({has} in bf16 products)"
     return f"Both in fp32 ({has})"
 
 
@@ -96,7 +96,7 @@ def _limit(report: dict[str, Any]) -> str:
     ours, stock = ([part["sides"][side]["linear_gflops"] for part in parts] for side in ("ours", "stock"))
     counted = f"{min(ours):.0f} to {max(ours):.0f} of them count in ours, {min(stock):.0f} to {max(stock):.0f} in the stock trainer"
     what = "In bf16 a" if "stock_bf16" in report["settings"]["sides"] else "In fp32 a"
-    reached = f"{what} plain product reaches {most:.0f} GFLOP/s here. With every layer adapted {counted}"
+    reached = f"{what} plain product reaches {most:.0f} GFLOP/s on that machine. With every layer adapted {counted}"
     return f"{reached}:\n{_aims(report)}."
 
 
