@@ -140,11 +140,9 @@ def combine(
     for each in names:
         model.delete_adapter(each)
     save_weights(model, out, base_name=model.peft_config["default"].base_model_name_or_path)
-    passport = _finish(folders[0], out, first, name, base_dir, config=model.peft_config["default"], others=passports, made=made)
     strongest = max(abs(weight) * read_probes(folder).strength for folder, weight in zip(folders, weights, strict=True))
-    if read_probes(out).strength < LEFT * strongest:
-        raise AdapterInvalid(name, "its parts take each other away: what is left is rounding")
-    return passport
+    config = model.peft_config["default"]
+    return _finish(folders[0], out, name, base_dir, config=config, parts=passports, made=made, least=LEFT * strongest)
 
 
 def _like_a_sum(configs: Sequence[Any], layers: Sequence[Sequence[str]]) -> None:
@@ -180,10 +178,12 @@ def _check(passports: Sequence[Passport], weights: Sequence[float], how: str) ->
 
 
 def _finish(
-    source: Path, out: Path, first: Passport, name: str, base: Path, *, config: Any, others: Sequence[Passport], made: dict[str, Any]
+    source: Path, out: Path, name: str, base: Path, *, config: Any, parts: Sequence[Passport], made: dict[str, Any], least: float
 ) -> Passport:
+    """What stands beside the sum's weights: the first part's files, probes, passport and card. AdapterInvalid below `least` of effect."""
     from transformers import AutoTokenizer
 
+    first = parts[0]
     settings = settings_of(first) if first.task == "embedding" else None
     if settings is not None:
         for path in source.iterdir():  # what makes it load in plain sentence-transformers
@@ -193,15 +193,17 @@ def _finish(
             (out / path.name).mkdir()
             (out / path.name / "config.json").write_bytes((path / "config.json").read_bytes())
     recorded = record(out, base=base, tokenizer=AutoTokenizer.from_pretrained(base), task=first.task, settings=settings, name=name)
+    if recorded.strength < least:
+        raise AdapterInvalid(name, "its parts take each other away: what is left is rounding")
     write_probes(out, recorded)
     update = {
         "name": name,
         "method": "lora",
         "r": int(config.r),
         "alpha": float(config.lora_alpha),
-        "max_length": min(passport.max_length for passport in others),
-        "dimensions": tuple(size for size in first.dimensions if all(size in passport.dimensions for passport in others)),
-        "unproven": any(passport.unproven for passport in others),
+        "max_length": min(passport.max_length for passport in parts),
+        "dimensions": tuple(size for size in first.dimensions if all(size in passport.dimensions for passport in parts)),
+        "unproven": any(passport.unproven for passport in parts),
         "metrics": {"combined": made},
         "data_hash": None,
         "recipe_hash": None,

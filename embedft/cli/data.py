@@ -76,8 +76,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report)))
         return 0 if report.clean else 1
-    kinds = f"{len(report.findings)} kind{'s'[: len(report.findings) > 1]} of fault"
-    print(f"{report.rows:,} rows: {'nothing found' if report.clean else kinds}")
+    count = len(report.findings)
+    print(f"{report.rows:,} rows: " + ("nothing found" if report.clean else f"{count} kind{'' if count == 1 else 's'} of fault"))
     for finding in report.findings:
         print(f"\n{finding.kind}: {finding.count:,} of {finding.of:,} {finding.says}")
         print("\n".join(f"    {example}" for example in finding.examples))

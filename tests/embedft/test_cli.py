@@ -35,7 +35,7 @@ def test_importing_embedft_imports_no_torch() -> None:
 
 
 def test_what_trains_and_measures_compiles_nothing_unless_told(monkeypatch: pytest.MonkeyPatch, in_folder: Path) -> None:
-    """An engine decides for itself: tests/serve/test_engine_parts.py."""
+    """An engine decides for itself: tests/serve/test_vllm_command.py."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "given")
     main(["adapters", "list", "--adapters", str(in_folder)])
     assert os.environ["TORCHDYNAMO_DISABLE"] == "given"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures_lm import tiny_llama
 from tests.serve.world import Server, World, make_world, put_adapter, write_base
 
 
@@ -55,3 +56,8 @@ def start(world: World) -> Iterator[Callable[..., Server]]:
     yield begin
     for server in running:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def plain_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("plain") / "base")

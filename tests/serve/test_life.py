@@ -10,15 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import numpy as np
 import psutil
 import pytest
 
-from embedft.errors import InputInvalid
-from serve.aliases import FILE, Aliases
+from serve.aliases import Aliases
 from tests.serve.test_choice import expected, refused, rows
 from tests.serve.world import ADMIN, Server, World, fill_adapter, make_world, put_adapter, wait_for
 from tests.timing import assert_faster
@@ -248,32 +246,6 @@ def test_an_alias_names_the_variant_that_is_not_served(server: Server, world: Wo
     refused(answer, 404, "adapter_not_found")
     assert answer.json()["error"]["message"].startswith("no adapter named 'going'")
     assert server.client.delete("/v1/aliases/onward", headers=ADMIN).status_code == 200
-
-
-def test_a_variant_gets_its_share_and_one_without_a_share_is_never_drawn(tmp_path: Path) -> None:
-    aliases = Aliases(tmp_path)
-    aliases.put("x", {"never": 0, "one": 1, "three": 3})
-    drawn = Counter(aliases.pick("x", f"key {number}") for number in range(2000))
-    assert drawn.keys() == {"one", "three"}
-    assert 430 < drawn["one"] < 570
-    assert {aliases.pick("x", None) for _ in range(100)} == {"one", "three"}
-
-
-def test_an_aliass_shares_must_add_up_to_something(world: World) -> None:
-    with pytest.raises(InputInvalid):
-        Aliases(world.folder).put("x", {"a": 0})
-
-
-def test_two_servers_of_one_store_keep_each_others_aliases(tmp_path: Path) -> None:
-    one, other = Aliases(tmp_path), Aliases(tmp_path)
-    one.put("x", {"a": 1})
-    other.put("y", {"b": 1})
-    assert other.all == Aliases(tmp_path).all == {"x": {"a": 1}, "y": {"b": 1}}
-    one.delete("x")
-    assert one.all == Aliases(tmp_path).all == {"y": {"b": 1}}
-    (tmp_path / FILE).write_text("[1]")
-    one.put("z", {"c": 1})
-    assert Aliases(tmp_path).all == {"y": {"b": 1}, "z": {"c": 1}}
 
 
 def test_a_full_disk_is_said_and_what_serves_goes_on(server: Server, world: World) -> None:

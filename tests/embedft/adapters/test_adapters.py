@@ -16,7 +16,7 @@ from embedft.adapters.store import AdapterStore
 from embedft.adapters.transfer import TransferFailed, export_folder, import_folder, pull, push
 from embedft.encode import EncodeSettings
 from embedft.errors import AdapterExists, AdapterInvalid, BaseMismatch, UsageError
-from embedft.verify import near_refusal, record, unnoticed, verify
+from embedft.verify import near_refusal, record, refused_here, unnoticed, verify
 from tests.embedft.adapter_fixtures import damaged
 
 Tensors = dict[str, np.ndarray]
@@ -318,7 +318,13 @@ def test_an_engine_may_differ_by_its_rounding_which_its_base_shows_but_never_by_
         assert ("EMBEDFT_DTYPE" in report.reason) == (not passed and moved > 0), "whose base rounds is told what would help"
 
 
-def test_what_passes_so_narrowly_that_an_engine_may_refuse_it_is_told() -> None:
+def test_what_passes_so_narrowly_that_an_engine_may_refuse_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr("embedft.verify.compute_dtype", lambda: torch.bfloat16)
+    for error, said in ((0.074, False), (0.092, True)):
+        monkeypatch.setattr("embedft.verify._replayed", lambda *_, error=error: ProbeReport(error, 1.0, 0.0, 0.1, True, ""))
+        assert bool(refused_here(Path("a"))) == said
     assert near_refusal(ProbeReport(0.074, 1.0, 0.0, 0.1, True, "")) is None
     told = near_refusal(ProbeReport(0.092, 1.0, 0.0, 0.1, True, ""))
     assert told is not None

@@ -1,9 +1,6 @@
-"""Parts of the engines that need no process: command lines, the bank, sampling, detokenising."""
+"""The peft engine's worker: what it queues, gathers, refuses and goes on with."""
 
 import asyncio
-import functools
-import itertools
-import json
 import queue
 import threading
 import time
@@ -12,17 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from embedft.base import BaseSpec, load_base
 from embedft.encode import Encoder, EncodeSettings
-from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound, EngineBusy, EngineFailed, InputInvalid
-from embedft.model_folder import describe
-from serve.engines import vllm
-from serve.engines.command import engine_command
+from embedft.errors import EngineBusy, EngineFailed, InputInvalid
 from serve.engines.peft.answers import Piece
-from serve.engines.peft.bank import AdapterBank
 from serve.engines.peft.batch import Batch, Row, Step
 from serve.engines.peft.bodies import Chat, Completion
 from serve.engines.peft.generation import Request
@@ -30,148 +22,8 @@ from serve.engines.peft.sampling import Sampling
 from serve.engines.peft.threads import AGAIN, TRIED, Threads
 from serve.engines.peft.tools import ToolReader
 from serve.engines.peft.worker import MAX_WAITING, Worker
-from serve.engines.settings import KEY, EngineSettings, parse_cores
-from serve.engines.vllm import check_base, lora_rank
-from serve.engines.vllm_server import match_modules
 from tests.fixtures_embedding import tiny_encoder
-from tests.fixtures_lm import tiny_llama
-from tests.serve.engine_process import FEATURES, featured_adapter, plain_peft, random_adapter
-
-
-def test_cores_are_read_as_vllm_reads_them() -> None:
-    assert parse_cores("0-2,5") == {0, 1, 2, 5}
-
-
-def test_a_rank_is_rounded_up_to_one_vllm_has() -> None:
-    assert [lora_rank(r) for r in (1, 2, 16, 17, 300)] == [1, 8, 16, 32, 320]
-    with pytest.raises(EngineFailed):
-        lora_rank(513)
-
-
-def test_the_vllm_command_carries_pooling_length_and_a_key_that_is_not_an_argument(tmp_path: Path) -> None:
-    base = tiny_encoder(tmp_path / "base", pooling="cls", normalize=False)
-    settings = EngineSettings(max_lora_rank=12, cores="1", max_length=20)
-    argv, env = engine_command("vllm", folder=base, task="embedding", socket=tmp_path / "s", settings=settings)
-    option = dict(itertools.pairwise(argv))
-    assert json.loads(option["--pooler-config"]) == {"seq_pooling_type": "CLS", "use_activation": False}
-    assert (option["--max-lora-rank"], option["--max-model-len"], env["EMBEDFT_ENGINE_CORES"]) == ("16", "20", "1")
-    assert env["VLLM_API_KEY"] == env[KEY]
-    assert env[KEY] not in " ".join(argv)
-
-
-def test_vllm_compiles_on_a_gpu_only_whatever_its_parents_do() -> None:
-    on_gpu, on_cpu = (vllm._environment(EngineSettings(), "key", on_cpu=kind) for kind in (False, True))
-    assert (on_gpu["TORCHDYNAMO_DISABLE"], on_cpu["TORCHDYNAMO_DISABLE"]) == ("0", "1")
-    assert "EMBEDFT_ENGINE_CORES" not in on_gpu  # by which the server knows
-
-
-def test_vllm_is_not_started_for_a_base_it_cannot_serve(tmp_path: Path) -> None:
-    base = tiny_encoder(tmp_path / "base", pooling="mean")
-    with pytest.raises(EngineFailed, match="encoder"):
-        engine_command("vllm", folder=base, task="causal_lm", socket=tmp_path / "s", settings=EngineSettings())
-    config = json.loads((base / "config.json").read_text()) | {"num_attention_heads": 4}
-    (base / "config.json").write_text(json.dumps(config))
-    if not torch.cuda.is_available():
-        with pytest.raises(EngineFailed, match="head sizes"):
-            engine_command("vllm", folder=base, task="embedding", socket=tmp_path / "s", settings=EngineSettings())
-
-
-def test_compressed_tensors_are_refused_where_vllm_has_no_kernel_for_them(tmp_path: Path) -> None:
-    folder = tiny_llama(tmp_path / "llama")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "compressed-tensors"}}))
-    check = functools.partial(check_base, folder, describe(folder), task="causal_lm")
-    check(on_cpu=False)
-    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        check(on_cpu=True)
-    else:
-        with pytest.raises(EngineFailed, match=r"AVX512 only.*use the peft engine"):
-            check(on_cpu=True)
-
-
-def test_an_adapters_modules_are_matched_or_refused() -> None:
-    known = {"model.layers.0.q_proj", "model.layers.0.k_proj", "lm_head"}
-    assert set(match_modules({"layers.0.q_proj": 1, "model.layers.0.k_proj": 2}, known)) == known - {"lm_head"}
-    for wrong in ({"blocks.0.q_proj": 1}, {"lm_head": 1}, {}):
-        with pytest.raises(ValueError, match="not linear layers"):
-            match_modules(wrong, known)
-
-
-def test_an_adapter_comes_and_goes_and_the_base_answers_as_before(tmp_path: Path) -> None:
-    base = load_base(BaseSpec(str(tiny_llama(tmp_path / "base"))), task="causal_lm")
-    ids = torch.tensor([[5, 6, 7]])
-    before = base.model(input_ids=ids).logits
-    bank = AdapterBank(base)
-    for seed, name in enumerate(("x.1@abc", "y@abc")):
-        bank.load(name, random_adapter(tmp_path / str(seed), base.folder, "causal_lm", seed=seed))
-    mixed = bank.model(input_ids=ids.repeat(2, 1), **bank.rows(["x.1@abc", None])).logits
-    assert torch.allclose(mixed[1], before[0], atol=1e-5)
-    assert not torch.allclose(mixed[0], before[0], atol=1e-2)
-    with pytest.raises(AdapterExists):
-        bank.load("y@abc", tmp_path / "0")
-    bank.unload("x.1@abc")
-    with pytest.raises(AdapterNotFound):
-        bank.rows(["x.1@abc"])
-    bank.unload("y@abc")
-    assert torch.equal(base.model(input_ids=ids).logits, before)
-
-
-def test_an_adapter_that_would_change_other_rows_is_refused(tmp_path: Path) -> None:
-    base = load_base(BaseSpec(str(tiny_llama(tmp_path / "base"))), task="causal_lm")
-    folder = random_adapter(tmp_path / "a", base.folder, "causal_lm", seed=0)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    bank = AdapterBank(base)
-    for change in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"r": 4}):
-        (folder / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(AdapterInvalid):
-            bank.load("a", folder)
-        assert bank.names == []
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"layer_replication": [[0, 2], [0, 2]]}, "replicates layers"),
-        ({"peft_type": "BOFT", "boft_block_size": 4}, r"does not know its method \(BOFTConfig\)"),
-    ],
-)
-def test_what_this_engine_would_serve_otherwise_than_it_was_trained_is_refused_by_its_name(
-    tmp_path: Path, plain_llama: Path, change: dict[str, Any], why: str
-) -> None:
-    folder = random_adapter(tmp_path / "a", plain_llama, "causal_lm", seed=0)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(AdapterInvalid, match=why):
-        AdapterBank(load_base(BaseSpec(str(plain_llama)), task="causal_lm")).load("a", folder)
-
-
-@pytest.fixture(scope="module")
-def plain_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("plain") / "base")
-
-
-@pytest.mark.parametrize("feature", [*FEATURES, "biases of B"])
-def test_what_a_lora_can_ask_for_is_done_as_peft_does_it_or_refused(tmp_path: Path, plain_llama: Path, feature: str) -> None:
-    """No third outcome: never loaded and wrong, never loaded and without effect."""
-    folder = featured_adapter(tmp_path / "a", plain_llama, seed=1, **FEATURES.get(feature, {"lora_bias": True}))
-    base = load_base(BaseSpec(str(plain_llama)), task="causal_lm")
-    bank, ids = AdapterBank(base), torch.tensor([[5, 6, 7, 8]])
-    before = base.model(input_ids=ids).logits
-    try:
-        bank.load("a", folder)
-    except AdapterInvalid:
-        assert feature in {"added tokens", "biases", "PiSSA"}
-        assert torch.equal(base.model(input_ids=ids).logits, before)
-        return
-    wanted = plain_peft(plain_llama, folder)(input_ids=ids).logits
-    if bank.group("a") is None:
-        mixed = bank.model(input_ids=ids.repeat(2, 1), **bank.rows(["a", None])).logits
-    else:  # it runs apart: the base's rows never meet it
-        assert feature in {"dora", "whole embeddings", "biases of B"}
-        mixed = torch.cat([bank.model_of(bank.group(name))(input_ids=ids).logits for name in ("a", None)])
-    assert torch.allclose(mixed[0], wanted[0], atol=1e-4)
-    assert torch.allclose(mixed[1], before[0], atol=1e-4)
-    assert not torch.allclose(wanted, before, atol=1e-2)
+from tests.serve.engine_process import random_adapter
 
 
 def rows(worker: Worker, count: int, **more: Any) -> list[tuple[Row, "queue.SimpleQueue[Step]"]]:
