@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.compressed import BITS, plain
-from embedft.errors import BaseNotFound, UsageError
+from embedft.errors import BaseError, BaseNotFound, UsageError
 from embedft.int8 import keep_activations
-from embedft.model_folder import RECORD, BaseInfo, Task, describe, fingerprint, quantization_of
+from embedft.model_folder import RECORD, BaseInfo, Task, describe, fingerprint, quantization_of, read_json
 from embedft.quantize import quantize
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def _from_hub(spec: BaseSpec, patterns: Sequence[str] = _FILES) -> Path:
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).splitlines()[0][:200]
         raise BaseNotFound(
-            f"base {spec.model!r} is neither a built-in ({', '.join(BUILT_INS)}) nor a folder here, and the hub did not give it: {reason}"
+            f"base {spec.model!r} is neither a built-in ({', '.join(BUILT_INS)}) nor a folder here, and the hub did not give it: {reason}; "
+            "if it is a folder of yours, name its path (base.model in a recipe, --base on the command line)"
         ) from None
 
 
@@ -151,10 +152,14 @@ def load_base(spec: BaseSpec, *, task: Task) -> Base:
 
 
 def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
-    """The model of a base folder, frozen, in eval mode, in `dtype` (default: the compute dtype); on the GPU where there is one."""
+    """The model of a base folder, frozen, in eval mode, in `dtype` (default: the compute dtype); on the GPU where there is one.
+
+    BaseError where it is none for `task`.
+    """
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
+    _check_kind(folder, task)
     loader: Any = AutoModelForCausalLM if task == "causal_lm" else AutoModel
     dtype = dtype or compute_dtype()
     device: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
@@ -175,6 +180,18 @@ def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) 
     if dtype is not torch.float32:
         _multiply_in(model, dtype)
     return model
+
+
+def _check_kind(folder: Path, task: Task) -> None:
+    """transformers would give an encoder that sees what follows as a language model, and of an encoder-decoder both halves."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_json(folder / "config.json")
+    family = str(config.get("model_type"))
+    if config.get("is_encoder_decoder") or family in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        raise BaseError(f"{folder.name} is an encoder-decoder ({family}): a base is an encoder or a decoder of text")
+    if task == "causal_lm" and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
+        raise BaseError(f"{folder.name} is an encoder ({family}): it sees what follows, so it writes nothing; name a language model")
 
 
 def _cast(model: "PreTrainedModel", dtype: "torch.dtype") -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from embedft.errors import BaseNotFound, InputInvalid, UsageError
+from embedft.sentence_folder import Pooling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 InputType = Literal["query", "document"]
 Progress = Callable[[int, int], None]  # (done, of how many)
-Pooling = Literal["mean", "cls", "lasttoken"]
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,11 @@ class AdapterError(EmbedftError):
 class AdapterNotFound(AdapterError):
     code = "adapter_not_found"
 
-    def __init__(self, name: str, known: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, known: Sequence[str] = (), *, unserved: str | None = None) -> None:
+        """`unserved`: why a server that has it does not serve it."""
         self.name = name
         listed = f": there are {', '.join(sorted(known))}" if known else ""
-        super().__init__(f"no adapter named {name!r}{listed}")
+        super().__init__(f"adapter {name!r} is not served: {unserved}" if unserved else f"no adapter named {name!r}{listed}")
 
 
 class AdapterInvalid(AdapterError):

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,9 +11,9 @@ from typing import Any, Literal, cast
 from embedft.compressed import scheme_of
 from embedft.errors import BaseError, BaseNotFound
 from embedft.files import hash_tensors
+from embedft.sentence_folder import Pooling, longest, published
 
 Task = Literal["embedding", "causal_lm"]
-Pooling = Literal["mean", "cls", "lasttoken"]
 PLAIN = "plain"
 CHATML = (  # Jinja, as folders' tokenizer_config.json has it
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -23,7 +24,7 @@ RECORD = "embedft.json"  # in a quantized folder: its scheme and its parent's fi
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What a base folder says of itself; `pooling` as sentence-transformers would pool it.
+    """What a base folder says of itself; `pooling`, `normalize` and `prompts` (query, document) as sentence-transformers would have them.
 
     Of a text it reads `max_length` tokens by itself, as published; an adapter may be trained to read up to `positions`.
     """
@@ -38,6 +39,7 @@ class BaseInfo:
     max_length: int
     positions: int
     hidden_size: int
+    prompts: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def takes(self, limit: int | None) -> int:
         """Tokens of one text that a process over it takes at most, where `limit` was asked for (None: all it can)."""
@@ -80,11 +82,11 @@ AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet
 
 
 def describe(folder: Path) -> BaseInfo:
-    """Read what `folder` says of itself; loads no weights."""
+    """Read what `folder` says of itself; loads no weights. BaseError where its vectors are made by what is not here."""
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["unknown"])[0]
     decoder = "CausalLM" in architecture or architecture == "GPT2LMHeadModel"
-    pooling, normalize = _pooling(folder, decoder=decoder)
+    vectors = published(folder, decoder=decoder)
     max_length, positions = lengths(folder, config)
     return BaseInfo(
         fingerprint=fingerprint(folder),
@@ -92,11 +94,12 @@ def describe(folder: Path) -> BaseInfo:
         quantization=quantization_of(folder),
         architecture=architecture,
         kind="decoder" if decoder else "encoder",
-        pooling=pooling,
-        normalize=normalize,
+        pooling=vectors.pooling,
+        normalize=vectors.normalize,
         max_length=max_length,
         positions=positions,
         hidden_size=hidden_size(folder, config),
+        prompts=vectors.prompts,
     )
 
 
@@ -113,9 +116,7 @@ def lengths(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
     positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
     if config.get("model_type") in AFTER_PADDING:
         positions -= (1 if config.get("pad_token_id") is None else int(config["pad_token_id"])) + 1
-    path = folder / "sentence_bert_config.json"
-    given = read_json(path).get("max_seq_length") if path.is_file() else None
-    return min(positions, int(given)) if given else positions, positions
+    return min(positions, longest(folder) or positions), positions
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:
@@ -142,21 +143,6 @@ def own_template(folder: Path) -> str | None:
         entries = cast("list[dict[str, str]]", given)
         given = next((entry["template"] for entry in entries if entry.get("name") == "default"), None)
     return given or None
-
-
-def _pooling(folder: Path, *, decoder: bool) -> tuple[Pooling, bool]:
-    if not (folder / "modules.json").is_file():
-        return ("lasttoken" if decoder else "mean"), True
-    modules: list[dict[str, Any]] = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    normalize = any(module["type"].endswith("Normalize") for module in modules)
-    for module in modules:
-        if module["type"].endswith("Pooling"):
-            config = read_json(folder / module["path"] / "config.json")
-            if config.get("pooling_mode_cls_token") or config.get("pooling_mode") == "cls":
-                return "cls", normalize
-            if config.get("pooling_mode_lasttoken") or config.get("pooling_mode") == "lasttoken":
-                return "lasttoken", normalize
-    return "mean", normalize
 
 
 def read_json(path: Path) -> dict[str, Any]:

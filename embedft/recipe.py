@@ -5,6 +5,7 @@ Everything has a default but `task`, `base.model` and `data`.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -60,8 +61,14 @@ class EmbeddingAdapterSection(AdapterSection):
 
 
 class Prompts(Section):
-    query: str = ""
-    document: str = ""
+    """What stands before every text of a kind. None: what the base was published with."""
+
+    query: str | None = None
+    document: str | None = None
+
+    def over(self, own: Mapping[str, str]) -> dict[str, str]:
+        """query and document, those of the base where this says nothing."""
+        return {kind: own.get(kind, "") if given is None else given for kind, given in (("query", self.query), ("document", self.document))}
 
 
 class AlsoTrain(Section):

@@ -37,7 +37,7 @@ def vector_kind(
     cut = _cut(info, passport, dimensions)
     length = text_length(info, passport, max_length)
     if passport is None:
-        return _kind(info, None, EncodeSettings(info.pooling, info.normalize, length), input_type, cut, side="both")
+        return _kind(info, None, published_settings(info, length), input_type, cut, side="both")
     if passport.pooling is None:
         raise AdapterInvalid(name or passport.name, "it is no embedding adapter: its passport names no pooling")
     settings = EncodeSettings(passport.pooling, bool(passport.normalize), length, passport.prompts)
@@ -46,6 +46,11 @@ def vector_kind(
         raise InputInvalid("input_type_required", message, "input_type")
     made_by = None if passport.side == "query" and input_type == "document" else generation  # documents stay the base's
     return _kind(info, made_by, settings, input_type, cut, side=passport.side)
+
+
+def published_settings(info: BaseInfo, max_length: int) -> EncodeSettings:
+    """How a base makes vectors by itself, its own prompts among it, of texts of at most `max_length` tokens."""
+    return EncodeSettings(info.pooling, info.normalize, max_length, info.prompts)
 
 
 def text_length(info: BaseInfo, passport: Passport | None, limit: int | None = None) -> int:

@@ -39,7 +39,7 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     @router.get("/v1/adapters/{name}", summary="One adapter")
     def adapter(name: str, request: Request) -> Response:
         seen = visible(gateway, request)
-        if seen.may_use(name) and name not in lifecycle.live and (reason := lifecycle.unserved().get(name)):
+        if seen.may_use(name) and (reason := lifecycle.why_unserved(name)):
             return _json({"name": name, "state": "unserved", "reason": reason})
         return _json(view(seen.get(name)))
 

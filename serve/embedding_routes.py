@@ -17,7 +17,7 @@ from serve.embedding import Preparers, Vectors, Way, embed, way_of
 from serve.gateway import Gateway
 from serve.leaving import together, unless_gone
 from serve.openapi import described
-from serve.routing import asked, choose
+from serve.routing import asked, choose, choose_each
 from serve.schemas import EmbeddingRequest, EmbedRequest
 from serve.visible import Visible, visible
 
@@ -48,9 +48,7 @@ async def _embeddings(gateway: Gateway, request: Request, body: EmbeddingRequest
     async with AsyncExitStack() as stack:
         budget = await stack.enter_async_context(seen.limited(cost))
         names, is_set = await _names(seen, request, body, len(inputs))
-        choices = {name: choose(seen, task="embedding", model=body.model, adapter=name, is_set=is_set) for name in dict.fromkeys(names)}
-        if len({choice.engine.name for choice in choices.values()}) > 1:
-            raise InputInvalid("adapter_conflict", "the adapters are of different bases: ask each base by itself", "adapter")
+        choices = choose_each(seen, names, task="embedding", model=body.model, is_set=is_set)
         taken = await stack.enter_async_context(seen.leases([choice.adapter for choice in choices.values() if choice.adapter]))
         ways = {
             name: way_of(choice.engine, taken.get(choice.adapter or ""), input_type=body.input_type, dimensions=body.dimensions)

@@ -12,7 +12,7 @@ from embedft.adapters.passport import Passport, base_said
 from embedft.base import base_folder
 from embedft.encode import EncodeSettings, TextPreparer
 from embedft.model_folder import BaseInfo, describe, own_template, template_hash
-from embedft.vectors import text_length
+from embedft.vectors import published_settings, text_length
 from serve.config import BaseConfig, ServerConfig
 from serve.engines.command import engine_command, engine_key
 from serve.engines.settings import KEY, EngineSettings
@@ -67,10 +67,6 @@ class Engine:
     def template_hash(self) -> str:
         """Of the chat template that it renders by: the base's own."""
         return template_hash(own_template(self.folder))
-
-    def plain_settings(self) -> EncodeSettings:
-        """How the base's own vectors are made: no prompts."""
-        return EncodeSettings(self.info.pooling, self.info.normalize, self.reads())
 
     async def asked(self, call: Callable[[EngineClient], Awaitable[Answer]]) -> Answer:
         """`call`, which changes nothing and whose answer is always the same: asked again, once, when the engine dies under it.
@@ -132,7 +128,7 @@ async def warm_up(engine: Engine) -> None:
     if engine.config.task == "cross_encoder":
         await engine.client.call("/v1/score", {"query": "warm", "documents": ["up"]})
     elif engine.config.task == "embedding":
-        ids = engine.preparer(engine.plain_settings()).prepare(["warm up"]).ids
+        ids = engine.preparer(published_settings(engine.info, engine.reads())).prepare(["warm up"]).ids
         await engine.client.vectors(BASE, ids)
     else:
         await engine.client.call("/v1/completions", {"model": BASE, "prompt": "warm up", "max_tokens": 2, "temperature": 0.0})

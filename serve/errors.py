@@ -30,8 +30,13 @@ from embedft.errors import (
 class ModelNotFound(ServingError):
     code = "model_not_found"
 
-    def __init__(self, model: str, known: list[str]) -> None:
-        super().__init__(f"no model named {model[:80]!r}: there are {', '.join(known)}")
+    def __init__(self, model: str, known: list[str], *, unserved: str | None = None) -> None:
+        said = (
+            f"adapter {model[:80]!r} is not served: {unserved}"
+            if unserved
+            else f"no model named {model[:80]!r}: there are {', '.join(known)}"
+        )
+        super().__init__(said)
 
 
 class BodyTooLarge(ServingError):

@@ -1,5 +1,6 @@
-"""Whether an adapter's folder is whole and fits an engine, before anything of it gets there."""
+"""Which engine an adapter belongs to, and whether its folder is whole and fits it, before anything of it gets there."""
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from embedft.adapters.passport import CONFIG, WEIGHTS, Passport, generation, read_passport
@@ -26,6 +27,21 @@ def state_of(folder: Path) -> tuple[tuple[str, int, int, int], ...] | None:
     except OSError:
         return None
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def home_of(passport: Passport, engines: Iterable[Engine]) -> Engine | None:
+    """Where one base is served twice, by two engines or for two tasks, the first of the adapter's task."""
+    wanted = (passport.task, passport.base.fingerprint)
+    return next((engine for engine in engines if (engine.config.task, engine.info.fingerprint) == wanted), None)
+
+
+def engine_for(name: str, passport: Passport, engines: Collection[Engine]) -> Engine:
+    """The engine of the adapter's base. BaseMismatch where there is none."""
+    engine = home_of(passport, engines)
+    if engine is None:
+        of_task = [engine.said for engine in engines if engine.config.task == passport.task]
+        raise BaseMismatch(name, trained_on=passport.base.said, serving=", ".join(of_task) or f"no base for {passport.task}")
+    return engine
 
 
 def check_fit(name: str, passport: Passport, engine: Engine) -> None:

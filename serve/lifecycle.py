@@ -8,16 +8,17 @@ import asyncio
 import contextlib
 import functools
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from embedft.adapters.passport import Passport, read_passport
+from embedft.adapters.passport import read_passport
 from embedft.adapters.probes import ProbeReport
-from embedft.adapters.store import GENERATION, AdapterStore, check_name
-from embedft.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, EmbedftError, GenerationConflict, MethodUnsupported, ProbesFailed
+from embedft.adapters.store import GENERATION, NAME, AdapterStore, check_name
+from embedft.errors import AdapterInvalid, AdapterNotFound, EmbedftError, GenerationConflict, MethodUnsupported, ProbesFailed
 from serve.engine import Engine
 from serve.errors import NotReady
-from serve.fitting import check_fit, checked, state_of
+from serve.fitting import check_fit, checked, engine_for, home_of, state_of
 from serve.loading import Loading
 from serve.probing import probe
 from serve.resident import Resident
@@ -41,6 +42,7 @@ class Lifecycle:
         self.loading = Loading()
         self._held: dict[str, Resident] = {}  # by engine id: live, draining, and earlier generations that were asked for
         self._names: dict[str, asyncio.Lock] = {}
+        self._puts: Counter[str] = Counter()  # generations that are being put
         self._drains: set[asyncio.Task[None]] = set()
         self._populated: set[str] = set()
 
@@ -134,27 +136,44 @@ class Lifecycle:
             if expected is not None and (current is None or not current.generation.startswith(expected) or len(expected) < 12):
                 raise GenerationConflict(name, expected=expected, current=current.generation if current else None)
             pinned = bool(current and current.pinned) if pin is None else pin
-            found = await asyncio.to_thread(find, self.store, name, source)
-            if generation is not None and not found.generation.startswith(generation):
-                raise GenerationConflict(name, expected=generation, current=found.generation)
-            if current and current.generation == found.generation and not current.retired:
-                await self._renew(current, found)
-                if pinned:
-                    async with self.lease(name):  # one that was evicted comes back first, and stays
-                        current.pinned = True
-                current.pinned, resident = pinned, current
-            else:
-                resident = await self._load(name, found, pin=pinned)
-            try:
-                if named:
-                    await asyncio.to_thread(self.store.point, name, found.generation)
-            except BaseException:
-                if resident is not current:
-                    self._retire(resident)
-                raise
+            async with self._found(name, source) as found:
+                if generation is not None and not found.generation.startswith(generation):
+                    raise GenerationConflict(name, expected=generation, current=found.generation)
+                return await self._serve(name, found, current, pin=pinned, named=named)
+
+    @asynccontextmanager
+    async def _found(self, name: str, source: str | None) -> AsyncGenerator[Found]:
+        """What `source` means. A copy that was taken of it goes again where nothing came of it."""
+        found = await asyncio.to_thread(find, self.store, name, source)
+        self._puts[found.generation] += 1
+        try:
+            yield found
+        finally:
+            self._puts -= Counter([found.generation])
+            if found.copied and found.generation not in self._puts and not self.holds(found.generation):
+                with contextlib.suppress(EmbedftError, OSError):  # then it stays until somebody tidies up
+                    await asyncio.shield(asyncio.to_thread(self.store.discard, found.generation))
+
+    async def _serve(self, name: str, found: Found, current: Resident | None, *, pin: bool, named: bool) -> Resident:
+        """Prove `found`, point the store's name at it and switch from `current` to it."""
+        if current and current.generation == found.generation and not current.retired:
+            await self._renew(current, found)
+            if pin:
+                async with self.lease(name):  # one that was evicted comes back first, and stays
+                    current.pinned = True
+            current.pinned, resident = pin, current
+        else:
+            resident = await self._load(name, found, pin=pin)
+        try:
+            if named:
+                await asyncio.to_thread(self.store.point, name, found.generation)
+        except BaseException:
             if resident is not current:
-                self._switch(resident, current)
-            return resident
+                self._retire(resident)
+            raise
+        if resident is not current:
+            self._switch(resident, current)
+        return resident
 
     async def _renew(self, resident: Resident, found: Found) -> None:
         """What stands beside its weights may be new, as metrics and probes are that an import brought: read, and proven, again."""
@@ -221,7 +240,7 @@ class Lifecycle:
                 try:
                     found = await asyncio.to_thread(find, self.store, name, identity)
                     passport = read_passport(found.folder, name=name)
-                    if self._home_of(passport) is engine and name not in self.live:
+                    if home_of(passport, self.engines.values()) is engine and name not in self.live:
                         self.live[name] = await self._load(name, found, engine=engine)
                     break
                 except NotReady:
@@ -237,9 +256,21 @@ class Lifecycle:
                 reasons[name] = self.refused.get(name) or self._why_not(name)
         return reasons
 
+    def why_unserved(self, name: str) -> str | None:
+        """Why what the store has under `name` is not served. None where it is, and where the store has none of that name."""
+        if name in self.live or not NAME.fullmatch(name):
+            return None
+        try:
+            self.store.current(name)
+        except AdapterNotFound:
+            return None
+        except (EmbedftError, OSError) as error:
+            return str(error)
+        return self.refused.get(name) or self._why_not(name)
+
     def _why_not(self, name: str) -> str:
         try:
-            self._engine_for(name, self.store.passport(name))
+            engine_for(name, self.store.passport(name), self.engines.values())
         except EmbedftError as error:
             return str(error)
         return "not loaded: PUT it to serve it"
@@ -248,7 +279,7 @@ class Lifecycle:
         """Check, load and prove; on refusal nothing of it stays in the engine."""
         passport = await asyncio.to_thread(checked, name, found)
         starting = engine is not None
-        engine = engine or self._engine_for(name, passport)
+        engine = engine or engine_for(name, passport, self.engines.values())
         if not starting:
             engine.supervisor.require_ready()
         check_fit(name, passport, engine)
@@ -300,15 +331,3 @@ class Lifecycle:
                     with contextlib.suppress(EmbedftError):
                         await resident.engine.client.unload(resident.id)
                 return
-
-    def _engine_for(self, name: str, passport: Passport) -> Engine:
-        engine = self._home_of(passport)
-        if engine is None:
-            of_task = [engine.said for engine in self.engines.values() if engine.config.task == passport.task]
-            raise BaseMismatch(name, trained_on=passport.base.said, serving=", ".join(of_task) or f"no base for {passport.task}")
-        return engine
-
-    def _home_of(self, passport: Passport) -> Engine | None:
-        """Where one base is served twice, by two engines or for two tasks, the first of the adapter's task."""
-        wanted = (passport.task, passport.base.fingerprint)
-        return next((engine for engine in self.engines.values() if (engine.config.task, engine.info.fingerprint) == wanted), None)

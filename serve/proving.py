@@ -8,6 +8,7 @@ or prints what is wrong as {"code", "message"} on its last line and ends with 1.
 import json
 import shutil
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +33,8 @@ def main(path: Path) -> int:
 
 def run(job: dict[str, Any]) -> None:
     from embedft.adapters.probes import write_probes
-    from embedft.encode import EncodeSettings
     from embedft.model_folder import describe
+    from embedft.vectors import published_settings
     from embedft.verify import as_record
 
     folder, base, task = Path(job["folder"]), Path(job["base"]), job["task"]
@@ -45,7 +46,7 @@ def run(job: dict[str, Any]) -> None:
     settings = None
     if task == "embedding":
         length = like.max_length if like else min(job.get("max_length") or info.max_length, info.max_length)
-        settings = EncodeSettings(info.pooling, info.normalize, length, like.prompts if like else {})
+        settings = replace(published_settings(info, length), prompts=like.prompts if like else info.prompts)
     recorded = _recorded(folder, base, task, settings, name=job["name"])
     write_probes(folder, recorded)
     identity = like.base if like else BaseIdentity(

@@ -1,5 +1,6 @@
 """Which base and which adapter a request means: `model`, `adapter` and `?adapter=` say it once, or say the same."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -34,8 +35,22 @@ def asked(request: Request, *, given: Named, is_set: bool) -> tuple[str | None, 
     return (in_query[0], True) if in_query else (given, is_set)
 
 
-def choose(seen: Visible, *, task: Task, model: str | None, adapter: str | None, is_set: bool) -> Choice:
-    """Resolve a request. Raises ModelNotFound, AdapterNotFound, or InputInvalid adapter_conflict, model_required, wrong_task."""
+def choose_each(seen: Visible, adapters: Sequence[str | None], *, task: Task, model: str | None, is_set: bool) -> dict[str | None, Choice]:
+    """One choice for each distinct name, in their order; all of one base. None beside an adapter is the base of that adapter."""
+    made: dict[str | None, Choice] = {}
+    for name in sorted(dict.fromkeys(adapters), key=lambda name: name is None):
+        beside = next((choice.engine for choice in made.values()), None)
+        made[name] = choose(seen, task=task, model=model, adapter=name, is_set=is_set, beside=beside)
+    if len({choice.engine.name for choice in made.values()}) > 1:
+        raise InputInvalid("adapter_conflict", "the adapters are of different bases: ask each base by itself", "adapter")
+    return {name: made[name] for name in dict.fromkeys(adapters)}
+
+
+def choose(seen: Visible, *, task: Task, model: str | None, adapter: str | None, is_set: bool, beside: Engine | None = None) -> Choice:
+    """Resolve a request. `beside`: the base that is meant where nothing names another, if this tenant may ask it.
+
+    Raises ModelNotFound, AdapterNotFound, or InputInvalid adapter_conflict, model_required, wrong_task.
+    """
     base, by_model = _of_model(seen, model)
     if by_model is not None and is_set and adapter != by_model:
         raise InputInvalid(
@@ -43,7 +58,7 @@ def choose(seen: Visible, *, task: Task, model: str | None, adapter: str | None,
         )
     name = adapter if is_set else by_model
     if name is None:
-        engine = base or _only(seen, task)
+        engine = base or (beside if beside and beside.name in seen.engines else _only(seen, task))
     else:
         engine = seen.get(name).engine
         if base is not None and base is not engine:
@@ -66,7 +81,7 @@ def _of_model(seen: Visible, model: str | None) -> tuple[Engine | None, str | No
     if not colon and seen.knows(model):
         seen.get(model)
         return None, model
-    raise ModelNotFound(model, [*seen.engines, *seen.live, *seen.aliases])
+    raise ModelNotFound(model, [*seen.engines, *seen.live, *seen.aliases], unserved=None if colon else seen.why_unserved(model))
 
 
 def _only(seen: Visible, task: Task) -> Engine:

@@ -11,10 +11,11 @@ from embedft.errors import AdapterNotFound, InputInvalid
 
 @dataclass(frozen=True)
 class Found:
-    """An immutable object of the store: `folder` is objects/<generation>."""
+    """An immutable object of the store: `folder` is objects/<generation>. `copied`: into the store just now, where no name keeps it."""
 
     generation: str
     folder: Path
+    copied: bool = False
 
 
 def find(store: AdapterStore, name: str, source: str | None) -> Found:
@@ -39,7 +40,7 @@ def find(store: AdapterStore, name: str, source: str | None) -> Found:
         shutil.copytree(folder, stage, dirs_exist_ok=True)
         check_contents(stage, name)
         identity = store.add(stage)
-    return Found(identity, store.folder(identity))
+    return Found(identity, store.folder(identity), copied=True)
 
 
 def contained(root: Path, source: str) -> Path:

@@ -62,7 +62,13 @@ class Visible:
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> AdapterNotFound:
-        return AdapterNotFound(self._picked.get(name, name)[:80], [*self.live, *self.aliases])
+        meant = self._picked.get(name, name)
+        return AdapterNotFound(meant[:80], [*self.live, *self.aliases], unserved=self.why_unserved(meant))
+
+    def why_unserved(self, name: str) -> str | None:
+        """Why an adapter of the store that this tenant may use is not served; None for what it may not, or is not there."""
+        plain = name.partition("@")[0]
+        return self._lifecycle.why_unserved(plain) if self.may_use(plain) else None
 
     def _meant(self, name: str) -> str:
         """An alias' variant: drawn once a request."""

@@ -24,7 +24,7 @@ from embedft.embedding.near import jaccard
 from embedft.embedding.near import shingles as shingles_of
 from embedft.embedding.pairs import Example, parse
 from embedft.embedding.sided import SidedEncoder
-from embedft.encode import Encoder, EncodeSettings
+from embedft.encode import Encoder
 from embedft.errors import DataError
 from embedft.files import expect_jsonl, write_jsonl
 from embedft.ranks import reciprocal
@@ -151,11 +151,12 @@ def _rankers(base: str | None, quantization: str, adapter: str | None, store: "A
     """Name → encoder. With an adapter: itself, and its base with it switched off."""
     from embedft.base import BaseSpec, base_folder, load_model
     from embedft.model_folder import describe
+    from embedft.vectors import published_settings
 
     if adapter is None:
         folder = base_folder(BaseSpec(base or "minilm", quantization))
         info = describe(folder)
-        settings = EncodeSettings(info.pooling, info.normalize, min(max_length, info.max_length))
+        settings = published_settings(info, min(max_length, info.max_length))
         return {"base": Encoder(load_model(folder, task="embedding"), folder, settings)}
     from embedft.adapters.store import AdapterStore
     from embedft.embedding.proof import open_adapter

@@ -13,6 +13,7 @@ from embedft.model_folder import lengths as lengths_of
 from embedft.model_folder import read_json
 from embedft.plan import Batch
 from embedft.recipe import EmbeddingRecipe
+from embedft.sentence_folder import published
 from embedft.training.arguments import steps_an_epoch, total_steps
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def largest_batch(recipe: EmbeddingRecipe, *, packed: bool = False) -> Batch:
     folder = config_folder(spec)
     folder = folder if (folder / "tokenizer.json").is_file() else source_folder(spec)
     length = text_length(recipe, *lengths_of(folder, read_json(folder / "config.json")))
-    preparer = TextPreparer(folder, EncodeSettings("mean", True, length, recipe.data.prompts.model_dump()))
+    prompts = recipe.data.prompts.over(published(folder, decoder=False).prompts)
+    preparer = TextPreparer(folder, EncodeSettings("mean", True, length, prompts))
     columns = [[row.query for row in examples.rows], [row.document for row in examples.rows]]
     columns += [[row.negatives[number] for row in examples.rows] for number in range(used_negatives(examples, loss))]
     sides = ["query", *["document"] * (len(columns) - 1)]

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,9 +284,9 @@ def _ranks(
 
     folder, settings = _settings(base, quantization, max_length)
     encoder = Encoder(load_model(folder, task="embedding"), folder, settings)
-    corpus = encoder.encode(texts)
-    queries = encoder.encode([query for query, _, _ in pairs])
-    documents = encoder.encode([document for _, document, _ in pairs])
+    corpus = encoder.encode(texts, input_type="document")
+    queries = encoder.encode([query for query, _, _ in pairs], input_type="query")
+    documents = encoder.encode([document for _, document, _ in pairs], input_type="document")
     for query, document, (_, _, place) in zip(queries, documents, pairs, strict=True):
         scores = corpus @ query
         scores[place] = -np.inf
@@ -296,11 +296,12 @@ def _ranks(
 def _settings(base: str, quantization: str, max_length: int) -> "tuple[Path, EncodeSettings]":
     """Folder of `base` and how its vectors are made. UsageError where `max_length` has no room for a text."""
     from embedft.base import BaseSpec, base_folder
-    from embedft.encode import EncodeSettings, TextPreparer
+    from embedft.encode import TextPreparer
     from embedft.model_folder import describe
+    from embedft.vectors import published_settings
 
     folder = base_folder(BaseSpec(base, quantization))
     info = describe(folder)
-    settings = EncodeSettings(info.pooling, True, min(max_length, info.max_length))
+    settings = replace(published_settings(info, min(max_length, info.max_length)), normalize=True)
     TextPreparer(folder, settings)
     return folder, settings

@@ -1,5 +1,6 @@
 """A recipe → a published retrieval adapter: load, attach, fit, evaluate, publish. Reads like the flow."""
 
+import json
 import tempfile
 from collections.abc import Sequence
 from math import ceil
@@ -149,16 +150,18 @@ def batch_plan(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, padde
 
 def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
     """The base's own pooling, normalisation and length, where the recipe does not say otherwise."""
-    given = recipe.base
-    if "max_length" in recipe.train.model_fields_set and recipe.train.max_length > base.info.positions:
-        from embedft.training.progress import note
+    from embedft.training.progress import note
 
+    given, prompts = recipe.base, recipe.data.prompts.over(base.info.prompts)
+    if own := {kind: prompts[kind] for kind in base.info.prompts if getattr(recipe.data.prompts, kind) is None}:
+        note(f"{recipe.name}: with the base's own prompts, {json.dumps(own, ensure_ascii=False)}; data.prompts changes them")
+    if "max_length" in recipe.train.model_fields_set and recipe.train.max_length > base.info.positions:
         note(f"{recipe.name}: the base has {base.info.positions} positions; train.max_length={recipe.train.max_length} is cut")
     return EncodeSettings(
         pooling=given.pooling or base.info.pooling,
         normalize=base.info.normalize if given.normalize is None else given.normalize,
         max_length=text_length(recipe, base.info.max_length, base.info.positions),
-        prompts=recipe.data.prompts.model_dump(),
+        prompts=prompts,
     )
 
 

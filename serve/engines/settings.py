@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from embedft.model_folder import Pooling
+    from embedft.sentence_folder import Pooling
 
 EngineKind = Literal["vllm", "peft", "fake", "cross"]
 Work = Literal["embedding", "causal_lm", "cross_encoder"]

@@ -113,7 +113,7 @@ def test_who_waits_for_an_adapter_that_is_deleted_is_told_of_its_own_alone(world
         thread.join()
     answer = next(one for one in told if one.status_code != 200)
     refused(answer, 404, "adapter_not_found")
-    assert answer.json()["error"]["message"] == "no adapter named 't': there are s"
+    assert answer.json()["error"]["message"] == "adapter 't' is not served: not loaded: PUT it to serve it"
 
 
 def test_an_engines_own_words_for_what_it_lacks_reach_nobody(tmp_path: Path) -> None:

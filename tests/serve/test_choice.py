@@ -207,6 +207,11 @@ def test_one_request_asks_one_base(world: World) -> None:
         refused(server.post("/v1/embeddings", {"input": ["x", "y"], "adapter": ["a", "o"]}), 400, "adapter_conflict")
         refused(server.post("/v1/embeddings", {"input": "x"}), 400, "model_required")
         assert server.post("/v1/embeddings", {"input": "x", "adapter": "o"}).headers["x-embedft-base"] == "other"
+        for adapters in (["o", None], [None, "o"]):  # null is the base of the adapter beside it
+            answer = server.post("/v1/embeddings", {"input": ["x", "y"], "adapter": adapters})
+            assert answer.headers["x-embedft-base"] == "other"
+            assert [row["adapter"].partition("@")[0] for row in answer.json()["data"]] == [name or "base" for name in adapters]
+        refused(server.post("/v1/embeddings", {"input": ["x", "y"], "adapter": [None, None]}), 400, "model_required")
     finally:
         server.stop()
 
@@ -217,14 +222,17 @@ def test_a_base_is_not_asked_for_what_it_cannot_do(shared: Server) -> None:
 
 
 def test_which_base_is_meant_is_asked_of_those_that_can_do_it() -> None:
-    def unnamed(tasks: dict[str, str]) -> InputInvalid:
+    def unnamed(tasks: dict[str, str], **more: Any) -> InputInvalid:
         seen: Any = SimpleNamespace(engines={name: SimpleNamespace(name=name, config=SimpleNamespace(task=tasks[name])) for name in tasks})
         with pytest.raises(InputInvalid) as caught:
-            choose(seen, task="embedding", model=None, adapter=None, is_set=False)
+            choose(seen, task="embedding", model=None, adapter=None, is_set=False, **more)
         return caught.value
 
     several = unnamed({"one": "embedding", "two": "embedding", "words": "causal_lm"})
     assert (several.code, str(several)) == ("model_required", "name a `model`: there are one, two")
+    hidden: Any = SimpleNamespace(name="three", config=SimpleNamespace(task="embedding"))
+    beside = unnamed({"one": "embedding", "two": "embedding"}, beside=hidden)  # the base of its adapter, which it may not ask
+    assert (beside.code, str(beside)) == ("model_required", "name a `model`: there are one, two")
     none = unnamed({"words": "causal_lm"})
     assert (none.code, str(none)) == ("wrong_task", "no base here embeds: there are words")
 

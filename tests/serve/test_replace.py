@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from embedft.adapters.probes import read_probes, write_probes
+from embedft.adapters.store import GENERATION
 from serve.engines.fake import text
 from serve.lifecycle import KEPT_EARLIER
 from tests.serve.test_choice import refused
@@ -134,7 +135,11 @@ def test_an_adapter_that_fails_its_probes_leaves_the_old_one_serving(world: Worl
 
 def test_an_adapter_of_another_base_is_a_409_and_listed_with_the_reason(world: World, server: Server) -> None:
     refused(server.put("foreign"), 409, "base_mismatch")
-    refused(server.post("/v1/embeddings", {"input": "x", "adapter": "foreign"}), 404, "adapter_not_found")
+    for body, code in (({"adapter": "foreign"}, "adapter_not_found"), ({"model": "foreign"}, "model_not_found")):
+        answer = server.post("/v1/embeddings", {"input": "x", **body})
+        refused(answer, 404, code)
+        assert "adapter 'foreign' is not served: " in answer.text
+        assert "trained on base" in answer.text
     listed = {row["name"]: row for row in server.client.get("/v1/adapters").json()["data"]}
     assert listed["foreign"]["state"] == listed["broken"]["state"] == "unserved"
     assert "trained on base" in listed["foreign"]["reason"]
@@ -174,6 +179,25 @@ def test_whatever_is_put_must_be_the_generation_that_is_asked_for(world: World, 
         assert server.put("checked", {**body, "generation": serving[:12]}).status_code == 200
 
 
+def test_the_copy_of_a_folder_that_is_refused_does_not_stay_in_the_store(world: World, server: Server) -> None:
+    def objects() -> set[str]:
+        return {path.name for path in (world.store.root / "objects").iterdir() if GENERATION.fullmatch(path.name)}
+
+    def put(scale: float) -> httpx.Response:
+        folder = world.store.root / f"brought-{scale}"
+        folder.mkdir()
+        fill_adapter(folder, "brought", world.texts, seed=81, scale=scale, task="embedding")
+        return server.put("brought", {"source": folder.name})
+
+    before = objects()
+    refused(put(0.5), 422, "probes_failed")
+    assert objects() == before
+    kept = put(1.0).json()["generation"]
+    assert objects() == before | {kept}
+    refused(server.put("brought-too", {"source": "brought-1.0", "generation": "0" * 12}), 409, "generation_conflict")
+    assert objects() == before | {kept}, "what another name serves stays"
+
+
 def test_a_base_is_not_named_for_what_knows_its_own(world: World, server: Server) -> None:
     served(server, world, "knows", seed=79)
     for source in ({}, {"source": "store"}):
@@ -184,7 +208,9 @@ def test_delete_drains_and_unloads_and_put_brings_it_back(world: World, server: 
     served(server, world, "off", seed=71)
     assert 'embedft_adapter_resident{adapter="off"' in server.client.get("/metrics").text
     assert server.client.delete("/v1/adapters/off", headers=ADMIN).status_code == 200
-    refused(server.post("/v1/embeddings", {"input": "x", "adapter": "off"}), 404, "adapter_not_found")
+    answer = server.post("/v1/embeddings", {"input": "x", "adapter": "off"})
+    refused(answer, 404, "adapter_not_found")
+    assert "PUT it to serve it" in answer.text
     refused(server.client.delete("/v1/adapters/off", headers=ADMIN), 404, "adapter_not_found")
     wait_for(lambda: len(unloaded(server, "off")) == 1)
     assert server.client.get("/v1/adapters/off").json()["state"] == "unserved"

@@ -18,7 +18,7 @@ from embedft.errors import NotAuthorized, UsageError
 from serve.config import load_config
 from serve.tenants import TenantEntry, Tenants, new_key, read_keys
 from tests.serve.test_choice import refused
-from tests.serve.world import Server, World, make_world
+from tests.serve.world import Server, World, make_world, put_adapter
 from tests.timing import assert_faster
 
 KEYS = {name: new_key() for name in ("ops", "anna", "bert", "few", "small", "one", "flood", "writer")}
@@ -109,6 +109,11 @@ def test_another_tenants_adapter_cannot_be_told_from_an_unknown_one(keyed: Serve
     assert {status for status, _ in others} == {404}
     assert others == asked("z")
     assert asked("a")[0][0] == 200
+    put_adapter(keyed_world.store, "hidden", keyed_world.texts, seed=90)  # in the store and not served: told to those who may use it
+    assert asked("hidden") == asked("z")
+    told = keyed.post("/v1/embeddings", {"input": "x", "adapter": "hidden"}, headers=header("ops"))
+    refused(told, 404, "adapter_not_found")
+    assert "PUT it to serve it" in told.text
 
 
 def test_a_base_that_is_not_a_tenants_cannot_be_told_from_an_unknown_one(keyed: Server) -> None:
