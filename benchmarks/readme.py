@@ -71,8 +71,7 @@ def gateway_text(reports: dict[str, dict[str, Any]]) -> str:
 def soak_text(reports: dict[str, dict[str, Any]]) -> str:
     """What came of long mixed traffic, by engine."""
     said = (
-        f"{one['seconds'] / 60:.0f} minutes of zipf traffic over {one['adapters']} adapters{f" in {one['slots']} slots" if one['slots'] else ''} "
-        f"on the `{one['engine']}` engine "
+        f"{one['seconds'] / 60:.0f} minutes of zipf traffic over {one['adapters']} adapters{_in_slots(one)} on the `{one['engine']}` engine "
         f"({one['cores_used']} core{'s'[: one['cores_used'] > 1]}), with {one['done']['reload']} reloads, "
         f"{sum(count for kind, count in one['done'].items() if kind.startswith('bad load refused'))} bad loads, "
         f"{one['cancelled']} cancelled streams and {one['done'].get('kill', 0) or 'no'} engine kills:\n{one['sent']} requests sent, "
@@ -84,6 +83,10 @@ def soak_text(reports: dict[str, dict[str, Any]]) -> str:
         "\n".join(said)
         + "\nFrom `benchmarks/results/soak-*.json`, made by `benchmarks/soak.py`, which holds every answer against the adapter's own."
     )
+
+
+def _in_slots(soaked: dict[str, Any]) -> str:
+    return f" in {soaked['slots']} slots" if soaked["slots"] else ""
 
 
 def _memory_of(soaked: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from embedft.compressed import BITS, plain
 from embedft.errors import BaseError, BaseNotFound, UsageError
 from embedft.int8 import keep_activations
-from embedft.model_folder import RECORD, BaseInfo, Task, describe, fingerprint, quantization_of, read_json
+from embedft.model_folder import RECORD, BaseInfo, Task, check_whole, describe, fingerprint, quantization_of, read_json
 from embedft.quantize import quantize
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def load_base(spec: BaseSpec, *, task: Task) -> Base:
 def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
     """The model of a base folder, frozen, in eval mode, in `dtype` (default: the compute dtype); on the GPU where there is one.
 
-    BaseError where it is none for `task`.
+    BaseError where it is none for `task`, or where weights are missing.
     """
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
@@ -167,7 +167,8 @@ def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) 
         from transformers import CompressedTensorsConfig
 
         device["quantization_config"] = CompressedTensorsConfig(run_compressed=False)
-    model = loader.from_pretrained(folder, dtype=dtype, **device)
+    model, loading = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, **device)
+    check_whole(folder, loading)
     plain(model)
     _cast(model, dtype)
     model.requires_grad_(False)

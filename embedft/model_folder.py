@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -143,6 +143,16 @@ def own_template(folder: Path) -> str | None:
         entries = cast("list[dict[str, str]]", given)
         given = next((entry["template"] for entry in entries if entry.get("name") == "default"), None)
     return given or None
+
+
+def check_whole(folder: Path, loading: Mapping[str, Any], *, pooler: bool = False) -> None:
+    """`loading`: transformers' own account. What the files do not hold it draws at random: BaseError. Many lack a pooler, on which no
+    vector here depends; `pooler`: what is asked for does.
+    """
+    missing: Collection[str] = loading["missing_keys"]
+    if lost := sorted(name for name in missing if pooler or "pooler" not in name.split(".")):
+        listed = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
+        raise BaseError(f"{folder.name} lacks {len(lost)} of its weights ({listed}): download or save it again, whole")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from embedft.compressed import BITS, compress
 from embedft.errors import QuantizationUnsupported
 from embedft.files import publish_folder, staged_folder
-from embedft.model_folder import RECORD, describe, fingerprint, quantization_of
+from embedft.model_folder import RECORD, check_whole, describe, fingerprint, quantization_of
 
 SCHEMES = ("nf4", "int8", "w4a16", "w8a8")
 CALIBRATION_LINES = 512
@@ -78,7 +78,8 @@ def _write_weights(source: Path, stage: Path, scheme: str) -> None:
     )
     loader: Any = AutoModelForCausalLM if describe(source).kind == "decoder" else AutoModel
     device = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
-    model = loader.from_pretrained(source, quantization_config=config, dtype="auto", **device)
+    model, loading = loader.from_pretrained(source, quantization_config=config, dtype="auto", output_loading_info=True, **device)
+    check_whole(source, loading)
     model.save_pretrained(stage)
 
 
@@ -87,7 +88,9 @@ def _write_compressed(source: Path, stage: Path, scheme: str, calibration: Path 
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM if describe(source).kind == "decoder" else AutoModel
-    model = loader.from_pretrained(source, dtype=torch.float32).eval()
+    model, loading = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    check_whole(source, loading)
+    model.eval()
     dtype: Any = AutoConfig.from_pretrained(source).dtype or torch.float32
     compress(model, stage, scheme=scheme, skipped=SKIPPED, dtype=dtype, batches=_batches(source, calibration) if calibration else ())
 

@@ -11,6 +11,7 @@ from embedft.causal_lm.evaluate import Generation, compare, evaluate_generation,
 from embedft.causal_lm.template import Example, Template, template_of
 from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError
 from embedft.methods import attach, supported
+from embedft.methods.targets import fused_experts
 from embedft.recipe import CausalLMRecipe, CausalLMTrain
 from embedft.records import sample
 from embedft.training.arguments import hf_arguments, steps_an_epoch
@@ -214,6 +215,8 @@ def _seeded_adapter(base: Base, examples: Sequence[Example], recipe: CausalLMRec
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.train.seed)).tolist()
     starts = range(0, min(len(order), size * START_BATCHES), size)
     batches = [collate([examples[i] for i in order[start : start + size]]) for start in starts]
+    if recipe.adapter.method != "full" and (share := fused_experts(base.model)):
+        note(f"{recipe.name}: {share:.0%} of the base's weights are its experts', in no linear layers: the adapter leaves them as they are")
     return attach(base, recipe.adapter, task="causal_lm", batches=batches)
 
 

@@ -302,12 +302,19 @@ def _doubts(query: _Query, documents: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
+_CLASSIFIER = "ForSequenceClassification"
+
+
 def _judge(folder: str | None) -> Any:
     if folder is None:
         return None
     from sentence_transformers import CrossEncoder
+    from transformers import AutoConfig
 
     try:
+        config: Any = AutoConfig.from_pretrained(folder)
+        if not (Path(folder, "modules.json").is_file() or any(name.endswith(_CLASSIFIER) for name in config.architectures or ())):
+            raise ValueError("it is no sequence classifier, so what scores pairs would be drawn at random")
         return CrossEncoder(folder)
     except (OSError, ValueError) as error:
         raise DataError([f"cross-encoder {folder}: cannot be loaded: {str(error).splitlines()[0][:200]}"]) from None

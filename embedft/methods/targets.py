@@ -20,6 +20,12 @@ def linear_modules(model: "nn.Module") -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def fused_experts(model: "nn.Module") -> float:
+    """Share of the weights that a mixture's experts hold outside of linear layers, where no adapter reaches them."""
+    total = sum(value.numel() for value in model.parameters())
+    return sum(value.numel() for name, value in model.named_parameters() if value.dim() == 3 and ".experts." in name) / max(total, 1)
+
+
 def train_adapters_only(model: Any) -> None:
     """Training mode for the adapter's own layers: dropout in the frozen ones would add noise and switch fused attention off."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from embedft.errors import BaseError
 from embedft.lean import without_unused
+from embedft.model_folder import check_whole
 from serve.engines.settings import KEY, parse_cores
 
 PAIRS = 32  # of one forward pass
@@ -26,7 +28,13 @@ class CrossEncoder:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         loader: Any = AutoModelForSequenceClassification
-        self.model: Any = loader.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        self.model: Any
+        self.model, loading = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        try:
+            check_whole(folder, loading, pooler=True)
+        except BaseError as error:
+            raise SystemExit(f"{error} (a cross-encoder is a sequence classifier)") from None
+        self.model.eval().requires_grad_(False)
         if torch.cuda.is_available():
             self.model.to("cuda")
         if self.model.config.num_labels != 1:

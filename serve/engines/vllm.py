@@ -8,12 +8,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embedft.base import compute_dtype
 from embedft.errors import EngineFailed
 from embedft.lean import COMPILED, EAGER
-from embedft.model_folder import BaseInfo, describe, read_json
+from embedft.model_folder import BaseInfo, describe, hidden_size, read_json
 from serve.engines.settings import KEY, WAITING, EngineSettings, parse_cores
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def check_base(folder: Path, info: BaseInfo, *, task: "Task", on_cpu: bool) -> N
     if task == "causal_lm" and info.kind == "encoder":
         raise EngineFailed(f"vLLM cannot serve this: {info.architecture} is an encoder: it generates nothing")
     config = read_json(folder / "config.json")
-    size = config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"])
-    if on_cpu and size not in CPU_HEAD_SIZES:
+    size = _head_size(folder, config)
+    if on_cpu and size is not None and size not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise EngineFailed(f"vLLM's CPU attention takes head sizes {sizes}; this base has {size}: use the peft engine")
     method = (config.get("quantization_config") or {}).get("quant_method")
@@ -109,6 +109,12 @@ def check_base(folder: Path, info: BaseInfo, *, task: "Task", on_cpu: bool) -> N
         raise EngineFailed(
             "vLLM multiplies compressed-tensors weights on CPUs with AVX512 only, and this one has none: use the peft engine"
         )
+
+
+def _head_size(folder: Path, config: dict[str, Any]) -> int | None:
+    """None where the config does not say how many heads there are."""
+    heads = next((config[name] for name in ("num_attention_heads", "n_heads", "n_head") if config.get(name)), None)
+    return config.get("head_dim") or (hidden_size(folder, config) // int(heads) if heads else None)
 
 
 def _has_avx512() -> bool:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from embedft.base import BaseSpec, base_folder, compute_dtype, config_folder, load_base, load_model, source_folder
-from embedft.errors import BaseNotFound, MethodUnsupported, QuantizationUnsupported, UsageError
+from embedft.errors import BaseError, BaseNotFound, MethodUnsupported, QuantizationUnsupported, UsageError
 from embedft.files import hash_tensors
 from embedft.methods import attach, supported, targeted_modules
 from embedft.model_folder import describe, fingerprint, own_template
@@ -159,6 +159,35 @@ def test_a_base_that_is_nowhere_is_said_so(tmp_path: Path) -> None:
         source_folder(BaseSpec("nobody/nothing"))
     with pytest.raises(BaseNotFound, match=r"config\.json"):
         source_folder(BaseSpec(str(tmp_path)))
+
+
+@pytest.mark.parametrize("lost", ["encoder.layer.1.output.dense.weight", "pooler.dense.weight"])
+def test_weights_that_the_files_lack_are_not_drawn_at_random(tmp_path: Path, lost: str) -> None:
+    folder = tiny_encoder(tmp_path / "base", pooling="mean")
+    tensors = load_file(str(folder / "model.safetensors"))
+    del tensors[lost]
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    if lost.startswith("pooler"):  # no vector depends on it
+        assert load_model(folder, task="embedding") is not None
+        return
+    with pytest.raises(BaseError, match=r"lacks 1 of its weights \(encoder\.layer\.1\.output\.dense\.weight\)"):
+        load_model(folder, task="embedding")
+    for scheme in ("nf4", "w4a16"):
+        with pytest.raises(BaseError, match="lacks 1 of its weights"):
+            quantize(folder, tmp_path / scheme, scheme=scheme)
+
+
+def test_what_writes_nothing_or_is_two_models_is_no_base(tmp_path: Path) -> None:
+    from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+
+    with pytest.raises(BaseError, match="sees what follows"):
+        load_model(tiny_encoder(tmp_path / "encoder", pooling="mean"), task="causal_lm")
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    for kind in (T5EncoderModel, T5ForConditionalGeneration):
+        kind(config).save_pretrained(tmp_path / kind.__name__)
+        for task in ("embedding", "causal_lm"):
+            with pytest.raises(BaseError, match=r"is an encoder-decoder \(t5\)"):
+                load_model(tmp_path / kind.__name__, task=task)
 
 
 @pytest.mark.parametrize("model", ["minilm", "seed-lm", "."])

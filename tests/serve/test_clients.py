@@ -188,6 +188,13 @@ def test_a_cross_encoder_reranks_by_its_own_scores(real: Real) -> None:
     refused(real.server.post("/v1/embeddings", {"model": "cross", "input": "x"}), 400, "wrong_task")
 
 
+def test_an_encoder_without_a_classifier_is_no_cross_encoder(tmp_path: Path) -> None:
+    from serve.engines.cross import CrossEncoder
+
+    with pytest.raises(SystemExit, match=r"lacks \d of its weights .*classifier"):
+        CrossEncoder(tiny_encoder(tmp_path / "plain", pooling="mean"), max_length=64)
+
+
 def logprobs(real: Real, adapter: Any) -> list[float]:
     """Of the prompt's own tokens, by the engine."""
     ids = [5, 9, 100, 33, 7, 8, 60]

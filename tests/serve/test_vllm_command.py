@@ -56,6 +56,27 @@ def test_vllm_is_not_started_for_a_base_it_cannot_serve(tmp_path: Path) -> None:
             engine_command("vllm", folder=base, task="embedding", socket=tmp_path / "s", settings=EngineSettings())
 
 
+@pytest.mark.parametrize(
+    ("said", "served"),
+    [
+        ({"dim": 128, "n_heads": 4}, True),
+        ({"dim": 128, "n_heads": 8}, False),
+        ({"n_embd": 128, "n_head": 8}, False),
+        ({"hidden_size": 128, "num_attention_heads": 8, "head_dim": 64}, True),
+        ({"hidden_size": 128}, True),  # vLLM will say for itself
+    ],
+)
+def test_head_sizes_are_read_in_the_words_of_each_family(tmp_path: Path, said: dict[str, int], *, served: bool) -> None:
+    info = describe(tiny_encoder(tmp_path / "base", pooling="mean"))
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    check = functools.partial(check_base, tmp_path, info, task="embedding", on_cpu=True)
+    if served:
+        check()
+        return
+    with pytest.raises(EngineFailed, match="this base has 16"):
+        check()
+
+
 def test_compressed_tensors_are_refused_where_vllm_has_no_kernel_for_them(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "llama")
     config = json.loads((folder / "config.json").read_text())

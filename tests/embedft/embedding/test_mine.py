@@ -147,6 +147,10 @@ def test_a_cross_encoder_strikes_what_it_prefers_and_its_scores_are_written(tmp_
         assert all(score < row["scores"][0] for score in row["scores"][1:])
     with pytest.raises(DataError, match="cannot be loaded"):
         mine(beir(tmp_path / "other"), tmp_path / "x.jsonl", mining=Mining(), cross_encoder=str(tmp_path / "absent"))
+    plain = tiny_encoder(tmp_path / "plain", pooling="mean")
+    (plain / "modules.json").unlink()
+    with pytest.raises(DataError, match="no sequence classifier"):  # its scores would be drawn at random
+        mine(beir(tmp_path / "third"), tmp_path / "x.jsonl", mining=Mining(), cross_encoder=str(plain))
 
 
 def test_a_rows_own_negatives_stay_and_others_come_after_them(tmp_path: Path) -> None:
