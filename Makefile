@@ -45,7 +45,7 @@ test: install
 
 # Every PEFT method on every kind of base, where `make test` takes one of each kind; some minutes.
 test-matrix: install
-	EMBEDFT_MATRIX=whole $(BIN)/python -m pytest -n 2 tests/embedft/methods
+	EMBEDFT_MATRIX=whole $(BIN)/python -m pytest -n 2 tests/embedft/methods tests/serve/test_engine_peft_families.py
 
 demo: install
 	$(BIN)/embedft demo $(ARGS)

@@ -71,7 +71,8 @@ def gateway_text(reports: dict[str, dict[str, Any]]) -> str:
 def soak_text(reports: dict[str, dict[str, Any]]) -> str:
     """What came of long mixed traffic, by engine."""
     said = (
-        f"{one['seconds'] / 60:.0f} minutes of zipf traffic over {one['adapters']} adapters{_in_slots(one)} on the `{one['engine']}` engine "
+        f"{one['seconds'] / 60:.0f} minutes of zipf traffic over {one['adapters']} adapters{_in_slots(one)} "
+        f"on the `{one['engine']}` engine "
         f"({one['cores_used']} core{'s'[: one['cores_used'] > 1]}), with {one['done']['reload']} reloads, "
         f"{sum(count for kind, count in one['done'].items() if kind.startswith('bad load refused'))} bad loads, "
         f"{one['cancelled']} cancelled streams and {one['done'].get('kill', 0) or 'no'} engine kills:\n{one['sent']} requests sent, "

@@ -38,6 +38,45 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_GROUPED, "num_local_experts": 4, "sliding_window": 8},
     "lfm2": _GROUPED,
 }
+_ENCODER = {**_SHAPE, "num_hidden_layers": 2, "max_position_embeddings": 66}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": _ENCODER,
+    "roberta": _ENCODER,
+    "xlm-roberta": _ENCODER,
+    "camembert": _ENCODER,
+    "mpnet": _ENCODER,
+    "electra": {**_ENCODER, "embedding_size": 32},
+    "albert": {**_ENCODER, "embedding_size": 32},
+    "deberta-v2": {**_ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0},
+    "distilbert": {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2, "initializer_range": 0.2, "max_position_embeddings": 66},
+    "modernbert": {**_ENCODER, "local_attention": 8},
+    "nomic_bert": _ENCODER,
+    "eurobert": _ENCODER,
+    "mobilebert": {**_ENCODER, "embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32},
+    "roformer": _ENCODER,
+    "qwen3": _GROUPED,
+    "mistral": {**_GROUPED, "sliding_window": 8},
+    "gemma3_text": {**_GROUPED, "sliding_window": 8, "use_bidirectional_attention": True},
+}
+
+
+def tiny_embedder(folder: Path, family: str) -> Path:
+    """A random base for vectors, mean-pooled, as sentence-transformers would save it."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from embedft.encode import EncodeSettings
+    from embedft.training.sentence_files import write_sentence_files
+
+    tokenizer = tiny_tokenizer()
+    ids = {"bos_token_id": 2, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config: Any = AutoConfig.for_model(family, **ENCODERS[family], **ids, vocab_size=len(tokenizer))
+    torch.manual_seed(0)
+    model: Any = AutoModel.from_config(config)
+    model.save_pretrained(folder)
+    width = config.dim if family == "distilbert" else config.hidden_size
+    write_sentence_files(folder, tokenizer, EncodeSettings("mean", True, 48), dimension=width)
+    return folder
 
 
 def tiny_decoder(folder: Path, family: str) -> Path:

@@ -1,10 +1,11 @@
 """One base in memory and the adapters on it. Knows no request. But for `read`, it is called by one thread only.
 
-Plain LoRA adapters sit on one model and mix row by row (mixed.py). Virtual tokens of a language model are keys and values in front of
-a row's own, so they mix with those. Every other method has a model of its own: other modules, the same weights, a batch apart.
+Plain LoRA adapters sit on one model, where its layers work row by row, and mix (mixed.py). Virtual tokens of a language model are keys
+and values in front of a row's own, so they mix with those. Every other adapter has a model of its own: other modules, the same weights, a
+batch apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -33,10 +34,11 @@ class AdapterBank:
 
     def __init__(self, base: "Base") -> None:
         from embedft.prepacked import by_onednn
-        from serve.engines.peft.mixed import Mix, Mixed
+        from serve.engines.peft.mixed import Mix, Mixed, row_wise
 
         self.base = base
         self._bare: Any = sharing_copy(base.model)  # never adapted: what others are copied from
+        self._row_wise = row_wise(base.model)
         by_onednn(base.model)
         self._mix = Mix()
         self.model: Any = Mixed(base.model, self._mix)
@@ -57,7 +59,7 @@ class AdapterBank:
     def read(self, name: str, folder: Path) -> "Content":
         """What `put` takes. Any thread may call it while others use the base: this is what takes time. Raises AdapterInvalid."""
         try:
-            return _read(name, folder, self._bare)
+            return _read(name, folder, self._bare, self._row_wise)
         except AdapterInvalid as error:
             raise AdapterInvalid(name, error.reason) from error
         except Exception as error:
@@ -132,7 +134,7 @@ class Content:
     model: Any = None
 
 
-def _read(name: str, folder: Path, bare: Any) -> Content:
+def _read(name: str, folder: Path, bare: Any, mixable: Container[str]) -> Content:
     """AdapterInvalid for a method that is not in the table, or one that would write to the base."""
     from peft import PeftConfig
     from safetensors.torch import load_file
@@ -159,7 +161,7 @@ def _read(name: str, folder: Path, bare: Any) -> Content:
         return Content(model=load_adapter(sharing_copy(bare), folder))
     config.init_lora_weights = True  # drawn cheaply, then overwritten; PiSSA and its like would rewrite base tensors
     model = _filled(name, sharing_copy(bare), config, load_file(str(folder / WEIGHTS)))
-    pairs = pairs_of(model, ADAPTER, bare.dtype)
+    pairs = pairs_of(model, ADAPTER, bare.dtype, within=mixable)
     return Content(model=model) if pairs is None else Content(pairs=pairs)
 
 

@@ -4,7 +4,7 @@ PEFT computes a mixed batch adapter by adapter, in each of its layers. Here a pa
 are those of serve.vllm_cpu_lora. Knows no adapter's name and no request.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Container, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from serve.vllm_cpu_lora.plan import Plan, make_plan
 
 Pair = tuple[Tensor, Tensor]  # A (r, in) and B (r, out), its scale multiplied in
 FIRST_SLOTS = 8
+TRIED_ROWS, TRIED_TOKENS = (7, 11), 5
 
 
 class Mix:
@@ -139,8 +140,33 @@ class MixedLinear(nn.Module):
         return Projection(a, width, width, width, b, *tables, 1, len(self._ranks), 0)
 
 
-def pairs_of(model: Any, adapter: str, dtype: torch.dtype) -> dict[str, Pair] | None:
-    """A PeftModel's pairs by the base's own names of its layers; None where one is more than a plain pair on a linear layer."""
+def row_wise(model: Any) -> frozenset[str]:
+    """Linear layers that see the same number of positions of every row, row after row: only there a position says whose it is.
+
+    DeBERTa's keys also see the table of relative positions, which all rows share; an expert sees what was routed to it.
+    """
+    linears = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    seen: dict[str, list[list[int]]] = {name: [] for name in linears}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: seen[name][-1].append(given[0].numel() // given[0].shape[-1]))
+        for name, module in linears.items()
+    ]
+    try:
+        for rows in TRIED_ROWS:
+            for found in seen.values():
+                found.append([])
+            ids = torch.ones(rows, TRIED_TOKENS, dtype=torch.long, device=model.device)
+            with torch.inference_mode():
+                model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    few, more = TRIED_ROWS
+    return frozenset(name for name, (one, other) in seen.items() if [count * more for count in one] == [count * few for count in other])
+
+
+def pairs_of(model: Any, adapter: str, dtype: torch.dtype, *, within: Container[str]) -> dict[str, Pair] | None:
+    """A PeftModel's pairs by the base's own names of its layers; None where one is more than a plain pair on a layer of `within`."""
     from peft.tuners.lora import LoraLayer
 
     found: dict[str, Pair] = {}
@@ -149,7 +175,7 @@ def pairs_of(model: Any, adapter: str, dtype: torch.dtype) -> dict[str, Pair] | 
             continue
         layer: Any = module
         base = layer.get_base_layer()
-        plain = hasattr(base, "in_features") and adapter in layer.lora_A and adapter not in layer.lora_variant
+        plain = name in within and adapter in layer.lora_A and adapter not in layer.lora_variant
         if not plain or layer.lora_bias.get(adapter):
             return None
         a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()

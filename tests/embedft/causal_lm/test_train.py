@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from embedft.adapters.passport import BaseIdentity
 from embedft.adapters.store import AdapterStore
@@ -17,7 +18,8 @@ from embedft.model_folder import describe, own_template, template_hash
 from embedft.recipe_file import load_recipe
 from embedft.training.measure import AdapterResult, DryRunReport
 from embedft.verify import verify
-from tests.fixtures_lm import planted_recipe, planted_rows, write_jsonl
+from tests.families import tiny_decoder
+from tests.fixtures_lm import planted_recipe, planted_rows, tiny_llama, write_jsonl
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -145,6 +147,16 @@ def test_rows_that_leave_no_room_for_an_answer_are_told_of(tiny_base: Path, tmp_
     write_jsonl(tmp_path / "train.jsonl", rows[1:])
     with pytest.raises(DataError, match="2 of 19 prompts fill all 64 tokens"):
         tokenized(read_split(recipe).train, template_of(tiny_tokenizer()), recipe)
+
+
+def test_what_the_adapter_leaves_of_a_mixture_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = planted_recipe(tmp_path, tiny_decoder(tmp_path / "base", "qwen3_moe"), test_rows=0)
+    train(recipe, store=AdapterStore(tmp_path / "store"), dry_run=True)
+    told = capsys.readouterr().err
+    experts, weights = 4 * 4 * 3 * 64 * 64, sum(value.size for value in load_file(tmp_path / "base" / "model.safetensors").values())
+    assert f"{experts / weights:.0%} of the base's weights are its experts', in no linear layers" in told
+    train(planted_recipe(tmp_path, tiny_llama(tmp_path / "llama"), test_rows=0), store=AdapterStore(tmp_path / "store"), dry_run=True)
+    assert "experts" not in capsys.readouterr().err
 
 
 def test_a_dry_run_reports_its_cost_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
