@@ -19,6 +19,7 @@ TOLERANCE = 0.1  # the most that the relative error of the effect may be
 SIGNAL = 5.0  # the effect's norm must exceed this many times the engine's repeat noise
 KEPT = 8
 FLOOR = 0.02  # no tolerance below this: engines' rounding must pass
+ANOTHER = 0.3  # a base whose answers differ by more than this part of their norm is computed otherwise, whatever its rounding
 ROUNDING = 2.0  # and none below this many times what the engine's base differs by from the trainer's, up to TOLERANCE: bf16 must pass
 
 PROBE_TEXTS = (
@@ -138,7 +139,8 @@ def compare(
     if any([array.shape for array in side] != shapes for side in (base, adapted, base_again)):
         return ProbeReport(float("inf"), 0.0, 0.0, limit, False, "the engine's outputs have another shape than the recorded ones")
     strength = recorded.strength + 1e-12
-    rounding = _norm([one - other for one, other in zip(base, recorded.base, strict=True)]) / strength if recorded.base else 0.0
+    differs = _norm([one - other for one, other in zip(base, recorded.base, strict=True)]) if recorded.base else 0.0
+    rounding = differs / strength
     if tolerance is None:
         limit = max(limit, min(TOLERANCE, ROUNDING * rounding))
     effect = [one - other for one, other in zip(adapted, base, strict=True)]
@@ -147,6 +149,10 @@ def compare(
     error = _norm([one - other for one, other in zip(effect, recorded.effect, strict=True)]) / strength
     if not np.isfinite([error, signal, noise]).all():
         return ProbeReport(error, signal, noise, limit, False, "the engine's outputs are not finite")
+    if differs > ANOTHER * _norm(recorded.base):
+        share = differs / (_norm(recorded.base) + 1e-12)
+        reason = f"this engine computes another base than the trainer: without any adapter its answers differ by {share:.2f} of their norm"
+        return ProbeReport(error, signal, noise, limit, False, f"{reason}; serve it by another engine")
     if signal <= SIGNAL * noise:
         return ProbeReport(error, signal, noise, limit, False, "it changes nothing: its effect drowns in the engine's repeat noise")
     if error > limit:

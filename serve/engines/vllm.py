@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from embedft.base import compute_dtype
 from embedft.errors import EngineFailed
 from embedft.lean import COMPILED, EAGER
-from embedft.model_folder import BaseInfo, describe, hidden_size, read_json
+from embedft.model_folder import AFTER_PADDING, BaseInfo, describe, hidden_size, read_json
 from serve.engines.settings import KEY, WAITING, EngineSettings, parse_cores
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def vllm_command(*, folder: Path, task: "Task", socket: Path, settings: EngineSe
         argv += ["--kv-cache-memory-bytes", str(int(kv_gib * 2**30))]
     if on_cpu:
         argv += ["--enforce-eager", "--max-num-batched-tokens", str(max(length, 2048)), "--max-num-seqs", "32"]
+    if overrides := _overrides(folder):
+        argv += ["--hf-overrides", json.dumps(overrides)]
     env = _environment(settings, key, on_cpu=on_cpu) | {"VLLM_RPC_BASE_PATH": str(socket.parent)}
     if length > info.max_length:  # vLLM takes what sentence-transformers reads of a text for the most that the base can place
         env["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
@@ -100,6 +102,8 @@ def check_base(folder: Path, info: BaseInfo, *, task: "Task", on_cpu: bool) -> N
     if task == "causal_lm" and info.kind == "encoder":
         raise EngineFailed(f"vLLM cannot serve this: {info.architecture} is an encoder: it generates nothing")
     config = read_json(folder / "config.json")
+    if config.get("model_type") in AFTER_PADDING - {"roberta", "xlm-roberta"}:
+        raise EngineFailed(f"vLLM would place the tokens of {config['model_type']} otherwise than it was trained to: use the peft engine")
     size = _head_size(folder, config)
     if on_cpu and size is not None and size not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
@@ -109,6 +113,13 @@ def check_base(folder: Path, info: BaseInfo, *, task: "Task", on_cpu: bool) -> N
         raise EngineFailed(
             "vLLM multiplies compressed-tensors weights on CPUs with AVX512 only, and this one has none: use the peft engine"
         )
+
+
+def _overrides(folder: Path) -> dict[str, Any]:
+    """What vLLM wants to read in a config that transformers 5 leaves out."""
+    config = read_json(folder / "config.json")
+    unsaid = config.get("model_type") == "xlm-roberta" and "position_embedding_type" not in config
+    return {"position_embedding_type": "absolute"} if unsaid else {}
 
 
 def _head_size(folder: Path, config: dict[str, Any]) -> int | None:

@@ -15,7 +15,8 @@ On a CPU:
 4. What is not finite never enters the cache: attention reads a block to its end and multiplies what is beyond a sequence by 0,
    which of NaN makes NaN. One damaged adapter would spoil the answers of all who get its blocks after it.
 5. A W8A8 layer's weight is None once it is packed for oneDNN, and vLLM asks it where a LoRA belongs.
-6. Its LoRA operations are replaced (serve.vllm_cpu_lora, registered here because VLLM_PLUGINS names bitsandbytes only).
+6. Experts keep out of LoRA: vLLM would run them through Triton, which is not there, and end. An adapter of experts is refused.
+7. Its LoRA operations are replaced (serve.vllm_cpu_lora, registered here because VLLM_PLUGINS names bitsandbytes only).
 """
 
 import os
@@ -49,6 +50,7 @@ def main() -> None:
         _models_inspected_in_this_process()
         _only_finite_keys_and_values()
         _adapters_lie_where_the_model_does()
+        _experts_are_the_bases()
         vllm_cpu_lora.register()
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
@@ -157,6 +159,22 @@ def _adapters_lie_where_the_model_does() -> None:
 
     module: Any = base_linear
     module._get_lora_device = lambda _: torch.device("cpu")
+
+
+def _experts_are_the_bases() -> None:
+    from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    for layer in (FusedMoEWithLoRA, FusedMoE3DWithLoRA):
+        layer.can_replace_layer = classmethod(lambda *_, **__: False)
+    config: Any = FusedMoEConfig
+    stock = config.__post_init__
+
+    def post_init(self: Any) -> None:
+        self.is_lora_enabled = False
+        stock(self)
+
+    config.__post_init__ = post_init
 
 
 def _bitsandbytes_as_the_trainer_has_it(*, on_cpu: bool) -> None:

@@ -244,7 +244,7 @@ def test_an_alias_names_the_variant_that_is_not_served(server: Server, world: Wo
     assert server.client.delete("/v1/adapters/going", headers=ADMIN).status_code == 200
     answer = ask(server, "onward")
     refused(answer, 404, "adapter_not_found")
-    assert answer.json()["error"]["message"].startswith("no adapter named 'going'")
+    assert answer.json()["error"]["message"].startswith("adapter 'going' is not served: ")
     assert server.client.delete("/v1/aliases/onward", headers=ADMIN).status_code == 200
 
 

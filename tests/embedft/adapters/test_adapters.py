@@ -311,11 +311,23 @@ def test_an_engine_may_differ_by_its_rounding_which_its_base_shows_but_never_by_
     write_probes(tmp_path, RecordedProbes((Probe((1,)),), (base,), (effect,), {}, 0.02))
     recorded = read_probes(tmp_path)
     assert np.array_equal(recorded.base[0], base)
-    for moved, off, passed in ((0.0, 0.05, False), (0.003, 0.05, True), (0.003, 0.07, False), (0.5, 0.09, True), (0.5, 0.11, False)):
+    for moved, off, passed in ((0.0, 0.05, False), (0.003, 0.05, True), (0.003, 0.07, False), (0.29, 0.09, True), (0.29, 0.11, False)):
         plain = [base + np.float32(moved)]
         report = compare(recorded, base=plain, adapted=[plain[0] + effect * np.float32(1 + off)], base_again=plain)
         assert report.passed == passed, (moved, off, report)
         assert ("EMBEDFT_DTYPE" in report.reason) == (not passed and moved > 0), "whose base rounds is told what would help"
+
+
+def test_an_engine_that_computes_another_base_than_the_trainer_is_refused_however_well_the_effect_agrees(tmp_path: Path) -> None:
+    base, effect = np.ones(100, np.float32), np.full(100, 0.1, np.float32)
+    write_probes(tmp_path, RecordedProbes((Probe((1,)),), (base,), (effect,), {}, 0.02))
+    recorded = read_probes(tmp_path)
+    for moved, passed in ((0.29, True), (-0.29, True), (0.31, False), (-0.31, False)):
+        plain = [base + np.float32(moved)]
+        report = compare(recorded, base=plain, adapted=[plain[0] + effect], base_again=plain)
+        assert report.passed == passed, (moved, report)
+        assert ("computes another base than the trainer" in report.reason) == (not passed)
+        assert ("by 0.31 of their norm; serve it by another engine" in report.reason) == (not passed)
 
 
 def test_what_passes_so_narrowly_that_an_engine_may_refuse_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,49 @@
+"""vLLM over bases that stock vLLM ends at, or answers wrongly, on a CPU with transformers 5: as in transformers + PEFT, or refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedft.encode import Encoder
+from embedft.errors import EngineFailed
+from embedft.model_folder import describe
+from embedft.vectors import published_settings
+from serve.engines.command import engine_command
+from serve.engines.settings import EngineSettings
+from tests.families import tiny_decoder, tiny_embedder
+from tests.serve.engine_process import assert_tokens, assert_vectors, engine, greedy, random_adapter, solo
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+PROMPTS = [[5, 9, 100, 33], [7, 30] * 10]
+
+
+def test_a_mixture_of_experts_writes_with_an_adapter_of_its_linear_layers(tmp_path: Path) -> None:
+    base = tiny_decoder(tmp_path / "base", "qwen3_moe")
+    adapter = random_adapter(tmp_path / "a", base, "causal_lm", seed=0)
+    models = {"base": solo(base, "causal_lm", None), "a": solo(base, "causal_lm", adapter)}
+    alone = {name: [greedy(model, prompt, 12) for prompt in PROMPTS] for name, model in models.items()}
+    assert str(alone["a"]) != str(alone["base"])
+    with engine("vllm", base, "causal_lm") as server:
+        server.load("a", adapter)
+        for name, answers in alone.items():
+            for prompt, expected in zip(PROMPTS, answers, strict=True):
+                assert_tokens(server.complete(name, prompt)["token_ids"], expected)
+
+
+def test_a_multilingual_encoder_that_transformers_5_saved_gives_its_own_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDFT_DTYPE", "float32")
+    base = tiny_embedder(tmp_path / "base", "xlm-roberta")
+    adapter = random_adapter(tmp_path / "a", base, "embedding", seed=0)
+    settings = published_settings(describe(base), 48)
+    models = {"base": solo(base, "embedding", None), "a": solo(base, "embedding", adapter)}
+    alone = {name: Encoder(model, base, settings).encode_ids(PROMPTS) for name, model in models.items()}
+    with engine("vllm", base, "embedding") as server:
+        server.load("a", adapter)
+        assert_vectors({name: server.embed(name, PROMPTS) for name in alone}, alone)
+
+
+def test_a_family_whose_positions_vllm_would_place_otherwise_is_refused(tmp_path: Path) -> None:
+    base = tiny_embedder(tmp_path / "base", "camembert")
+    with pytest.raises(EngineFailed, match="tokens of camembert otherwise.*peft engine"):
+        engine_command("vllm", folder=base, task="embedding", socket=tmp_path / "s", settings=EngineSettings())
