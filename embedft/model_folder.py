@@ -120,11 +120,19 @@ def lengths(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:
-    """Ids that end an answer, in evaluation and in every engine: the end of text, and of a turn whatever the base calls its eos."""
-    ids = [tokenizer.eos_token_id]
+    """Ids that end an answer, in training, evaluation and every engine: the end of text, what the base's own folder names beside it, and
+    the end of a turn whatever the base calls its eos."""
     vocabulary = tokenizer.get_vocab()
+    ids = [tokenizer.eos_token_id, *_named_ends(Path(tokenizer.name_or_path))]
     ids += [vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>") if token in vocabulary]
     return sorted({int(token) for token in ids if token is not None})
+
+
+def _named_ends(folder: Path) -> list[int]:
+    """The eos ids of a base folder's generation_config.json; without that file, of its config.json."""
+    path = next((path for name in ("generation_config.json", "config.json") if (path := folder / name).is_file()), None)
+    named: Any = read_json(path).get("eos_token_id") if path else None
+    return list(cast("list[int]", named)) if isinstance(named, list) else [named] if isinstance(named, int) else []
 
 
 def template_hash(source: str | None) -> str:

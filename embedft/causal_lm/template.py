@@ -2,9 +2,10 @@
 
 A base with a chat template sees every row through it, prompt/completion rows too: what trains here answers under
 /v1/chat/completions. A base without one sees prompt + completion + end of text, and answers under /v1/completions.
-The text before an answer is tokenized apart from the answer, as it is when an engine generates.
+No token spans the text before an answer and the answer, as none does when an engine generates.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from embedft.model_folder import CHATML, PLAIN, stop_tokens, template_hash
 
 IGNORED = -100  # label of a token without a loss
 NAMED = {"chatml": CHATML}
+OPENING = re.compile(r"<\w+>\s*$")  # a tag
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,16 @@ class Template:
 
     def answer_ids(self, row: Row) -> list[int]:
         """Tokens of the last answer with the token that ends it."""
-        return self._ids(self._segments(row)[-1][0], first=False)
+        *before, (answer, _) = self._segments(row)
+        return self._tokens(["".join(text for text, _ in before), answer])[-1]
 
     def example(self, row: Row, *, max_length: int, train_on_inputs: bool = False) -> Example | None:
         """The row's tokens, cut at `max_length`, with a loss on the assistant's turns (or on all); None if no answer is left."""
         ids: list[int] = []
         labels: list[int] = []
         part: list[int] = []
-        for number, (text, learnt) in enumerate(self._segments(row)):
-            part = self._ids(text, first=number == 0)
+        segments = self._segments(row)
+        for (_, learnt), part in zip(segments, self._tokens([text for text, _ in segments]), strict=True):
             ids += part
             labels += part if learnt or train_on_inputs else [IGNORED] * len(part)
         if len(ids) - len(part) >= max_length:  # `part` is the last answer now
@@ -74,22 +77,40 @@ class Template:
         whole = self._render(row, len(row.messages), ask=False)
         for end in ends:
             before, after = self._render(row, end, ask=True), self._render(row, end + 1, ask=False)
-            if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
-                before, pieces, done = self.prompt(row), [], ""
-                after = before + self._tail(before, whole, row)
-                return [(before, False), (_trimmed(after[len(before) :], self.tokenizer), True)]
-            answer = _trimmed(after[len(before) :], self.tokenizer)
-            pieces += [(before[len(done) :], False), (answer, True)]
+            answer = self._trimmed(after[len(before) :], row.messages[end].content)
+            if not (before.startswith(done) and after.startswith(before) and whole.startswith(before + answer)):
+                before = self.prompt(row)
+                return [(before, False), (self._closed(self._tail(before, whole, row), row), True)]
+            last = end == len(row.messages) - 1
+            pieces += [(before[len(done) :], False), (self._closed(answer, row) if last else answer, True)]
             done = before + answer
         return pieces
 
     def _tail(self, before: str, whole: str, row: Row) -> str:
-        return whole[len(before) :] if whole.startswith(before) else self._ended(row.answer)
+        """The last answer after `before`; as the row has it where the template leaves out what it ended the prompt with."""
+        return self._trimmed(whole[len(before) :], row.answer) if whole.startswith(before) else _unopened(row.answer, before)
+
+    def _closed(self, answer: str, row: Row) -> str:
+        """With the end of text where the template writes nothing that ends an answer, as GLM's, whose next turn ends the one before."""
+        return answer if self._trimmed(answer, row.answer, ended=True) else self._ended(answer)
 
     def _ended(self, answer: str) -> str:
         if self.tokenizer.eos_token is None:
             raise BaseError("the base's tokenizer has no eos_token, so nothing would end an answer: name it in tokenizer_config.json")
         return answer + str(self.tokenizer.eos_token)
+
+    def _trimmed(self, answer: str, content: str, *, ended: bool = False) -> str:
+        """Without what a template writes after the token that ends the turn: no engine ever generates that. An answer that none ends
+        stays as it is, or with `ended` is ''."""
+        after = max(answer.rfind(content.strip()), 0)
+        after += len(content.strip()) if answer.startswith(content.strip(), after) else 0
+        ends = [(at, len(token)) for token in self._stops() if (at := answer.find(token, after)) >= 0]
+        return answer[: sum(min(ends))] if ends else "" if ended else answer
+
+    def _stops(self) -> list[str]:
+        """Texts of the tokens that end an answer. What a config calls one and is a word of the vocabulary is no sign of an end."""
+        added = self.tokenizer.added_tokens_decoder
+        return [str(added[token]) for token in stop_tokens(self.tokenizer) if token in added]
 
     def _plain(self, messages: Sequence[Message]) -> str:
         if len(messages) != 1 or messages[0].role != "user":
@@ -104,6 +125,18 @@ class Template:
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in listed)
             raise DataError([f"row {row.id} ({roles}): the chat template refuses it: {error}; expected roles that it knows"]) from None
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Of each piece as it stands after those before it: what a tokenizer begins a text with (SentencePiece a space) stands before
+        the first alone. A piece that would share a token with the one before is tokenized apart."""
+        parts: list[list[int]] = []
+        text, before = "", list[int]()
+        for piece in texts:
+            text += piece
+            after = self._ids(text, first=True)
+            parts.append(after[len(before) :] if after[: len(before)] == before else self._ids(piece, first=False))
+            before = after
+        return parts
 
     def _ids(self, text: str, *, first: bool) -> list[int]:
         special = first and self.source is None  # a template writes its special tokens itself
@@ -131,8 +164,7 @@ def template_with_hash(tokenizer: Any, wanted: str | None) -> Template:
     raise UsageError("the adapter was trained with a chat template that this base does not have: serve the base it was trained on")
 
 
-def _trimmed(answer: str, tokenizer: Any) -> str:
-    """Without what a template writes after the token that ends the turn: no engine ever generates that."""
-    tokens = [tokenizer.decode([token]) for token in stop_tokens(tokenizer)]
-    ends = [answer.rindex(token) + len(token) for token in tokens if token and token in answer]
-    return answer[: max(ends)] if ends else answer
+def _unopened(answer: str, before: str) -> str:
+    """Without the tag that it begins with (<think>, say) where the prompt ends with that already."""
+    sizes = [size for size in range(1, min(len(answer), len(before)) + 1) if before.endswith(answer[:size])]
+    return answer[max(sizes) :] if sizes and OPENING.match(answer[: max(sizes)]) else answer

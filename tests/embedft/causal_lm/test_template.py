@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,73 @@ def test_training_sees_exactly_the_prompt_tokens_that_a_server_renders() -> None
     assert example is not None
     assert template.prompt_ids(ROW) == served
     assert list(example.ids) == served + template.answer_ids(ROW)
+
+
+@pytest.mark.parametrize("name", ["own", "plain"])
+def test_a_space_that_a_tokenizer_puts_before_each_text_is_neither_learnt_nor_seen_between_turns(name: str) -> None:
+    """SentencePiece's, as Llama, Mistral and Phi have it."""
+    from tokenizers import normalizers
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    template = template_of(tokenizer, "plain" if name == "plain" else None)
+    talk = ROW if name == "plain" else TALK
+    example = template.example(talk, max_length=128)
+    assert example is not None
+    assert learnt(example, tokenizer) == ("stop<|im_end|>" if name == "plain" else "stop<|im_end|>go<|im_end|>")
+    assert list(example.ids) == template.prompt_ids(talk) + template.answer_ids(talk)
+    if name == "own":
+        asked = [{"role": message.role, "content": message.content} for message in TALK.messages[:-1]]
+        assert template.prompt_ids(talk) == tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+
+
+def test_an_answer_that_would_share_a_token_with_its_prompt_is_tokenized_apart() -> None:
+    tokenizer = tiny_tokenizer(template=False)
+    row = Row("2", (Message("user", "what does gre"), Message("assistant", "en mean?")))
+    template = template_of(tokenizer)
+    example = template.example(row, max_length=64)
+    assert example is not None
+    assert list(example.ids) == tokenizer("what does gre")["input_ids"] + tokenizer("en mean?<|endoftext|>")["input_ids"]
+
+
+def test_what_a_template_writes_after_the_end_that_the_bases_folder_names_is_not_learnt(tmp_path: Path) -> None:
+    """Phi's turns end in <|end|>, which is no eos of its tokenizer, and a conversation in an eos that stands nowhere between turns."""
+    from transformers import AutoTokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|end|>"], special_tokens=True)
+    tokenizer.chat_template = CHATML.replace("im_end", "end") + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    tokenizer.save_pretrained(tmp_path)
+    named = {"eos_token_id": [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.get_vocab()["o"]]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(named), encoding="utf-8")
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert stop_tokens(read) == sorted(named["eos_token_id"])
+    assert learnt(template_of(read).example(TALK, max_length=128), read) == "stop<|end|>go<|end|>"
+
+
+def test_a_template_that_ends_no_answer_teaches_the_end_of_text_after_the_last() -> None:
+    tokenizer = tiny_tokenizer()  # as GLM's, where the next turn ends the one before
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "")
+    assert learnt(template_of(tokenizer).example(TALK, max_length=128), tokenizer) == "stop\ngo\n<|im_end|>"
+
+
+@pytest.mark.parametrize("answer", ["<think>\nred</think>\n\nstop", "red</think>\n\nstop"])
+def test_a_thought_that_the_prompt_opens_is_opened_once(answer: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (  # DeepSeek-R1's way: thoughts are asked for, and left out of what was answered
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    row = Row("0", (*ROW.messages[:1], Message("assistant", answer)))
+    template = template_of(tokenizer)
+    assert template.prompt(row).endswith("<think>\n")
+    assert learnt(template.example(row, max_length=128), tokenizer) == "red</think>\n\nstop<|im_end|>"
+
+
+def test_an_answer_that_speaks_of_its_end_is_learnt_whole() -> None:
+    tokenizer = tiny_tokenizer()
+    row = Row("0", (*ROW.messages[:1], Message("assistant", "a <|im_end|> b")))
+    assert learnt(template_of(tokenizer).example(row, max_length=128), tokenizer) == "a <|im_end|> b<|im_end|>"
 
 
 def test_what_a_tokenizer_begins_a_text_with_stands_there_once() -> None:
