@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from embedft.compressed import BITS, plain
 from embedft.errors import BaseError, BaseNotFound, UsageError
 from embedft.int8 import keep_activations
-from embedft.model_folder import RECORD, BaseInfo, Task, check_whole, describe, fingerprint, quantization_of, read_json
+from embedft.model_folder import RECORD, BaseInfo, Task, check_whole, describe, fingerprint, quantization_of, read_json, tokenizer_of, told
 from embedft.quantize import quantize
 
 if TYPE_CHECKING:
@@ -143,18 +143,16 @@ def native_bf16() -> bool:
 
 
 def load_base(spec: BaseSpec, *, task: Task) -> Base:
-    """Load the base that `spec` names, frozen. Raises BaseNotFound or QuantizationUnsupported."""
-    from transformers import AutoTokenizer
-
+    """Load the base that `spec` names, frozen. Raises BaseNotFound, QuantizationUnsupported or another BaseError."""
     folder = base_folder(spec)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     return Base(spec=spec, folder=folder, info=describe(folder), model=load_model(folder, task=task), tokenizer=tokenizer)
 
 
 def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
     """The model of a base folder, frozen, in eval mode, in `dtype` (default: the compute dtype); on the GPU where there is one.
 
-    BaseError where it is none for `task`, or where weights are missing.
+    BaseError where it is none for `task`, where weights are missing, and where transformers cannot load it.
     """
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
@@ -167,7 +165,8 @@ def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) 
         from transformers import CompressedTensorsConfig
 
         device["quantization_config"] = CompressedTensorsConfig(run_compressed=False)
-    model, loading = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, **device)
+    with told(folder):
+        model, loading = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **device)
     check_whole(folder, loading)
     plain(model)
     _cast(model, dtype)

@@ -14,7 +14,7 @@ from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, Usag
 from embedft.files import publish_folder, staged_folder
 from embedft.methods import load_adapter, method_named, save_weights
 from embedft.methods.companion import lora_layers
-from embedft.model_folder import fingerprint
+from embedft.model_folder import fingerprint, tokenizer_of
 from embedft.quantize import copy_rest, quantize
 from embedft.verify import as_record, outputs, record, settings_of, trained_base
 
@@ -181,8 +181,6 @@ def _finish(
     source: Path, out: Path, name: str, base: Path, *, config: Any, parts: Sequence[Passport], made: dict[str, Any], least: float
 ) -> Passport:
     """What stands beside the sum's weights: the first part's files, probes, passport and card. AdapterInvalid below `least` of effect."""
-    from transformers import AutoTokenizer
-
     first = parts[0]
     settings = settings_of(first) if first.task == "embedding" else None
     if settings is not None:
@@ -192,7 +190,7 @@ def _finish(
         for path in source.glob("[0-9]_*"):
             (out / path.name).mkdir()
             (out / path.name / "config.json").write_bytes((path / "config.json").read_bytes())
-    recorded = record(out, base=base, tokenizer=AutoTokenizer.from_pretrained(base), task=first.task, settings=settings, name=name)
+    recorded = record(out, base=base, tokenizer=tokenizer_of(base), task=first.task, settings=settings, name=name)
     if recorded.strength < least:
         raise AdapterInvalid(name, "its parts take each other away: what is left is rounding")
     write_probes(out, recorded)

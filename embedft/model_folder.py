@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from embedft.compressed import scheme_of
-from embedft.errors import BaseError, BaseNotFound
-from embedft.files import hash_tensors
+from embedft.errors import BaseError, BaseNotFound, EmbedftError
+from embedft.files import HeaderInvalid, hash_tensors
 from embedft.sentence_folder import Pooling, longest, published
 
 Task = Literal["embedding", "causal_lm"]
@@ -59,11 +60,17 @@ def quantization_of(folder: Path) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 (64 hex) over sorted (tensor name, dtype, shape, bytes) of the safetensors files, then the tokenizer's bytes."""
+    """sha256 (64 hex) over sorted (tensor name, dtype, shape, bytes) of the safetensors files, then the tokenizer's bytes.
+
+    BaseNotFound where there are none, BaseError where one is half there.
+    """
     files = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _identity_files(folder))
     if not any(name.endswith(".safetensors") for name, _, _ in files):
         raise BaseNotFound(f"{folder} holds no safetensors weights (a pickle is never read): convert it with save_pretrained")
-    return _fingerprint(files)
+    try:
+        return _fingerprint(files)
+    except HeaderInvalid as error:
+        raise BaseError(f"{folder.name} is damaged ({error}): download it again, whole (a git clone of it needs git lfs)") from None
 
 
 def _identity_files(folder: Path) -> list[Path]:
@@ -166,4 +173,38 @@ def check_whole(folder: Path, loading: Mapping[str, Any], *, pooler: bool = Fals
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BaseNotFound(f"{path.parent} holds no {path.name}: it is not a model folder")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseError(f"{path.parent.name}/{path.name} is malformed ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise BaseError(f"{path.parent.name}/{path.name} holds no object: it is not a model's")
+    return cast("dict[str, Any]", content)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """A base folder's tokenizer, as transformers reads it. BaseError."""
+    from transformers import AutoTokenizer
+
+    with told(folder, "its tokenizer cannot be read"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else transformers asks whoever sits there
+
+
+@contextmanager
+def told(folder: Path, what: str = "it cannot be loaded") -> Generator[None]:
+    """Whatever transformers and what it calls raise about a folder's files becomes a BaseError with their reason."""
+    try:
+        yield
+    except EmbedftError:
+        raise
+    except Exception as error:
+        said = str(error).strip()
+        reason = next((ours for theirs, ours in _REASONS.items() if theirs in said), said.split("\n")[0][:300] or type(error).__name__)
+        raise BaseError(f"{folder.name}: {what}: {reason}") from error
+
+
+_REASONS = {  # what transformers says in words for a programmer
+    "trust_remote_code": "it brings code of its own, which is never run here: take one of a family that transformers knows",
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says: download both again, from one place",
+    "backend tokenizer": "it has no tokenizer's files (tokenizer.json, or tokenizer.model): copy them from where its weights are from",
+}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from embedft.base import Base, BaseSpec, compute_dtype, config_folder
 from embedft.errors import BaseError
 from embedft.methods import attach, train_adapters_only
-from embedft.model_folder import BaseInfo, Task, hidden_size, lengths, quantization_of, read_json
+from embedft.model_folder import BaseInfo, Task, hidden_size, lengths, quantization_of, read_json, told
 from embedft.quantize import SKIPPED
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe
 
@@ -137,7 +137,8 @@ def empty_base(recipe: EmbeddingRecipe | CausalLMRecipe) -> Base:
 
     spec = BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision)
     folder = config_folder(spec)
-    config: Any = AutoConfig.from_pretrained(folder)
+    with told(folder):
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.use_cache = False
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

@@ -11,7 +11,7 @@ from typing import Any
 from embedft.compressed import BITS, compress
 from embedft.errors import QuantizationUnsupported
 from embedft.files import publish_folder, staged_folder
-from embedft.model_folder import RECORD, check_whole, describe, fingerprint, quantization_of
+from embedft.model_folder import RECORD, check_whole, describe, fingerprint, quantization_of, tokenizer_of, told
 
 SCHEMES = ("nf4", "int8", "w4a16", "w8a8")
 CALIBRATION_LINES = 512
@@ -78,7 +78,8 @@ def _write_weights(source: Path, stage: Path, scheme: str) -> None:
     )
     loader: Any = AutoModelForCausalLM if describe(source).kind == "decoder" else AutoModel
     device = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
-    model, loading = loader.from_pretrained(source, quantization_config=config, dtype="auto", output_loading_info=True, **device)
+    with told(source):
+        model, loading = loader.from_pretrained(source, quantization_config=config, dtype="auto", output_loading_info=True, **device)
     check_whole(source, loading)
     model.save_pretrained(stage)
 
@@ -88,7 +89,8 @@ def _write_compressed(source: Path, stage: Path, scheme: str, calibration: Path 
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM if describe(source).kind == "decoder" else AutoModel
-    model, loading = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    with told(source):
+        model, loading = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     check_whole(source, loading)
     model.eval()
     dtype: Any = AutoConfig.from_pretrained(source).dtype or torch.float32
@@ -97,8 +99,6 @@ def _write_compressed(source: Path, stage: Path, scheme: str, calibration: Path 
 
 def _batches(source: Path, calibration: Path) -> list[dict[str, Any]]:
     """The first lines of a text file, as the model is given them."""
-    from transformers import AutoTokenizer
-
     if not calibration.is_file():
         raise QuantizationUnsupported(f"{calibration}: there is no such file of calibration texts, one a line")
     try:
@@ -108,7 +108,7 @@ def _batches(source: Path, calibration: Path) -> list[dict[str, Any]]:
     lines = [line.strip() for line in text.splitlines() if line.strip()][:CALIBRATION_LINES]
     if not lines:
         raise QuantizationUnsupported(f"{calibration}: no text in it; expected texts such as the model will see, one a line")
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    tokenizer: Any = tokenizer_of(source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     made: list[dict[str, Any]] = []
     for first in range(0, len(lines), 16):

@@ -49,10 +49,11 @@ def candidates(folder: Path, tokenizer: Any, *, settings: EncodeSettings | None)
 
 
 def _asked(tokenizer: Any, text: str) -> tuple[int, ...]:
-    if not tokenizer.chat_template:
+    try:
+        message = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except Exception:  # there is no template, or none that takes a single message
         return tuple(tokenizer(text)["input_ids"])
-    message = [{"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 

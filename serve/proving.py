@@ -75,12 +75,12 @@ def run(job: dict[str, Any]) -> None:
 def _recorded(folder: Path, base: Path, task: Any, settings: Any, *, name: str) -> Any:
     """The probes as plain PEFT answers them. AdapterInvalid where it does not, or with something else than numbers."""
     import numpy as np
-    from transformers import AutoTokenizer
 
+    from embedft.model_folder import tokenizer_of
     from embedft.verify import record
 
     try:
-        recorded = record(folder, base=base, tokenizer=AutoTokenizer.from_pretrained(base), task=task, settings=settings)
+        recorded = record(folder, base=base, tokenizer=tokenizer_of(base), task=task, settings=settings)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # PEFT checks little of what a config says
         raise AdapterInvalid(name, f"plain PEFT cannot load it: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from error
     if not all(np.isfinite(effect).all() for effect in recorded.effect):

@@ -1,7 +1,7 @@
 """What a causal LM answers on held-out rows, row by row: exact match, token F1, BLEU, chrF, bits per character."""
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,8 @@ from embedft.adapters.passport import read_passport
 from embedft.causal_lm.data import Row, read_rows
 from embedft.causal_lm.scores import TEXT, best_f1, exact_match, text_scores
 from embedft.causal_lm.template import IGNORED, Example, Template, template_with_hash
-from embedft.model_folder import stop_tokens
+from embedft.errors import BaseError
+from embedft.model_folder import stop_tokens, tokenizer_of
 from embedft.training.statistics import paired_bootstrap
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def greedy(model: Any, template: Template, rows: Sequence[Row], *, max_new_token
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": stops, "pad_token_id": pad}
     room = _room(model, max_length, max_new_tokens)
     prompts = [template.prompt_ids(row)[-room:] for row in rows]
+    check_embedded(inner, template.tokenizer, prompts)
     answers = [""] * len(rows)
     for chosen in _by_length(prompts, batch):
         length = max(len(prompts[i]) for i in chosen)
@@ -119,6 +121,7 @@ def answer_bits(model: Any, template: Template, rows: Sequence[Row], *, batch: i
     from embedft.causal_lm.batches import Collate
 
     examples = [_scored(template, row, model, max_length) for row in rows]
+    check_embedded(model, template.tokenizer, [example.ids for example in examples])
     collate = Collate(pad_token(template.tokenizer), model.dtype)
     bits = [0.0] * len(rows)
     for chosen in _by_length([example.ids for example in examples], batch):
@@ -167,8 +170,18 @@ def _by_length(sequences: Sequence[Sequence[int]], batch: int) -> Iterator[list[
 
 
 def pad_token(tokenizer: Any) -> int:
-    """Padding is masked everywhere, so any token will do where a tokenizer has none."""
-    return int(next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0))
+    """Padding is masked everywhere, so any token will do: its end of text has an embedding, where an added padding token may have none."""
+    return int(next((token for token in (tokenizer.eos_token_id, tokenizer.pad_token_id) if token is not None), 0))
+
+
+def check_embedded(model: Any, tokenizer: Any, sequences: Iterable[Sequence[int]]) -> None:
+    """BaseError where a text has a token that the base's weights have no embedding of: a tokenizer may have been added to alone."""
+    known = int(model.get_input_embeddings().weight.shape[0])
+    if (most := max((max(ids, default=0) for ids in sequences), default=0)) >= known:
+        raise BaseError(
+            f"the base has embeddings of {known} tokens, and a row has {tokenizer.convert_ids_to_tokens(most)!r}, number {most} of its "
+            "tokenizer: save the base after model.resize_token_embeddings(len(tokenizer)), or leave that token out"
+        )
 
 
 def compare(base: Generation | None, adapter: Generation | None, metric: str) -> dict[str, Any]:
@@ -193,8 +206,6 @@ def evaluate_adapter(
     `base`: the folder of a base that the passport cannot name (a local folder's). `max_new_tokens`: as many as its recipe said, so
     that figures are those of the passport. Raises DataError, AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
     """
-    from transformers import AutoTokenizer
-
     from embedft.adapters.store import adapter_folder
     from embedft.base import load_model
     from embedft.errors import AdapterInvalid
@@ -207,7 +218,7 @@ def evaluate_adapter(
     if passport.task != "causal_lm":
         raise AdapterInvalid(passport.name, "it is no language model's adapter, so it writes nothing")
     source = trained_base(passport, base)
-    template = template_with_hash(AutoTokenizer.from_pretrained(source), passport.template_hash)
+    template = template_with_hash(tokenizer_of(source), passport.template_hash)
     model: Any = load_adapter(load_model(source, task="causal_lm"), folder)
     metric = str(passport.metrics.get("metric", "exact_match"))
     limits = {"max_new_tokens": max_new_tokens or _trained_tokens(folder), "batch": batch, "max_length": passport.max_length}

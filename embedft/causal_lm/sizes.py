@@ -5,7 +5,7 @@ from pathlib import Path
 from embedft.base import BaseSpec, compute_dtype, config_folder, source_folder
 from embedft.causal_lm.batches import SHAPES, LengthGrouped, learnt_places, learnt_tail, pack
 from embedft.causal_lm.template import template_of
-from embedft.model_folder import lengths, read_json
+from embedft.model_folder import lengths, read_json, tokenizer_of
 from embedft.plan import Batch
 from embedft.recipe import CausalLMRecipe
 from embedft.shapes import rounded
@@ -23,9 +23,7 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
     if not recipe.data.train.startswith("hf://") and not Path(recipe.data.train).is_file():
         tokens, length = float(settings.batch * settings.max_length), settings.max_length
         return Batch(settings.batch, (length,), length, settings.max_steps or 0, tokens)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder if any(folder.glob("tokenizer*")) else source_folder(spec))
+    tokenizer = tokenizer_of(folder if any(folder.glob("tokenizer*")) else source_folder(spec))
     examples = tokenized(read_split(recipe).train, template_of(tokenizer, recipe.data.template), recipe)
     tails = [learnt_tail(example) for example in examples]
     packs = pack(examples, length=settings.max_length) if settings.packing else []

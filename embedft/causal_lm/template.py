@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 
 from embedft.causal_lm.data import Message, Row
 from embedft.errors import BaseError, DataError, UsageError
@@ -118,11 +118,14 @@ class Template:
         return messages[0].content
 
     def _render(self, row: Row, count: int, *, ask: bool) -> str:
-        """The row's first `count` messages. DataError where the template raises, as it may on roles that it does not know."""
+        """The row's first `count` messages. DataError where the template raises, as it may on roles that it does not know; BaseError where
+        it is none."""
         listed = [{"role": message.role, "content": message.content} for message in row.messages[:count]]
         try:
             return str(self.tokenizer.apply_chat_template(listed, chat_template=self.source, tokenize=False, add_generation_prompt=ask))
-        except TemplateError as error:
+        except TemplateSyntaxError as error:
+            raise BaseError(f"the base's chat template cannot be read: {error} (line {error.lineno}): set data.template") from None
+        except Exception as error:  # its own, or Python's on what it does with a message
             roles = ", ".join(message["role"] for message in listed)
             raise DataError([f"row {row.id} ({roles}): the chat template refuses it: {error}; expected roles that it knows"]) from None
 

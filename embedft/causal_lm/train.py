@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.base import Base, BaseSpec, load_base
 from embedft.causal_lm.data import Row, data_hash, read_rows
-from embedft.causal_lm.evaluate import Generation, compare, evaluate_generation, pad_token
+from embedft.causal_lm.evaluate import Generation, check_embedded, compare, evaluate_generation, pad_token
 from embedft.causal_lm.template import Example, Template, template_of
 from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError
 from embedft.methods import attach, supported
@@ -59,6 +59,7 @@ def train(
         recipe = within(recipe, base.info.positions)
         template = template_of(base.tokenizer, recipe.data.template)
         examples = tokenized(split.train, template, recipe)
+        check_embedded(base.model, base.tokenizer, (example.ids for example in examples))
         if dry_run:
             report = _dry_run(base, examples, recipe)
             return replace(report, peak_bytes=max(report.peak_bytes, peak.bytes))

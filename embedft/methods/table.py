@@ -198,7 +198,8 @@ def supported(adapter: AdapterSection, *, task: Task, info: BaseInfo) -> Method:
     """The adapter's row, if it can be trained so on that base; else MethodUnsupported says why and what to do."""
     method = method_named(adapter.method)
     if info.quantization not in method.quantizations:
-        raise MethodUnsupported(method.name, where=f"on a base in {info.quantization}", why=method.why)
+        why = method.why or f"take its unquantized weights, or those in {', '.join(method.quantizations[1:])}"
+        raise MethodUnsupported(method.name, where=f"on a base in {info.quantization}", why=why)
     if task not in method.tasks or info.kind not in method.kinds:
         where = f"on {info.architecture}" if task in method.tasks else "for embeddings"
         raise MethodUnsupported(method.name, where=where, why=method.why)

@@ -186,11 +186,11 @@ class LocalReader:
             streamer.end()
 
     def _loaded(self) -> Any:
-        from transformers import AutoTokenizer
+        from embedft.model_folder import tokenizer_of
 
         with self._loading:
             if self._tokenizer is None:
-                self._tokenizer = AutoTokenizer.from_pretrained(self._base.folder)
+                self._tokenizer = tokenizer_of(self._base.folder)
         return self._tokenizer
 
     async def astream(self, messages: Chat, *, adapter: str | None, **options: Any) -> AsyncIterator[str]:

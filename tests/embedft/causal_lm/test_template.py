@@ -243,3 +243,13 @@ def test_a_base_folder_says_which_template_an_engine_will_render_by(tmp_path: Pa
     for template in (True, False):
         folder = tiny_llama(tmp_path / str(template), template=template, layers=1)
         assert template_hash(own_template(folder)) == template_of(AutoTokenizer.from_pretrained(folder)).hash
+
+
+def test_a_template_that_cannot_be_read_is_no_fault_of_a_row_and_one_that_stumbles_names_it() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content "
+    with pytest.raises(BaseError, match=r"cannot be read: .*\(line 1\)"):
+        template_of(tokenizer).prompt(ROW)
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(DataError, match=r"row 0 .* refuses it: can only concatenate"):
+        template_of(tokenizer).prompt(ROW)
