@@ -5,6 +5,9 @@ The gateway and RAG both ask here, so that a vector from a server and one made i
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from embedft.adapters.passport import Passport, lineage
 from embedft.encode import EncodeSettings, InputType
 from embedft.errors import AdapterInvalid, InputInvalid
@@ -46,6 +49,15 @@ def vector_kind(
         raise InputInvalid("input_type_required", message, "input_type")
     made_by = None if passport.side == "query" and input_type == "document" else generation  # documents stay the base's
     return _kind(info, made_by, settings, input_type, cut, side=passport.side)
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(…, d) → (…, d), each of length 1: vectors are compared by their cosine, also of bases that do not normalise.
+
+    What is so already stays as it is, bit for bit, however often it is asked for.
+    """
+    lengths = np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return vectors / np.where(np.abs(lengths - 1) < 1e-6, 1, lengths).astype(vectors.dtype)
 
 
 def published_settings(info: BaseInfo, max_length: int) -> EncodeSettings:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from embedft.encode import EncodeSettings, TextPreparer
 from embedft.errors import InputInvalid
-from embedft.vectors import vector_kind
+from embedft.vectors import unit, vector_kind
 from serve.engine import BASE, Engine
 from serve.resident import Resident
 
@@ -115,8 +115,3 @@ def _own_ids(way: Way, rows: list[list[int]], input_type: InputType | None) -> l
 def _cut(rows: NDArray[np.float32], dimensions: int, *, normalize: bool) -> NDArray[np.float32]:
     kept = rows[:, :dimensions]
     return unit(kept) if normalize else kept
-
-
-def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(n, d) → (n, d), each of length 1."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

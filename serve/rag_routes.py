@@ -19,10 +19,11 @@ from embedft.rag.answer import Source, cited, messages_of, sources_of
 from embedft.rag.engines import Labelled
 from embedft.rag.index import Found, VectorIndex
 from embedft.rag.search import Stages, search
+from embedft.vectors import unit
 from serve.admin_routes import ADMIN_BODY
 from serve.admission import guessed
 from serve.body import read_body
-from serve.embedding import Preparers, Way, embed, unit, way_of
+from serve.embedding import Preparers, Way, embed, way_of
 from serve.engine import BASE
 from serve.gateway import Gateway
 from serve.generation_routes import SALTED, Call, OwnedStream, check_template

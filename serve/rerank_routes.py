@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from pydantic_core import to_json
 
 from embedft.errors import InputInvalid
+from embedft.vectors import unit
 from serve.admission import guessed
 from serve.body import read_body
 from serve.direct import DirectRoute
-from serve.embedding import Preparers, embed, unit, way_of
+from serve.embedding import Preparers, embed, way_of
 from serve.embedding_routes import check_size
 from serve.engine import BASE, Engine
 from serve.gateway import Gateway

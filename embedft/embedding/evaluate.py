@@ -16,6 +16,7 @@ from embedft.embedding.data import RetrievalSet
 from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder, EncodeSettings, Progress
 from embedft.ranks import fused
+from embedft.vectors import unit
 from embedft.words import bm25_of, content_words
 
 METRICS = ("ndcg@10", "mrr@10", "hit@1", "hit@5", "hit@10", "recall@10")
@@ -60,10 +61,6 @@ def rank(queries: NDArray[np.float32], documents: NDArray[np.float32], ids: Sequ
         order = np.argsort(-scores, axis=1, kind="stable")[:, :POOL]
         best.extend([ids[int(column)] for column in row] for row in order)
     return best
-
-
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def bm25_baseline(data: RetrievalSet) -> RetrievalResult:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from embedft.embedding.beir import is_beir, read_beir
 from embedft.embedding.data import answering_negatives, make_examples
-from embedft.embedding.evaluate import bm25_top, unit
+from embedft.embedding.evaluate import bm25_top
 from embedft.embedding.near import jaccard
 from embedft.embedding.near import shingles as shingles_of
 from embedft.embedding.pairs import Example, parse
@@ -29,6 +29,7 @@ from embedft.errors import DataError
 from embedft.files import expect_jsonl, write_jsonl
 from embedft.ranks import reciprocal
 from embedft.records import read_records
+from embedft.vectors import published_settings, unit
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
@@ -151,7 +152,6 @@ def _rankers(base: str | None, quantization: str, adapter: str | None, store: "A
     """Name → encoder. With an adapter: itself, and its base with it switched off."""
     from embedft.base import BaseSpec, base_folder, load_model
     from embedft.model_folder import describe
-    from embedft.vectors import published_settings
 
     if adapter is None:
         folder = base_folder(BaseSpec(base or "minilm", quantization))

@@ -25,13 +25,14 @@ from embedft.rag.linear_map import LinearMap
 from embedft.rag.rows import Chunk, RowTable
 from embedft.rag.sparse import Bm25
 from embedft.rag.versions import Meta, current_version, publish, read_meta, require_ours, write_meta
+from embedft.vectors import unit
 
 MOST_DEAD, MOST_NEW = 0.2, 0.5  # shares of the rows beyond which a graph is built anew rather than added to
 
 
 @dataclass(frozen=True)
 class Found:
-    """A chunk and its score: the inner product with the query, unless a later stage has put its own in its place."""
+    """A chunk and its score: its cosine with the query, unless a later stage has put its own in its place."""
 
     row: int
     score: float
@@ -114,11 +115,15 @@ class VectorIndex:
             raise LineageMismatch(self.name, holds=self.lineage, holds_by=self.made_by, given=lineage, given_by=made_by)
 
     def add(self, chunks: Sequence[Chunk], vectors: Rows, *, lineage: str, made_by: str) -> None:
-        """(n,) chunks with (n, d) vectors of `lineage`. An id that is there already is replaced. LineageMismatch, IndexInvalid."""
+        """(n,) chunks with (n, d) vectors of `lineage`, of which only the direction is kept. An id that is there already is replaced.
+
+        Raises LineageMismatch, IndexInvalid.
+        """
         self.check(lineage=lineage, made_by=made_by)
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         if len(vectors) != len(chunks) or vectors.ndim != 2:
             raise IndexInvalid(self.name, f"{vectors.shape} vectors for {len(chunks)} chunks")
+        vectors = unit(vectors)
         if self.dimension not in (None, vectors.shape[1]):
             raise IndexInvalid(self.name, f"it holds vectors of {self.dimension} dimensions, and these have {vectors.shape[1]}")
         last = {chunk.id: place for place, chunk in enumerate(chunks)}  # an id twice in one call: the last one counts
@@ -275,7 +280,8 @@ class VectorIndex:
         return made
 
     def nearest(self, vector: Rows, k: int) -> list[tuple[int, float]]:
-        """(row, inner product) of the k live rows nearest to a (d,) vector whose lineage the caller has checked, best first."""
+        """(row, cosine) of the k live rows nearest to a (d,) vector whose lineage the caller has checked, best first."""
+        vector = unit(vector)
         found: list[tuple[int, float]] = []
         if self._ann:
             sealed = self._ann.rows
