@@ -15,6 +15,7 @@ from embedft.errors import BaseError, BaseNotFound, UsageError
 from embedft.int8 import keep_activations
 from embedft.model_folder import RECORD, BaseInfo, Task, check_whole, describe, fingerprint, quantization_of, read_json, tokenizer_of, told
 from embedft.quantize import quantize
+from embedft.sentence_folder import scores_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -190,6 +191,10 @@ def _check_kind(folder: Path, task: Task) -> None:
     family = str(config.get("model_type"))
     if config.get("is_encoder_decoder") or family in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         raise BaseError(f"{folder.name} is an encoder-decoder ({family}): a base is an encoder or a decoder of text")
+    if task == "embedding" and scores_pairs(folder):
+        raise BaseError(
+            f"{folder.name} is a cross-encoder: it scores pairs of texts and makes no vectors; serve it with task: cross_encoder"
+        )
     if task == "causal_lm" and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
         raise BaseError(f"{folder.name} is an encoder ({family}): it sees what follows, so it writes nothing; name a language model")
 

@@ -8,10 +8,11 @@ So a text, its token ids sent to vLLM's pooling runner, and plain sentence-trans
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from embedft.errors import BaseNotFound, InputInvalid, UsageError
+from embedft.errors import BaseError, BaseNotFound, InputInvalid, UsageError
 from embedft.sentence_folder import Pooling
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 InputType = Literal["query", "document"]
 Progress = Callable[[int, int], None]  # (done, of how many)
+_SAMPLES = ("Return the number of items.", "  two  spaces, and\na line's end ", "naïve Straße 東京 42", "x" * 600)
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,28 @@ class TextPreparer:
         return Prepared(ids, len(too_long))
 
 
+@lru_cache(maxsize=64)
+def check_tokenizer(folder: Path) -> None:
+    """The tokenizer's own file must give the ids that transformers gives, by which plain sentence-transformers goes. BaseError."""
+    from transformers import AutoTokenizer
+
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    ours = TextPreparer(folder, EncodeSettings("mean", True, 256)).prepare(_SAMPLES).ids
+    if ours != theirs(list(_SAMPLES), truncation=True, max_length=256)["input_ids"]:
+        raise BaseError(
+            f"base {folder.name}: its tokenizer.json and its tokenizer_config.json disagree: "
+            "save it once with AutoTokenizer.from_pretrained(…).save_pretrained(…) and name that folder"
+        )
+
+
 class Encoder:
-    """Texts → float32 vectors by a loaded transformer (with or without an adapter) on whatever device it is on."""
+    """Texts → float32 vectors by a loaded transformer (with or without an adapter) on whatever device it is on.
+
+    BaseError where its tokenizer's files disagree.
+    """
 
     def __init__(self, model: Any, tokenizer_folder: Path | str, settings: EncodeSettings) -> None:
+        check_tokenizer(Path(tokenizer_folder))
         self.model = model
         self.settings = settings
         self.preparer = TextPreparer(tokenizer_folder, settings)

@@ -91,8 +91,7 @@ AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet
 def describe(folder: Path) -> BaseInfo:
     """Read what `folder` says of itself; loads no weights. BaseError where its vectors are made by what is not here."""
     config = read_json(folder / "config.json")
-    architecture = (config.get("architectures") or ["unknown"])[0]
-    decoder = "CausalLM" in architecture or architecture == "GPT2LMHeadModel"
+    architecture, decoder = _architecture(config), _is_decoder(config)
     vectors = published(folder, decoder=decoder)
     max_length, positions = lengths(folder, config)
     return BaseInfo(
@@ -110,6 +109,14 @@ def describe(folder: Path) -> BaseInfo:
     )
 
 
+def _architecture(config: Mapping[str, Any]) -> str:
+    return (config.get("architectures") or ["unknown"])[0]
+
+
+def _is_decoder(config: Mapping[str, Any]) -> bool:
+    return "CausalLM" in _architecture(config) or _architecture(config) == "GPT2LMHeadModel"
+
+
 def hidden_size(folder: Path, config: dict[str, Any]) -> int:
     """Components of a token's state, whatever the family calls them. BaseError."""
     for name in ("hidden_size", "dim", "d_model", "n_embd"):
@@ -123,7 +130,7 @@ def lengths(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
     positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
     if config.get("model_type") in AFTER_PADDING:
         positions -= (1 if config.get("pad_token_id") is None else int(config["pad_token_id"])) + 1
-    return min(positions, longest(folder) or positions), positions
+    return min(positions, longest(folder, decoder=_is_decoder(config)) or positions), positions
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:

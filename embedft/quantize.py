@@ -24,7 +24,7 @@ _COPIED = (
     "special_tokens_map.json",
     "*.jinja",
     "modules.json",
-    "sentence_bert_config.json",
+    "sentence_*_config.json",
     "config_sentence_transformers.json",
     "generation_config.json",
     "*.model",

@@ -99,6 +99,12 @@ def tiny_decoder(folder: Path) -> Path:
     return _finish(folder, tokenizer, "lasttoken", True)
 
 
+def disagree(folder: Path) -> None:
+    """Of a base's two tokenizer files one makes it a class of transformers that lower-cases, and the other does not."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "BertTokenizer", "do_lower_case": True}))
+
+
 def _finish(folder: Path, tokenizer: Any, pooling: Any, normalize: bool) -> Path:
     from embedft.encode import EncodeSettings
     from embedft.training.sentence_files import write_sentence_files

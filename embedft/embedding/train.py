@@ -16,16 +16,14 @@ from embedft.embedding.losses import Loss, loss_named
 from embedft.embedding.proof import comparison, per_query
 from embedft.embedding.sided import SidedEncoder
 from embedft.embedding.start import start_batches
-from embedft.encode import EncodeSettings, TextPreparer
-from embedft.errors import BaseError, DataError, Forgotten, RecipeError
+from embedft.encode import EncodeSettings, TextPreparer, check_tokenizer
+from embedft.errors import DataError, Forgotten, RecipeError
 from embedft.recipe import EmbeddingRecipe
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
     from embedft.training.best import BestCheckpoint
     from embedft.training.measure import AdapterResult, DryRunReport
-
-_SAMPLES = ("Return the number of items.", "  two  spaces, and\na line's end ", "naïve Straße 東京 42", "x" * 600)
 
 
 def train(
@@ -64,7 +62,8 @@ def train(
     general = general_set(spec) if spec else None
     base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision), task="embedding")
     settings = settings_for(recipe, base)
-    _check_tokenizer(base, settings)
+    check_tokenizer(base.folder)
+    TextPreparer(base.folder, settings)  # is refused where its length leaves no room for a text
     _check_dimensions(recipe.loss.dimensions, base)
     set_seed(recipe.train.seed)
     shown = start_batches(examples, base, settings, batch=recipe.train.batch, seed=recipe.train.seed)
@@ -288,15 +287,3 @@ def _check_batches(plan: BatchPlan) -> None:
 def _check_dimensions(dimensions: Sequence[int], base: Base) -> None:
     if too_many := [size for size in dimensions if size >= base.info.hidden_size]:
         raise RecipeError("recipe", [f"loss.dimensions: {too_many[0]}; expected less than the {base.info.hidden_size} of the base"])
-
-
-def _check_tokenizer(base: Base, settings: EncodeSettings) -> None:
-    """The tokenizer's own file must give the ids that transformers gives: plain sentence-transformers and vLLM go by those."""
-    tokenizer: Any = base.tokenizer
-    ours = TextPreparer(base.folder, settings).prepare(_SAMPLES).ids
-    theirs = tokenizer(list(_SAMPLES), truncation=True, max_length=settings.max_length)["input_ids"]
-    if ours != theirs:
-        raise BaseError(
-            f"base {base.spec.model!r}: its tokenizer.json and its tokenizer_config.json disagree: "
-            "save it once with AutoTokenizer.from_pretrained(…).save_pretrained(…) and train on that folder"
-        )

@@ -16,7 +16,7 @@ from embedft.model_folder import describe
 from embedft.quantize import quantize
 from embedft.recipe import EmbeddingRecipe, parse_recipe
 from embedft.vectors import published_settings
-from tests.fixtures_embedding import tiny_encoder
+from tests.fixtures_embedding import disagree, tiny_decoder, tiny_encoder
 
 TEXTS = ["red apple", "a green tree in the garden"]
 
@@ -123,3 +123,89 @@ def test_a_damaged_file_is_named(copy: Path, name: str) -> None:
         (copy / name).write_text(content)
         with pytest.raises(BaseError, match=f"{name} is damaged"):
             describe(copy)
+
+
+@pytest.mark.parametrize("saved_as", ["tokenizer_config.json", "sentence_bert_config.json", "sentence_xlm-roberta_config.json"])
+def test_a_text_is_read_as_far_as_sentence_transformers_reads_it(copy: Path, saved_as: str) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(copy), device="cpu")
+    model.max_seq_length = 9
+    folder = copy.parent / "saved"
+    model.save(str(folder))
+    settings = folder / "sentence_bert_config.json"
+    assert "max_seq_length" not in json.loads(settings.read_text()), "version 6 leaves it to the tokenizer"
+    if saved_as != "tokenizer_config.json":
+        settings.unlink()
+        (folder / saved_as).write_text(json.dumps({"max_seq_length": 7, "do_lower_case": False}))
+    loaded = load_base(BaseSpec(str(folder)), task="embedding")
+    assert loaded.info.max_length == (9 if saved_as == "tokenizer_config.json" else 7)
+    assert describe(quantize(folder, copy.parent / "int8", scheme="int8")).max_length == loaded.info.max_length
+    ours = Encoder(loaded.model, folder, published_settings(loaded.info, loaded.info.max_length)).encode([*TEXTS, "find " * 20])
+    np.testing.assert_allclose(ours, SentenceTransformer(str(folder), device="cpu").encode([*TEXTS, "find " * 20]), atol=2e-2)
+
+
+def test_a_language_models_context_is_what_it_can_place_whatever_its_tokenizer_says(tmp_path: Path) -> None:
+    folder = tiny_decoder(tmp_path / "lm")
+    assert describe(folder).max_length == 32
+    for name in ("modules.json", "sentence_bert_config.json"):
+        (folder / name).unlink()
+    assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 64
+    assert describe(folder).max_length == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "match"),
+    [
+        ("config_sentence_transformers.json", {"truncate_dim": 16}, "keeps 16 components"),
+        ("config_sentence_transformers.json", {"similarity_fn_name": "manhattan"}, "compared by manhattan"),
+        ("sentence_bert_config.json", {"do_lower_case": True}, "lower-cases texts"),
+        ("sentence_bert_config.json", {"query_length": 8}, "query_length of its own"),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask", "module_output_name": "logits"}, "module_output_name is logits"),
+        ("sentence_bert_config.json", {"modality_config": {"text": {"method_output_name": "pooler_output"}}}, "is pooler_output"),
+    ],
+)
+def test_what_would_change_its_vectors_or_their_order_is_refused(copy: Path, name: str, changed: dict[str, Any], match: str) -> None:
+    (copy / name).write_text(json.dumps({**json.loads((copy / name).read_text()), **changed}))
+    with pytest.raises(BaseError, match=match):
+        describe(copy)
+
+
+def test_a_base_compared_by_dot_product_is_taken_where_that_is_the_cosine(copy: Path) -> None:
+    write_prompts(copy, similarity_fn_name="dot")
+    describe(copy)
+    modules = json.loads((copy / "modules.json").read_text())
+    (copy / "modules.json").write_text(json.dumps(modules[:2]))
+    with pytest.raises(BaseError, match="compared by dot"):
+        describe(copy)
+
+
+def test_a_base_that_lower_cases_by_its_tokenizer_too_is_taken(copy: Path) -> None:
+    (copy / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32, "do_lower_case": True}))
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": {"type": "Lowercase"}}))
+    assert describe(copy).max_length == 32
+
+
+def test_a_folder_without_pooling_or_with_its_transformer_elsewhere_is_refused(copy: Path) -> None:
+    modules = json.loads((copy / "modules.json").read_text())
+    for listed, match in ((modules[:1], "has no Pooling"), ([{**modules[0], "path": "0_BERT"}, *modules[1:]], "lies in 0_BERT")):
+        (copy / "modules.json").write_text(json.dumps(listed))
+        with pytest.raises(BaseError, match=match):
+            describe(copy)
+
+
+def test_a_cross_encoder_is_no_base_for_vectors(base: Path, tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    CrossEncoder(str(base), num_labels=1, device="cpu").save(str(tmp_path / "cross"))
+    assert describe(tmp_path / "cross").max_length == 64, "it is served as what it is"
+    with pytest.raises(BaseError, match="is a cross-encoder"):
+        load_base(BaseSpec(str(tmp_path / "cross")), task="embedding")
+
+
+def test_no_vector_is_made_where_a_bases_tokenizer_files_disagree(copy: Path) -> None:
+    disagree(copy)
+    loaded = load_base(BaseSpec(str(copy)), task="embedding")
+    with pytest.raises(BaseError, match="disagree"):
+        Encoder(loaded.model, copy, published_settings(loaded.info, 32))

@@ -1,6 +1,5 @@
 """What a training of embeddings refuses, by name and before it takes time."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,10 @@ import pytest
 import torch
 
 from embedft.adapters.store import AdapterStore
-from embedft.base import BaseSpec, load_base
 from embedft.embedding.train import train
-from embedft.encode import EncodeSettings
 from embedft.errors import AdapterInvalid, BaseError, DataError, MethodUnsupported, RecipeError, UsageError
 from tests.embedft.embedding.runs import PADDED, Make, trained
-from tests.fixtures_embedding import tiny_encoder, write_rows
+from tests.fixtures_embedding import disagree, tiny_encoder, write_rows
 
 
 def test_faults_of_data_and_loss_are_told_before_a_model_loads(
@@ -111,16 +108,6 @@ def test_an_optimizer_beside_a_methods_own_is_refused_before_anything_is_read(ma
 
 def test_a_base_whose_tokenizer_files_disagree_is_refused(make: Make, root: Path, store: AdapterStore) -> None:
     folder = tiny_encoder(root / "odd", pooling="mean")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    content = (folder / "tokenizer.json").read_text()
-    try:
-        (folder / "tokenizer.json").write_text(content.replace('"unk_token": "[UNK]"', '"unk_token": "[PAD]"'))
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        import embedft.embedding.train as module
-
-        base = load_base(BaseSpec(str(folder)), task="embedding")
-        (folder / "tokenizer.json").write_text(content)
-        with pytest.raises(BaseError, match="disagree"):
-            module._check_tokenizer(base, EncodeSettings("mean", True, 16))  # pyright: ignore[reportPrivateUsage]
-    finally:
-        (folder / "tokenizer.json").write_text(content)
+    disagree(folder)
+    with pytest.raises(BaseError, match="disagree"):
+        train(make(str(folder)), store=store)
