@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from embedft.errors import BaseError, BaseNotFound, InputInvalid, UsageError
+from embedft.model_folder import tokenizer_of
 from embedft.sentence_folder import Pooling
 
 if TYPE_CHECKING:
@@ -94,9 +95,7 @@ class TextPreparer:
 @lru_cache(maxsize=64)
 def check_tokenizer(folder: Path) -> None:
     """The tokenizer's own file must give the ids that transformers gives, by which plain sentence-transformers goes. BaseError."""
-    from transformers import AutoTokenizer
-
-    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    theirs = tokenizer_of(folder)
     ours = TextPreparer(folder, EncodeSettings("mean", True, 256)).prepare(_SAMPLES).ids
     if ours != theirs(list(_SAMPLES), truncation=True, max_length=256)["input_ids"]:
         raise BaseError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from embedft.errors import BaseError
 from embedft.lean import without_unused
-from embedft.model_folder import check_whole
+from embedft.model_folder import check_whole, tokenizer_of, told
 from serve.engines.settings import KEY, parse_cores
 
 PAIRS = 32  # of one forward pass
@@ -25,13 +25,15 @@ class CrossEncoder:
 
     def __init__(self, folder: Path, *, max_length: int) -> None:
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         loader: Any = AutoModelForSequenceClassification
         self.model: Any
-        self.model, loading = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         try:
+            with told(folder):
+                self.model, loading = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
             check_whole(folder, loading, pooler=True)
+            self.tokenizer: Any = tokenizer_of(folder)
         except BaseError as error:
             raise SystemExit(f"{error} (a cross-encoder is a sequence classifier)") from None
         self.model.eval().requires_grad_(False)
@@ -39,7 +41,6 @@ class CrossEncoder:
             self.model.to("cuda")
         if self.model.config.num_labels != 1:
             raise SystemExit(f"{folder.name} has {self.model.config.num_labels} labels: a cross-encoder for reranking has one")
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.max_length = max_length
 
     def score(self, query: str, documents: list[str]) -> dict[str, Any]:

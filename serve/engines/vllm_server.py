@@ -20,11 +20,12 @@ On a CPU:
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 from embedft.int8 import dequantized
 from embedft.lean import without_unused
-from embedft.model_folder import stop_tokens
+from embedft.model_folder import stop_tokens, tokenizer_of
 from serve import vllm_cpu_lora
 from serve.engines.settings import parse_cores
 from serve.engines.vllm_vectors import VectorsEndpoint
@@ -59,7 +60,6 @@ def main() -> None:
 
 def _answers_end_as_in_training() -> None:
     """Adapters learn to end a turn; vLLM knows the eos of the tokenizer and of generation_config.json alone."""
-    from transformers import AutoTokenizer
     from vllm.config import ModelConfig
 
     config: Any = ModelConfig
@@ -70,7 +70,7 @@ def _answers_end_as_in_training() -> None:
         if self.runner_type != "generate":
             return found
         known = found.get("eos_token_id") or []
-        ends = {*([known] if isinstance(known, int) else known), *stop_tokens(AutoTokenizer.from_pretrained(self.model))}
+        ends = {*([known] if isinstance(known, int) else known), *stop_tokens(tokenizer_of(Path(self.model)))}
         return {**found, "eos_token_id": sorted(ends)}
 
     config.try_get_generation_config = try_get_generation_config
