@@ -165,7 +165,8 @@ def _experts_are_the_bases() -> None:
     from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
-    for layer in (FusedMoEWithLoRA, FusedMoE3DWithLoRA):
+    layers: list[Any] = [FusedMoEWithLoRA, FusedMoE3DWithLoRA]
+    for layer in layers:
         layer.can_replace_layer = classmethod(lambda *_, **__: False)
     config: Any = FusedMoEConfig
     stock = config.__post_init__

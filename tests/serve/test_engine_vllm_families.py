@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from embedft.encode import Encoder
@@ -45,5 +44,5 @@ def test_a_multilingual_encoder_that_transformers_5_saved_gives_its_own_vectors(
 
 def test_a_family_whose_positions_vllm_would_place_otherwise_is_refused(tmp_path: Path) -> None:
     base = tiny_embedder(tmp_path / "base", "camembert")
-    with pytest.raises(EngineFailed, match="tokens of camembert otherwise.*peft engine"):
+    with pytest.raises(EngineFailed, match=r"tokens of camembert otherwise.*peft engine"):
         engine_command("vllm", folder=base, task="embedding", socket=tmp_path / "s", settings=EngineSettings())
