@@ -15,7 +15,7 @@ from embedft.adapters.card import CARD, model_card
 from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS, read_passport
 from embedft.base import exact_dtype, load_model
 from embedft.errors import AdapterInvalid, MethodUnsupported, ProbesFailed, UsageError
-from embedft.methods import load_adapter, method_named
+from embedft.methods import config_of, load_adapter, method_named, only_pairs
 from embedft.methods.companion import padded
 from embedft.methods.files import write_lora
 from embedft.methods.starts import dequantized
@@ -64,7 +64,8 @@ def convert(folder: Path, out: Path, *, name: str, base: Path | None = None, ran
     if method.to_lora == "no":
         raise MethodUnsupported(method.name, where="as LoRA", why="it is no sum of low-rank updates: serve it by the peft engine")
     base_dir = trained_base(passport, base)
-    model = load_adapter(load_model(base_dir, task=passport.task, dtype=exact_dtype()), folder)
+    only_pairs(config_of(folder, name=passport.name), passport.name)
+    model = load_adapter(load_model(base_dir, task=passport.task, dtype=exact_dtype()), folder, name=passport.name)
     changes = deltas(model)
     config: Any = next(iter(cast("Any", model).peft_config.values()))
     exact = max((numerical_rank(delta) for delta in changes.values()), default=1)
@@ -91,7 +92,8 @@ def convert(folder: Path, out: Path, *, name: str, base: Path | None = None, ran
     )
     (out / CERTIFICATE).write_text(json.dumps(asdict(certificate), indent=1) + "\n", encoding="utf-8")
     if not report.passed:
-        raise ProbesFailed(name, f"at rank {width} of {exact} {report.reason}; give a higher --rank, or serve it by the peft engine")
+        remedy = "give a higher --rank, or serve it by the peft engine" if width < exact else "serve it by the peft engine"
+        raise ProbesFailed(name, f"at rank {width} of {exact} {report.reason}; {remedy}")
     return certificate
 
 
@@ -185,12 +187,13 @@ def _error(delta: "Tensor", pair: "tuple[Tensor, Tensor]") -> float:
 
 
 class _targets:
-    """target_modules by full names: exactly the layers that were adapted."""
+    """Exactly the layers that were adapted: as the adapter's config chooses them where it does so by suffixes alone, else by full names."""
 
     def __init__(self, config: Any, pairs: "Pairs") -> None:
         suffixes = config.target_modules
-        self.target_modules = suffixes if isinstance(suffixes, set | list) and config.peft_type.value == "LORA" else sorted(pairs)
-        self.exclude_modules = getattr(config, "exclude_modules", None)
+        chosen = isinstance(suffixes, set | list) and config.peft_type.value == "LORA" and config.layers_to_transform is None
+        self.target_modules = suffixes if chosen else sorted(pairs)
+        self.exclude_modules = config.exclude_modules if chosen else None
 
 
 def _copy_rest(folder: Path, out: Path) -> None:

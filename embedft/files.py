@@ -31,6 +31,8 @@ def tensor_table(path: Path) -> list[tuple[str, str, list[int], int, int]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
+        if start == b"version ":
+            raise HeaderInvalid(f"{path.name}: a pointer of git-lfs and no weights: fetch them with `git lfs pull`")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise HeaderInvalid(f"{path.name}: a header of {length} bytes in a file of {size}")

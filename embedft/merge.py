@@ -12,7 +12,7 @@ from embedft.adapters.probes import compare, read_probes, write_probes
 from embedft.base import BaseSpec, exact_dtype, load_model, source_folder
 from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, UsageError
 from embedft.files import publish_folder, staged_folder
-from embedft.methods import load_adapter, method_named, save_weights
+from embedft.methods import config_of, load_adapter, method_named, only_pairs, save_weights
 from embedft.methods.companion import lora_layers
 from embedft.model_folder import fingerprint, tokenizer_of
 from embedft.quantize import copy_rest, quantize
@@ -51,9 +51,13 @@ def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | No
     settings = settings_of(passport) if passport.task == "embedding" else None
     model: Any = load_model(source, task=passport.task, dtype=exact_dtype())
     plain = outputs(model, recorded.probes, folder=source, settings=settings)
-    model = load_adapter(model, folder)
+    model = load_adapter(model, folder, name=passport.name)
     _untie(model)
-    model = model.merge_and_unload()
+    try:
+        model = model.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise AdapterInvalid(passport.name, f"PEFT cannot write it into the base's weights ({why}): serve it by the peft engine") from error
     adapted = outputs(model, recorded.probes, folder=source, settings=settings)
     report = compare(recorded, base=plain, adapted=adapted, base_again=plain)
     with staged_folder(out.resolve().parent) as stage:
@@ -118,7 +122,9 @@ def combine(
     _check(passports, weights, how)
     first = passports[0]
     base_dir = trained_base(first, base)
-    model: Any = load_adapter(load_model(base_dir, task=first.task, dtype=exact_dtype()), folders[0], adapter_name="a0")
+    for folder, passport in zip(folders, passports, strict=True):
+        only_pairs(config_of(folder, name=passport.name), passport.name)
+    model: Any = load_adapter(load_model(base_dir, task=first.task, dtype=exact_dtype()), folders[0], adapter_name="a0", name=first.name)
     for number, folder in enumerate(folders[1:], start=1):
         model.load_adapter(str(folder), adapter_name=f"a{number}", is_trainable=False)
     options: dict[str, Any] = {"density": density} if how.startswith(("ties", "dare")) else {}

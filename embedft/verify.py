@@ -92,7 +92,7 @@ def record(
     model: Any = load_model(base, task=task, dtype=exact_dtype())
     probes = candidates(base, tokenizer, settings=settings)
     before = outputs(model, probes, folder=base, settings=settings)
-    model = load_adapter(model, folder)
+    model = load_adapter(model, folder, name=name)
     effects = _difference(outputs(model, probes, folder=base, settings=settings), before)
     if not any(effect.any() for effect in effects):
         raise AdapterInvalid(name or folder.name, "it changes nothing: it did not train (raise train.lr, or train for more steps)")
@@ -150,7 +150,7 @@ def _replayed(folder: Path, base: str | Path | None, dtype: "torch.dtype") -> Pr
     settings = settings_of(passport) if passport.task == "embedding" else None
     model = load_model(base_dir, task=passport.task, dtype=dtype)
     plain, again = (outputs(model, recorded.probes, folder=base_dir, settings=settings) for _ in range(2))
-    adapted = outputs(load_adapter(model, folder), recorded.probes, folder=base_dir, settings=settings)
+    adapted = outputs(load_adapter(model, folder, name=passport.name), recorded.probes, folder=base_dir, settings=settings)
     return compare(recorded, base=plain, adapted=adapted, base_again=again)
 
 

@@ -6,6 +6,7 @@ or prints what is wrong as {"code", "message"} on its last line and ends with 1.
 """
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -19,6 +20,8 @@ from embedft.adapters.store import AdapterStore, check_folder
 from embedft.adapters.transfer import check_weights
 from embedft.errors import AdapterInvalid, EmbedftError, UsageError
 from embedft.lean import without_unused
+
+_EMBEDDING = re.compile(r"\.(embed_tokens|word_embeddings|wte|embed_in|embed_out|lm_head)(\.base_layer)?\.weight$")
 
 
 def main(path: Path) -> int:
@@ -42,6 +45,8 @@ def run(job: dict[str, Any]) -> None:
     like = read_passport(Path(job["members"][0][0])) if job["kind"] == "mix" else None
     if job["kind"] == "mix":
         mix([(Path(member), float(weight)) for member, weight in job["members"]], folder, name=job["name"])
+    else:
+        leave_out_copies(folder, base, job["name"])
     r, alpha, method = _config(folder, job["name"])
     settings = None
     if task == "embedding":
@@ -80,8 +85,10 @@ def _recorded(folder: Path, base: Path, task: Any, settings: Any, *, name: str) 
     from embedft.verify import record
 
     try:
-        recorded = record(folder, base=base, tokenizer=tokenizer_of(base), task=task, settings=settings)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # PEFT checks little of what a config says
+        recorded = record(folder, base=base, tokenizer=tokenizer_of(base), task=task, settings=settings, name=name)
+    except EmbedftError:
+        raise
+    except Exception as error:  # PEFT checks little of what a config says
         raise AdapterInvalid(name, f"plain PEFT cannot load it: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from error
     if not all(np.isfinite(effect).all() for effect in recorded.effect):
         raise AdapterInvalid(name, f"its effect is not finite: its {CONFIG} scales it by what is no number, or its weights overflow")
@@ -111,6 +118,49 @@ def strip(stage: Path, name: str) -> None:
     for path in stage.iterdir():
         if path.name not in (CONFIG, WEIGHTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def leave_out_copies(folder: Path, base: Path, name: str) -> None:
+    """PEFT writes the embeddings of the base beside an adapter of theirs, or where a tokenizer grew: what the base has too is left out.
+
+    AdapterInvalid where they are others than its own.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    tensors = load_file(str(folder / WEIGHTS))
+    kept = dict(tensors)
+    for key in [key for key in tensors if _EMBEDDING.search(key)]:
+        module = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
+        if any(module.rpartition(".")[2] == saved.rpartition(".")[2] for saved in config.get("modules_to_save") or ()):
+            continue
+        copied, own = tensors[key], _weight(base, module)
+        if own is not None and own.shape != copied.shape:
+            raise AdapterInvalid(
+                name,
+                f"it was trained on a base of {copied.shape[0]} tokens, and this one has {own.shape[0]}: save the base after "
+                "model.resize_token_embeddings, with the tokenizer that it was trained with, and name that folder",
+            )
+        if own is None or not torch.allclose(own.float(), copied.float(), rtol=1e-2, atol=1e-3):
+            raise AdapterInvalid(name, f"it brings a {module} of its own, other than the base's: name the base that it was trained on")
+        del kept[key]
+    if len(kept) < len(tensors):
+        save_file(kept, str(folder / WEIGHTS), metadata={"format": "pt"})
+
+
+def _weight(base: Path, module: str) -> Any:
+    """The base's weights of an embedding, or of an output layer that shares them; None where its files have neither."""
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if _EMBEDDING.search(f".{key}"):
+                    found[key] = file.get_tensor(key)
+    same = (key for key in found if f"{module}.weight".endswith(key) or key.endswith(f"{module}.weight"))
+    return found.get(next(same, ""), next(iter(found.values()), None) if len(found) == 1 else None)
 
 
 def _config(folder: Path, name: str) -> tuple[int, float, str]:

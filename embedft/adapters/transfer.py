@@ -97,7 +97,9 @@ def check_weights(folder: Path, name: str) -> None:
     """PEFT's two files, with tensors that can be read and hold nothing but numbers. AdapterInvalid."""
     for required in (CONFIG, WEIGHTS):
         if not (folder / required).is_file():
-            raise AdapterInvalid(name, f"its folder lacks {required}")
+            below = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{required}"))
+            hint = f": {', '.join(below[:3])} in it has one; name that folder" if below else ""
+            raise AdapterInvalid(name, f"its folder lacks {required}{hint}")
     try:
         table = tensor_table(folder / WEIGHTS)
         if not table:

@@ -219,7 +219,7 @@ def evaluate_adapter(
         raise AdapterInvalid(passport.name, "it is no language model's adapter, so it writes nothing")
     source = trained_base(passport, base)
     template = template_with_hash(tokenizer_of(source), passport.template_hash)
-    model: Any = load_adapter(load_model(source, task="causal_lm"), folder)
+    model: Any = load_adapter(load_model(source, task="causal_lm"), folder, name=passport.name)
     metric = str(passport.metrics.get("metric", "exact_match"))
     limits = {"max_new_tokens": max_new_tokens or _trained_tokens(folder), "batch": batch, "max_length": passport.max_length}
     adapted = evaluate_generation(model, template, rows, metric=metric, **limits)

@@ -135,7 +135,7 @@ def open_adapter(name: str | Path, store: "AdapterStore", *, base: str | Path | 
 
     folder, passport = ranking_adapter(name, store)
     source = trained_base(passport, base)
-    return load_adapter(load_model(source, task="embedding"), folder), source, passport
+    return load_adapter(load_model(source, task="embedding"), folder, name=passport.name), source, passport
 
 
 def ranking_adapter(name: str | Path, store: "AdapterStore") -> "tuple[Path, Passport]":

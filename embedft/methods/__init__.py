@@ -7,7 +7,7 @@ files.py      saving and loading adapters         precision.py  float32 adapters
 """
 
 from embedft.methods.attach import attach
-from embedft.methods.files import load_adapter, save_weights
+from embedft.methods.files import config_of, load_adapter, only_pairs, save_weights
 from embedft.methods.table import METHODS, Method, method_named, supported
 from embedft.methods.targets import linear_modules, targeted_modules, train_adapters_only
 
@@ -15,9 +15,11 @@ __all__ = [
     "METHODS",
     "Method",
     "attach",
+    "config_of",
     "linear_modules",
     "load_adapter",
     "method_named",
+    "only_pairs",
     "save_weights",
     "supported",
     "targeted_modules",

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")  # PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA subtract what they start from
+_STRANGE = ("layer_replication", "alora_invocation_tokens", "arrow_config", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
+_WHOLE = ("modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
+
 
 def save_weights(model: "PeftModel", folder: Path, *, base_name: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors exactly as PEFT does; `base_name` is a hub id or a built-in's name.
@@ -61,34 +65,69 @@ def write_lora(folder: Path, pairs: "Mapping[str, tuple[Tensor, Tensor]]", *, ta
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
 
 
-def load_adapter(model: "PreTrainedModel", folder: Path, *, adapter_name: str = "default") -> "PeftModel":
-    """`model` with the adapter of `folder` on it, in eval mode. AdapterInvalid where tensors are missing, unknown or misshapen."""
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+def config_of(folder: Path, *, name: str | None = None) -> Any:
+    """PEFT's config of an adapter whose update is the same wherever it is loaded, ready to load; `name`: what errors call it.
+
+    AdapterInvalid where the base would have to be changed for it first, or where its layers compute what no engine here does.
+    """
+    from peft import PeftConfig
+
+    called = name or folder.name
+    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+        raise AdapterInvalid(called, f"its folder lacks {CONFIG} or {WEIGHTS}")
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, bool) and start not in HARMLESS_INITS:
+        raise AdapterInvalid(
+            called,
+            f"{start} starts from a changed base, which other adapters would see: convert it to LoRA where it was made (PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion)",
+        )
+    if strange := [option for option in _STRANGE if getattr(config, option, None)]:
+        raise AdapterInvalid(called, f"its {CONFIG} sets {strange[0]}, with which its layers compute what no engine here does")
+    config.inference_mode = True
+    if config.peft_type.value == "LORA":
+        config.init_lora_weights = True  # drawn cheaply, then overwritten
+    return config
+
+
+def only_pairs(config: Any, name: str) -> None:
+    """AdapterInvalid where it changes more than linear layers, each by an update of its weights: that is no part of a LoRA made from it."""
+    if getattr(config, "bias", "none") != "none":
+        raise AdapterInvalid(name, f"it changes biases of the base too (bias: {config.bias}), which are no part of a LoRA")
+    for option in _WHOLE:
+        if given := getattr(config, option, None):
+            said = ", ".join(map(str, given)) if isinstance(given, list | tuple | set | dict) else given
+            raise AdapterInvalid(name, f"it changes more than weights of linear layers ({option}: {said}), which is no part of a LoRA")
+
+
+def load_adapter(model: "PreTrainedModel", folder: Path, *, adapter_name: str = "default", name: str | None = None) -> "PeftModel":
+    """`model` with the adapter of `folder` on it, in eval mode; `name`: what errors call it.
+
+    AdapterInvalid as `config_of`, and where tensors are missing, unknown or misshapen.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        raise AdapterInvalid(folder.name, f"its folder lacks {CONFIG} or {WEIGHTS}")
-    config: Any = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = True
+    called = name or folder.name
+    config = config_of(folder, name=called)
     config.base_model_name_or_path = model.name_or_path  # else PEFT warns that the recorded name differs from the folder's
-    if getattr(config, "init_lora_weights", True) not in (True, False):
-        config.init_lora_weights = True  # PiSSA and its like would rewrite the base; what they drew is in the file
     dtype = model.dtype
     peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
     settle(peft_model, dtype)
     if config.is_prompt_learning:
         place_prompts(peft_model)
-    _check_tensors(peft_model, folder, adapter_name)
+    _check_tensors(peft_model, folder, adapter_name, called)
     tensors = load_file(str(folder / WEIGHTS))
     outcome = set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
     if not config.is_prompt_learning and outcome.unexpected_keys:
-        raise AdapterInvalid(folder.name, f"tensors that match nothing in the base: {', '.join(outcome.unexpected_keys[:3])}")
+        raise AdapterInvalid(called, f"tensors that match nothing in the base: {', '.join(outcome.unexpected_keys[:3])}")
     peft_model.eval()
     peft_model.requires_grad_(False)
     return peft_model
 
 
-def _check_tensors(model: "PeftModel", folder: Path, adapter_name: str) -> None:
+def _check_tensors(model: "PeftModel", folder: Path, adapter_name: str, called: str) -> None:
     """Names and shapes of the file are those that this base expects of the adapter: none missing, none more."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
@@ -102,5 +141,5 @@ def _check_tensors(model: "PeftModel", folder: Path, adapter_name: str) -> None:
     for name in sorted(set(expected) | set(found)):
         if expected.get(name) != found.get(name):
             raise AdapterInvalid(
-                folder.name, f"tensor {name}: the base expects {expected.get(name, 'none')}, the file has {found.get(name, 'none')}"
+                called, f"tensor {name}: the base expects {expected.get(name, 'none')}, the file has {found.get(name, 'none')}"
             )

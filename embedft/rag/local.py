@@ -81,7 +81,7 @@ class _OnBase:
             if self._on is not None:
                 self._model, self._on = self._model.unload(), None
             if adapter is not None:
-                self._model, self._on = load_adapter(self._model, adapter.folder), wanted
+                self._model, self._on = load_adapter(self._model, adapter.folder, name=adapter.passport.name), wanted
         return self._model
 
 

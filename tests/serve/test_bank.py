@@ -57,7 +57,7 @@ def test_an_adapter_that_would_change_other_rows_is_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"layer_replication": [[0, 2], [0, 2]]}, "replicates layers"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "sets layer_replication"),
         ({"peft_type": "BOFT", "boft_block_size": 4}, r"does not know its method \(BOFTConfig\)"),
     ],
 )

@@ -11,9 +11,11 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from embedft.adapters.passport import CONFIG, read_passport
+from embedft.adapters.passport import CONFIG, WEIGHTS, read_passport
 from embedft.adapters.store import AdapterStore
+from embedft.base import load_model
 from embedft.errors import AdapterInvalid, EngineBusy
+from embedft.methods import load_adapter
 from serve.prover import MAX_WAITING, Prover
 from serve.proving import import_unproven, mix, run
 from tests.fixtures_lm import tiny_llama
@@ -36,7 +38,20 @@ def imported(folder: Path, llama: Path, changes: dict[str, Any], **features: Any
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"r": "8"}, "plain PEFT cannot load it"), ({"r": 0}, "plain PEFT cannot load it"), ({"lora_alpha": float("nan")}, "not finite")],
+    [
+        ({"r": "8"}, "'found' cannot be used: plain PEFT cannot load it"),
+        ({"r": 0}, "'found' cannot be used: plain PEFT cannot load it"),
+        ({"lora_alpha": float("nan")}, "not finite"),
+        ({"target_modules": "(q_proj"}, "'found' cannot be used: plain PEFT cannot load it"),
+        ({"target_modules": ["k_proj"]}, "'found' cannot be used: tensor .*k_proj"),
+        (
+            {"init_lora_weights": "pissa"},
+            "'found' cannot be used: pissa starts from a changed base.*path_initial_model",
+        ),
+        ({"init_lora_weights": "olora"}, "olora starts from a changed base"),
+        ({"alora_invocation_tokens": [5, 6]}, "sets alora_invocation_tokens"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "sets layer_replication"),
+    ],
 )
 def test_a_config_that_makes_no_adapter_is_told_and_nothing_is_imported(
     tmp_path: Path, llama: Path, changes: dict[str, Any], reason: str
@@ -44,6 +59,42 @@ def test_a_config_that_makes_no_adapter_is_told_and_nothing_is_imported(
     with pytest.raises(AdapterInvalid, match=reason):
         imported(tmp_path, llama, changes)
     assert AdapterStore(tmp_path / "store").names() == {}
+
+
+def test_what_peft_copies_of_the_base_beside_an_adapter_is_left_out(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    llama = tiny_llama(tmp_path / "base", layers=1)
+    features: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+    source = featured_adapter(tmp_path / "made", llama, seed=3, **features)
+    written = load_file(str(source / WEIGHTS))
+    copies = [key for key in written if "lora" not in key]
+    assert len(copies) == 2, "PEFT writes both embeddings beside their updates"
+    store = AdapterStore(tmp_path / "store")
+    import_unproven(store, source, name="found", base=str(llama), task="causal_lm")
+    assert load_file(str(store.folder("found") / WEIGHTS)).keys() == written.keys() - set(copies)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    ours = load_adapter(load_model(llama, task="causal_lm"), store.folder("found"))(input_ids=ids).logits
+    assert torch.allclose(ours, plain_peft(llama, source)(input_ids=ids).logits, atol=1e-4)
+
+    save_file({**written, copies[0]: written[copies[0]] + 1}, str(source / WEIGHTS), metadata={"format": "pt"})
+    with pytest.raises(AdapterInvalid, match=r"'other' cannot be used: it brings a .* of its own, other than the base's"):
+        import_unproven(store, source, name="other", base=str(llama), task="causal_lm")
+    grown = {key: torch.cat([written[key], written[key][:1]]) for key in copies}
+    save_file({**written, **grown}, str(source / WEIGHTS), metadata={"format": "pt"})
+    tokens = written[copies[0]].shape[0]
+    with pytest.raises(AdapterInvalid, match=f"a base of {tokens + 1} tokens, and this one has {tokens}: save the base after"):
+        import_unproven(store, source, name="grown", base=str(llama), task="causal_lm")
+
+
+def test_an_adapter_below_the_folder_that_was_named_is_found_and_a_pointer_is_called_one(tmp_path: Path, llama: Path) -> None:
+    source, store = featured_adapter(tmp_path / "run" / "mine", llama, seed=3), AdapterStore(tmp_path / "store")
+    with pytest.raises(AdapterInvalid, match=r"lacks adapter_config\.json: mine in it has one; name that folder"):
+        import_unproven(store, source.parent, name="found", base=str(llama), task="causal_lm")
+    (source / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 135\n")
+    with pytest.raises(AdapterInvalid, match="a pointer of git-lfs"):
+        import_unproven(store, source, name="found", base=str(llama), task="causal_lm")
 
 
 def test_an_imported_dora_is_called_one(tmp_path: Path, llama: Path) -> None:

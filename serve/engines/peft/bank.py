@@ -11,9 +11,9 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.adapters.passport import CONFIG, WEIGHTS
+from embedft.adapters.passport import WEIGHTS
 from embedft.errors import AdapterExists, AdapterInvalid, AdapterNotFound
-from embedft.methods import METHODS, load_adapter
+from embedft.methods import METHODS, config_of, load_adapter
 from embedft.methods.prompts import key_values
 from serve.engines.peft.sharing import sharing_copy
 from serve.engines.peft.threads import Threads
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from embedft.base import Base
     from serve.engines.peft.mixed import MixedLinear, Pair
 
-HARMLESS_INITS = ("gaussian", "eva", "orthogonal")  # PiSSA, OLoRA, LoftQ and CorDA subtract what they start from
 ADAPTER = "adapter"  # its name inside PEFT
 Group = str | None  # None: rows that mix; else the name of an adapter that runs apart
 
@@ -136,30 +135,20 @@ class Content:
 
 def _read(name: str, folder: Path, bare: Any, mixable: Container[str]) -> Content:
     """AdapterInvalid for a method that is not in the table, or one that would write to the base."""
-    from peft import PeftConfig
     from safetensors.torch import load_file
 
     from serve.engines.peft.mixed import pairs_of
 
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise AdapterInvalid(name, f"its folder lacks {CONFIG} or {WEIGHTS}")
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    config = config_of(folder, name=name)
     kind = type(config).__name__
     if kind not in {method.config for method in METHODS.values()}:
         raise AdapterInvalid(name, f"this engine does not know its method ({kind}): convert it to LoRA where it was made")
-    if getattr(config, "layer_replication", None):
-        raise AdapterInvalid(name, "it replicates layers of the base, which all other rows would see")
     if getattr(config, "bias", "none") != "none" or getattr(config, "trainable_token_indices", None):
         raise AdapterInvalid(name, "it changes biases or token embeddings of the base, which all other rows would see")
-    start = getattr(config, "init_lora_weights", True)
-    if not isinstance(start, bool) and start not in HARMLESS_INITS:
-        raise AdapterInvalid(name, f"{start} starts from a changed base, which other rows would see: convert it to LoRA")
-    config.inference_mode = True
     if config.is_prompt_learning and config.task_type == "CAUSAL_LM":
-        return Content(prefix=key_values(load_adapter(sharing_copy(bare), folder)))
+        return Content(prefix=key_values(load_adapter(sharing_copy(bare), folder, name=name)))
     if config.peft_type.value != "LORA" or config.use_dora or config.modules_to_save:
-        return Content(model=load_adapter(sharing_copy(bare), folder))
-    config.init_lora_weights = True  # drawn cheaply, then overwritten; PiSSA and its like would rewrite base tensors
+        return Content(model=load_adapter(sharing_copy(bare), folder, name=name))
     model = _filled(name, sharing_copy(bare), config, load_file(str(folder / WEIGHTS)))
     pairs = pairs_of(model, ADAPTER, bare.dtype, within=mixable)
     return Content(model=model) if pairs is None else Content(pairs=pairs)

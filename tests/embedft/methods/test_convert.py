@@ -17,11 +17,13 @@ from embedft.methods import METHODS, load_adapter
 from embedft.methods.companion import lora_layers
 from embedft.recipe import EmbeddingAdapterSection
 from embedft.verify import verify
+from serve.proving import import_unproven
 from tests.embedft import adapter_fixtures
 from tests.embedft.methods.cells import WHOLE
 from tests.embedft.methods.published import published
 from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama
+from tests.serve.engine_process import featured_adapter
 
 QUANTIZED = {"qlora": "nf4", "llm_int8": "int8", "loftq": "nf4"}
 # Methods whose files are laid out alike are one another's tests; with WHOLE every method.
@@ -320,6 +322,48 @@ def test_adapters_that_do_not_belong_together_are_not_combined(adapter: Any, tmp
         combine([lora, lora], tmp_path / "none", name="none", weights=[1e-30, 1e-30], base=base)
     with pytest.raises(AdapterInvalid, match="'gone' cannot be used: its parts take each other away"):
         combine([lora, lora], tmp_path / "gone", name="gone", weights=[1, -1], base=base)
+
+
+def imported(folder: Path, base: Path, **features: Any) -> Path:
+    """An adapter that PEFT itself made, with the passport and probes of an import."""
+    store = AdapterStore(folder / "store")
+    import_unproven(store, featured_adapter(folder / "made", base, seed=3, **features), name="theirs", base=str(base), task="causal_lm")
+    return store.folder("theirs")
+
+
+@pytest.mark.parametrize(
+    ("features", "match"),
+    [
+        ({"bias": "lora_only"}, r"'theirs' cannot be used: it changes biases of the base too \(bias: lora_only\)"),
+        ({"modules_to_save": ["lm_head"]}, r"more than weights of linear layers \(modules_to_save: lm_head\)"),
+        ({"trainable_token_indices": [5, 6]}, r"trainable_token_indices: 5, 6"),
+        ({"lora_bias": True}, "lora_bias: True"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}, "target_parameters: mlp.up_proj.weight"),
+    ],
+)
+def test_what_a_lora_would_lose_of_an_adapter_keeps_it_from_becoming_one(
+    bases: dict[str, Path], tmp_path: Path, features: dict[str, Any], match: str
+) -> None:
+    base = bases["causal_lm"]
+    folder = imported(tmp_path, base, **features)
+    with pytest.raises(AdapterInvalid, match=match):
+        convert(folder, tmp_path / "lora", name="x", base=base)
+    with pytest.raises(AdapterInvalid, match=match):
+        combine([folder, folder], tmp_path / "sum", name="x", weights=[1, 1], base=base)
+
+
+def test_of_chosen_layers_those_are_converted(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", layers=2)
+    folder = imported(tmp_path, base, layers_to_transform=[1], exclude_modules=["o_proj"])
+    assert convert(folder, tmp_path / "out", name="x", base=base).exact
+    original, plain = (load_adapter(load_model(base, task="causal_lm"), each) for each in (folder, tmp_path / "out"))
+    assert [name for name, _ in lora_layers(original)] == [name for name, _ in lora_layers(plain)]
+
+
+def test_what_peft_cannot_merge_is_told(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = imported(tmp_path, bases["causal_lm"], lora_bias=True)
+    with pytest.raises(AdapterInvalid, match=r"'theirs' cannot be used: PEFT cannot write it into the base's weights \(.*bias"):
+        merge(folder, tmp_path / "merged", base=bases["causal_lm"])
 
 
 def test_the_command_line_converts_merges_and_combines(adapter: Any, bases: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
