@@ -217,6 +217,15 @@ def locked(path: Path) -> Generator[None]:
         yield
 
 
+def in_use(path: Path) -> int | None:
+    """A descriptor that, until it is closed, says beside others that `path` (made if absent) is in use; None on a disk without locks."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return descriptor
+    return None
+
+
 def hold(folder: Path) -> int | None:
     """A descriptor that keeps `folder` from every other process that asks the same, until it is closed; None where one has it."""
     descriptor = os.open(folder, os.O_RDONLY)

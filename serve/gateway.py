@@ -36,6 +36,7 @@ class Gateway:
         self.mixes = Mixes(self.lifecycle, self.store, prover, quota=limits.mixes, seconds=limits.mix_seconds)
         self.aliases = Aliases(self.store.root)
         self.started = False
+        self._use: int | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="embedft-"))  # 0700
         if len(str(self._folder)) > 40:  # a socket's path may have 107 bytes
             shutil.rmtree(self._folder)
@@ -48,6 +49,7 @@ class Gateway:
 
     async def start(self) -> None:
         """Raises what the first failing base or engine raises, after the others have been stopped by `stop`."""
+        self._use = await asyncio.to_thread(self.store.use)
         for base in self.config.bases:
             engine = await asyncio.to_thread(create_engine, base, self.config, self._folder, prepare=self._populate)
             self.lifecycle.engines[engine.name] = engine
@@ -71,4 +73,7 @@ class Gateway:
         for engine in engines:
             engine.client.close()
         await self.mixes.close()
+        if self._use is not None:
+            os.close(self._use)
+            self._use = None
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)

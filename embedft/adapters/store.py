@@ -10,17 +10,29 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from embedft.adapters.passport import PASSPORT, TEXTS, Passport, generation, read_passport
 from embedft.errors import AdapterInvalid, AdapterNotFound, GenerationConflict, UsageError
-from embedft.files import abandoned_stages, locked, publish_folder, replace_folder, restore_folders, staged_folder, unfinished, write_text
+from embedft.files import (
+    abandoned_stages,
+    hold,
+    in_use,
+    locked,
+    publish_folder,
+    replace_folder,
+    restore_folders,
+    staged_folder,
+    unfinished,
+    write_text,
+)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 GENERATION = re.compile(r"[0-9a-f]{12,64}")
 MAX_FILES, MAX_BYTES = 10_000, 8 << 30
+_USED = ".used"  # whoever serves from a store shares its lock
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
 
@@ -157,15 +169,31 @@ class AdapterStore:
             for folder in (self._names, self._held):
                 (folder / f"{name}.json").unlink(missing_ok=True)
 
-    def collect(self, *, leased: Collection[str] = ()) -> list[str]:
-        """Delete objects that no name points at, now or in its history, none holds and nobody leases; returns their generations.
+    def use(self) -> int | None:
+        """A descriptor, for whoever serves from this store to close at its end: what has no name is not collected until then."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return in_use(self.root / _USED)
 
-        What a crash left half-written a day ago or longer goes too.
+    @property
+    def used(self) -> bool:
+        """Whether a process serves from it."""
+        path = self.root / _USED
+        if not path.exists() or (descriptor := hold(path)) is None:
+            return path.exists()
+        os.close(descriptor)
+        return False
+
+    def collect(self) -> list[str]:
+        """Delete objects that no name points at, now or in its history, and none holds; returns their generations.
+
+        None while a server uses the store: it may have fetched or mixed them. What a crash left half-written an hour ago goes too.
         """
         with self._locked():
+            if self.used:
+                return []
             if broken := self.damaged():
                 raise AdapterInvalid(next(iter(broken)), "nothing is deleted while its pointer is damaged: mend or remove it first")
-            kept = self._wanted() | set(leased)
+            kept = self._wanted()
             unused = [path for path in self._objects.glob("[0-9a-f]*") if path.name not in kept]
             for path in (*unused, *abandoned_stages(self._objects)):
                 shutil.rmtree(path)

@@ -138,7 +138,9 @@ def _adapters_export(arguments: argparse.Namespace) -> None:
 def _adapters_remove(arguments: argparse.Namespace) -> None:
     store = store_of(arguments)
     store.remove(arguments.adapter)
-    show(arguments, {"removed": arguments.adapter, "deleted": store.collect()}, title="removed")
+    deleted = store.collect()
+    kept = {"kept": "the adapters' files, while a server uses this store; the next removal without one deletes them"} if store.used else {}
+    show(arguments, {"removed": arguments.adapter, "deleted": deleted, **kept}, title="removed")
 
 
 def _adapters_push(arguments: argparse.Namespace) -> None:

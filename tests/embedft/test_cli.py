@@ -180,6 +180,25 @@ def test_what_is_held_back_from_a_name_is_listed_and_can_be_removed(in_folder: P
     assert main(["adapters", "remove", "legal"]) == 1
 
 
+def test_while_a_server_uses_the_store_files_stay_and_who_removes_is_told(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from embedft.adapters.store import AdapterStore
+
+    store = AdapterStore(in_folder / "adapters")
+    made = make_adapter(in_folder / "made", name="legal")
+    assert main(["adapters", "import", str(made), "--json"]) == 0
+    generation = output(capsys)["generation"]
+    server = store.use()
+    assert server is not None
+    assert main(["adapters", "remove", "legal"]) == 0
+    assert "while a server uses this store" in capsys.readouterr().out
+    assert store.folder(str(generation)).is_dir()
+    os.close(server)
+    assert main(["adapters", "import", str(made), "--name", "other"]) == 0
+    capsys.readouterr()
+    assert main(["adapters", "remove", "other", "--json"]) == 0
+    assert output(capsys) == {"removed": "other", "deleted": [generation]}
+
+
 def test_files_that_are_not_there_or_in_the_way_are_named_without_a_traceback(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (in_folder / "rows.jsonl").write_text('{"text": "Bleed a boiler before the winter comes."}\n')
     (in_folder / "file").touch()

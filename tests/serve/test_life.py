@@ -248,6 +248,14 @@ def test_an_alias_names_the_variant_that_is_not_served(server: Server, world: Wo
     assert server.client.delete("/v1/aliases/onward", headers=ADMIN).status_code == 200
 
 
+def test_what_a_server_serves_without_a_name_is_not_collected_beside_it(server: Server, world: World) -> None:
+    put_adapter(world.store, "passing", world.texts, seed=131)
+    assert server.put("passing").status_code == 200
+    world.store.remove("passing")
+    assert world.store.collect() == []
+    assert ask(server, "passing").status_code == 200
+
+
 def test_a_full_disk_is_said_and_what_serves_goes_on(server: Server, world: World) -> None:
     process = psutil.Process(server.process.pid)
     before = process.rlimit(resource.RLIMIT_FSIZE)

@@ -98,11 +98,17 @@ def test_a_damaged_note_of_what_is_held_back_is_named_and_can_be_removed(adapter
     assert store.collect() == []
 
 
-def test_collect_deletes_only_what_nothing_names_or_leases(adapter: Path, store: AdapterStore) -> None:
+def test_collect_deletes_only_what_nothing_names_and_nothing_while_a_server_uses_the_store(adapter: Path, store: AdapterStore) -> None:
     identity = import_folder(store, adapter, name="legal")
     assert store.collect() == []
     store.remove("legal")
-    assert store.collect(leased={identity}) == []
+    servers = [store.use(), AdapterStore(store.root).use()]
+    for server in servers:
+        assert server is not None
+        assert store.used
+        assert store.collect() == []
+        os.close(server)
+    assert not store.used
     assert store.collect() == [identity]
     with pytest.raises(AdapterNotFound):
         store.folder("legal")
