@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from embedft.errors import AdapterInvalid
 from embedft.methods import METHODS, attach, save_weights
 from embedft.methods.companion import lora_layers, padded, plain_pairs
 from embedft.methods.starts import dequantized, original_weights
@@ -134,6 +135,16 @@ def test_eva_begins_with_orthonormal_directions_of_the_inputs(llama: Path, tmp_p
         assert torch.allclose(a @ a.T, torch.eye(len(a)), atol=1e-3)
 
 
+def test_evas_rho_lets_ranks_go_from_layer_to_layer(llama: Path, tmp_path: Path) -> None:
+    ranks = []
+    for rho in (1.0, 2.0):
+        layers = lora_layers(cell(tmp_path, llama, "causal_lm", "eva", "none", options={"rho": rho}).model)
+        ranks.append({name: len(layer.lora_A["default"].weight) for name, layer in layers})
+    assert set(ranks[0].values()) == {4}
+    assert max(ranks[1].values()) > 4
+    assert sum(ranks[1].values()) <= sum(ranks[0].values()), "what one layer gets another gives up"
+
+
 def test_how_an_adapter_began_is_not_published(llama: Path, tmp_path: Path) -> None:
     """It changes nothing that is served, and vLLM refuses the name."""
     made = cell(tmp_path, llama, "causal_lm", "eva", "none")
@@ -142,7 +153,9 @@ def test_how_an_adapter_began_is_not_published(llama: Path, tmp_path: Path) -> N
     assert (config["init_lora_weights"], config["eva_config"]) == (True, None)
 
 
-def test_a_folder_of_others_that_names_its_start_rewrites_no_weight_of_the_base(llama: Path, tmp_path: Path) -> None:
+def test_a_folder_of_others_that_names_its_start_rewrites_no_weight_of_the_base_and_one_that_needs_that_is_refused(
+    llama: Path, tmp_path: Path
+) -> None:
     import torch
 
     from embedft.base import load_model
@@ -151,11 +164,16 @@ def test_a_folder_of_others_that_names_its_start_rewrites_no_weight_of_the_base(
     made = cell(tmp_path, llama, "causal_lm", "lora", "none")
     save_weights(trained(made), tmp_path / "adapter", base_name="tiny")
     path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
-    loaded: Any = load_adapter(load_model(made.base.folder, task="causal_lm"), tmp_path / "adapter")
-    assert torch.equal(made.outputs(loaded), made.outputs(made.model))
-    with loaded.disable_adapter():
-        assert torch.equal(made.outputs(loaded), made.before)
+    for harmless in ("gaussian", "orthogonal", "mica"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": harmless}))
+        loaded: Any = load_adapter(load_model(made.base.folder, task="causal_lm"), tmp_path / "adapter")
+        assert torch.equal(made.outputs(loaded), made.outputs(made.model))
+        with loaded.disable_adapter():
+            assert torch.equal(made.outputs(loaded), made.before)
+    for start in ("pissa_niter_4", "corda"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start}))
+        with pytest.raises(AdapterInvalid, match=f"{start} starts from a changed base"):
+            load_adapter(load_model(made.base.folder, task="causal_lm"), tmp_path / "adapter")
 
 
 def test_eva_without_data_is_refused(llama: Path) -> None:
