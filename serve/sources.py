@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedft.adapters.store import AdapterStore, check_folder
+from embedft.adapters.store import GENERATION, AdapterStore, check_folder
 from embedft.adapters.transfer import check_contents
 from embedft.errors import AdapterNotFound, InputInvalid
 
@@ -54,8 +54,10 @@ def contained(root: Path, source: str) -> Path:
     path = root / given
     try:
         inside = path.relative_to(root)
-        if path.resolve(strict=True) != path or not path.is_dir() or inside.parts[:1] in ((), ("names",)):
+        if path.resolve(strict=True) != path or not path.is_dir() or inside.parts[:1] in ((), ("names",), ("held",)):
             raise refused
+        if inside.parts[0] == "objects" and not (len(inside.parts) == 2 and GENERATION.fullmatch(inside.parts[1])):
+            raise refused  # what another process is writing, or a part of an adapter
     except (OSError, ValueError):
         raise refused from None
     return path

@@ -283,7 +283,11 @@ def test_a_source_outside_the_store_is_refused(world: World, server: Server, tmp
     inside = world.store.root / "incoming"
     shutil.copytree(outside, inside)
     (world.store.root / "link").symlink_to(outside)
+    shutil.copytree(outside, world.store.root / "objects" / ".stage-half")
     for source in (
+        "objects",
+        "objects/.stage-half",
+        "objects/.stage-half/.",
         "../outside",
         str(outside),
         "link",
@@ -301,6 +305,7 @@ def test_a_source_outside_the_store_is_refused(world: World, server: Server, tmp
     assert server.put("y", {"source": str(inside)}).status_code == 200
     (inside / "model.bin").write_bytes(b"pickle")
     refused(server.put("z", {"source": "incoming"}), 422, "adapter_invalid")
+    shutil.rmtree(world.store.root / "objects" / ".stage-half")
 
 
 def test_names_that_are_none_are_refused(world: World, server: Server) -> None:
