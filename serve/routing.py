@@ -74,14 +74,12 @@ def _of_model(seen: Visible, model: str | None) -> tuple[Engine | None, str | No
         return None, None
     if model in seen.engines:
         return seen.engines[model], None
-    base, colon, adapter = model.partition(":")
-    if colon and base in seen.engines:
-        seen.get(adapter)
+    base, _, adapter = model.partition(":")
+    if base in seen.engines:
         return seen.engines[base], adapter
-    if not colon and seen.knows(model):
-        seen.get(model)
+    if seen.knows(model):
         return None, model
-    raise ModelNotFound(model, [*seen.engines, *seen.live, *seen.aliases], unserved=None if colon else seen.why_unserved(model))
+    raise ModelNotFound(model, [*seen.engines, *seen.live, *seen.aliases], unserved=seen.why_unserved(model))
 
 
 def _only(seen: Visible, task: Task) -> Engine:

@@ -293,7 +293,7 @@ def test_a_half_written_adapter_is_neither_listed_nor_served(server: Server, wor
     half.mkdir()
     (half / "adapter_config.json").write_text('{"peft_type": "LO')
     assert "stage" not in server.client.get("/v1/adapters").text
-    refused(server.put("half", {"source": "objects/.stage-left"}), 422, "adapter_invalid")
+    refused(server.put("half", {"source": "objects/.stage-left"}), 400, "source_refused")
     shutil.rmtree(half)
 
 
