@@ -20,9 +20,12 @@ On a CPU:
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from embedft.encode import check_tokenizer
+from embedft.errors import BaseError
 from embedft.int8 import dequantized
 from embedft.lean import without_unused
 from embedft.model_folder import stop_tokens, tokenizer_of
@@ -39,6 +42,8 @@ def main() -> None:
         without_unused()
     if cores:
         os.sched_setaffinity(0, parse_cores(cores))
+    if "pooling" in sys.argv:
+        _texts_are_read_by_one_tokenizer(Path(sys.argv[sys.argv.index("--model") + 1]))
     from vllm.platforms import current_platform
 
     _every_module_of_an_adapter_must_match()
@@ -56,6 +61,14 @@ def main() -> None:
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()
+
+
+def _texts_are_read_by_one_tokenizer(folder: Path) -> None:
+    """The gateway reads them by the tokenizer's own file."""
+    try:
+        check_tokenizer(folder)
+    except BaseError as error:
+        raise SystemExit(str(error)) from None
 
 
 def _answers_end_as_in_training() -> None:

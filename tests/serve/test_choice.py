@@ -85,7 +85,9 @@ def test_an_unknown_adapter_is_a_404_and_never_the_bases_answer(shared: Server, 
     refused(shared.post("/v1/embeddings", {"input": "x", "model": f"texts:{name}"}), 404, "adapter_not_found")
     refused(shared.post("/v1/completions", {"prompt": "x", "model": "words", "adapter": name}), 404, "adapter_not_found")
     assert shared.post("/v1/embeddings", {"input": "x", "model": name}).status_code == 404
-    refused(shared.post("/v1/embeddings", {"input": "x", "model": f"{name}:a"}), 404, "adapter_not_found" if "@" in name else "model_not_found")
+    refused(
+        shared.post("/v1/embeddings", {"input": "x", "model": f"{name}:a"}), 404, "adapter_not_found" if "@" in name else "model_not_found"
+    )
 
 
 def test_a_generation_in_the_name_must_be_the_one_that_serves(shared: Server, shared_world: World) -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from embedft.encode import Encoder, EncodeSettings
 from embedft.model_folder import describe
 from embedft.quantize import quantize
+from serve.engines.settings import EngineKind
 from serve.proxy import EngineClient
-from tests.fixtures_embedding import text, tiny_encoder
+from tests.fixtures_embedding import disagree, text, tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import (
     EngineProcess,
@@ -272,3 +273,12 @@ def test_embeddings_of_many_adapters_in_one_batch_equal_their_solo_vectors(tmp_p
         assert (wrong.status_code, code(wrong)) == (404, "adapter_not_found")
         too_long = server.post("/v1/embeddings", model="base", input="find " * 99)
         assert (too_long.status_code, code(too_long)) == (400, "input_too_long")
+
+
+@pytest.mark.parametrize("kind", ["peft", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_a_base_whose_tokenizer_files_disagree_is_not_served_and_the_log_says_it_in_words(kind: EngineKind, tmp_path: Path) -> None:
+    base = tiny_encoder(tmp_path / "base", pooling="mean")
+    disagree(base)
+    with pytest.raises(AssertionError, match=r"tokenizer_config\.json disagree") as refused, engine(kind, base, "embedding"):
+        pass
+    assert "Traceback" not in str(refused.value)

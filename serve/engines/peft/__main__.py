@@ -5,13 +5,20 @@ import os
 import signal
 from pathlib import Path
 
+from embedft.errors import EmbedftError
 from embedft.lean import without_unused
 from serve.engines.settings import KEY, parse_cores
 
 
 def main() -> None:
-    """Load the base, then serve."""
-    arguments = _arguments()
+    """Load the base, then serve. What is wrong with the base ends it with the words alone."""
+    try:
+        _serve(_arguments())
+    except EmbedftError as error:
+        raise SystemExit(str(error)) from None
+
+
+def _serve(arguments: argparse.Namespace) -> None:
     without_unused()
     if arguments.cores:
         os.sched_setaffinity(0, parse_cores(arguments.cores))
