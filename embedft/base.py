@@ -3,10 +3,10 @@
 A quantized base is always a folder (embedft.quantize writes it once); trainer and engine load that same folder.
 """
 
-import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from embedft.compressed import BITS, plain
 from embedft.errors import BaseError, BaseNotFound, UsageError
 from embedft.int8 import keep_activations
 from embedft.model_folder import RECORD, BaseInfo, Task, check_whole, describe, fingerprint, quantization_of, read_json, tokenizer_of, told
+from embedft.packed import READ, unpacked
 from embedft.quantize import quantize
 from embedft.sentence_folder import scores_pairs
 
@@ -162,12 +163,16 @@ def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) 
     loader: Any = AutoModelForCausalLM if task == "causal_lm" else AutoModel
     dtype = dtype or compute_dtype()
     device: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
-    if quantization_of(folder) in {*BITS, "compressed-tensors"}:  # what engines keep packed is turned back, exactly, to train on
+    quantization, load = quantization_of(folder), partial(loader.from_pretrained, folder)
+    if quantization in {*BITS, "compressed-tensors"}:  # what engines keep packed is turned back, exactly, to train on
         from transformers import CompressedTensorsConfig
 
         device["quantization_config"] = CompressedTensorsConfig(run_compressed=False)
     with told(folder):
-        model, loading = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **device)
+        if quantization in READ:
+            load = _unpacked(folder, loader, dtype)
+        model, loading = load(dtype=dtype, output_loading_info=True, trust_remote_code=False, **device)
+    model.name_or_path = model.config.name_or_path = str(folder)
     check_whole(folder, loading)
     plain(model)
     _cast(model, dtype)
@@ -181,6 +186,19 @@ def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) 
     if dtype is not torch.float32:
         _multiply_in(model, dtype)
     return model
+
+
+def _unpacked(folder: Path, loader: Any, dtype: "torch.dtype") -> Callable[..., Any]:
+    """`from_pretrained` over the config of the unquantized model and its weights, in the folder's place."""
+    import torch
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    del config.quantization_config
+    with torch.device("meta"):
+        kind: Any = type(loader.from_config(config))
+    packed = read_json(folder / "config.json")["quantization_config"]
+    return partial(kind.from_pretrained, None, config=config, state_dict=unpacked(folder, packed, dtype=dtype))
 
 
 def _check_kind(folder: Path, task: Task) -> None:
@@ -215,7 +233,7 @@ def _multiply_in(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
 
     own = type(model)
 
-    @functools.wraps(own.forward)
+    @wraps(own.forward)
     def forward(self: Any, *given: Any, **named: Any) -> Any:
         with torch.autocast(self.device.type, dtype=dtype):
             return own.forward(self, *given, **named)

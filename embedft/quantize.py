@@ -12,6 +12,7 @@ from embedft.compressed import BITS, compress
 from embedft.errors import QuantizationUnsupported
 from embedft.files import publish_folder, staged_folder
 from embedft.model_folder import RECORD, check_whole, describe, fingerprint, quantization_of, tokenizer_of, told
+from embedft.packed import READ
 
 SCHEMES = ("nf4", "int8", "w4a16", "w8a8")
 CALIBRATION_LINES = 512
@@ -39,7 +40,7 @@ def quantize(source: Path, out: Path, *, scheme: str, calibration: Path | None =
     Raises QuantizationUnsupported for another scheme, an already quantized source or an `out` that holds files.
     """
     if scheme not in SCHEMES:
-        other = "gptq and awq kernels are gptqmodel's, which does not install here: " if scheme in {"gptq", "awq"} else ""
+        other = "gptq and awq folders are read and not written (w4a16 with --calibrate rounds by GPTQ): " if scheme in READ else ""
         raise QuantizationUnsupported(f"no scheme {scheme!r}: {other}there are {', '.join(SCHEMES)}")
     if calibration is not None and scheme != "w4a16":
         raise QuantizationUnsupported(f"{scheme} takes no calibration: it is for w4a16")

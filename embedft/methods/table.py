@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from embedft.errors import MethodUnsupported
 from embedft.model_folder import BaseInfo, Task
+from embedft.packed import READ
 from embedft.recipe import AdapterSection
 
 Form = Literal["lora", "vera", "adalora", "ia3", "loha", "lokr", "prompt", "attention", "weights"]
 NONE, NF4, INT8 = "none", "nf4", "int8"
-DECOMPRESSED = ("w4a16", "w8a8")  # packed in their files, plain floating-point layers once loaded
+DECOMPRESSED = ("w4a16", "w8a8", *READ)  # packed in their files, plain floating-point layers once loaded
 
 
 @dataclass(frozen=True)

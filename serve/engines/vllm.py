@@ -14,6 +14,7 @@ from embedft.base import compute_dtype
 from embedft.errors import EngineFailed
 from embedft.lean import COMPILED, EAGER
 from embedft.model_folder import AFTER_PADDING, BaseInfo, describe, hidden_size, read_json
+from embedft.packed import READ
 from serve.engines.settings import KEY, WAITING, EngineSettings, parse_cores
 
 if TYPE_CHECKING:
@@ -108,11 +109,27 @@ def check_base(folder: Path, info: BaseInfo, *, task: "Task", on_cpu: bool) -> N
     if on_cpu and size is not None and size not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise EngineFailed(f"vLLM's CPU attention takes head sizes {sizes}; this base has {size}: use the peft engine")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if on_cpu and method == "compressed-tensors" and not _has_avx512():
-        raise EngineFailed(
-            "vLLM multiplies compressed-tensors weights on CPUs with AVX512 only, and this one has none: use the peft engine"
-        )
+    quantization: dict[str, Any] = config.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method in READ:
+        _check_packed(quantization, on_cpu=on_cpu)
+    if on_cpu and method in {"compressed-tensors", *READ} and not has_avx512():
+        raise EngineFailed(f"vLLM multiplies {method} weights on CPUs with AVX512 only, and this one has none: use the peft engine")
+
+
+def _check_packed(quantization: dict[str, Any], *, on_cpu: bool) -> None:
+    """GPTQ's and AWQ's kernels take fewer kinds of them than there are, and no float32."""
+    method, bits = quantization["quant_method"], quantization.get("bits")
+    taken = {4} if on_cpu or method == "awq" else {4, 8}
+    kind = f"{method} of {bits} bits" if bits not in taken else ""
+    if method == "gptq":
+        kind = kind or ("gptq without symmetric codes" if not quantization.get("sym", True) else "")
+        ordered = quantization.get("desc_act") and quantization.get("group_size") != -1
+        kind = kind or ("gptq in the order of activations (desc_act)" if ordered else "")
+    if str(compute_dtype()) == "torch.float32":
+        kind = kind or f"{method} in float32 (EMBEDFT_DTYPE=bfloat16 computes otherwise)"
+    if kind:
+        raise EngineFailed(f"vLLM does not compute with {kind}: use the peft engine, which does")
 
 
 def _overrides(folder: Path) -> dict[str, Any]:
@@ -128,7 +145,7 @@ def _head_size(folder: Path, config: dict[str, Any]) -> int | None:
     return config.get("head_dim") or (hidden_size(folder, config) // int(heads) if heads else None)
 
 
-def _has_avx512() -> bool:
+def has_avx512() -> bool:
     import torch
 
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")

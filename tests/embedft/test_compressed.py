@@ -111,8 +111,8 @@ def test_calibration_rounds_by_gptq_and_is_for_w4a16_alone(source: Path, tmp_pat
 
 
 @pytest.mark.parametrize("scheme", ["gptq", "awq"])
-def test_gptqmodels_own_formats_are_refused_by_name(source: Path, tmp_path: Path, scheme: str) -> None:
-    with pytest.raises(QuantizationUnsupported, match="gptqmodel's"):
+def test_gptqmodels_own_formats_are_not_written(source: Path, tmp_path: Path, scheme: str) -> None:
+    with pytest.raises(QuantizationUnsupported, match=f"no scheme '{scheme}': gptq and awq folders are read and not written"):
         quantize(source, tmp_path / "out", scheme=scheme)
 
 
