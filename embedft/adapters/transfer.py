@@ -21,7 +21,7 @@ def import_folder(store: AdapterStore, source: Path, *, name: str | None = None)
     if not source.is_dir():
         raise UsageError(f"{source} is not a folder")
     called = name or _name_of(source)
-    check_folder(source, called)
+    check_folder(source, called)  # before its bytes are copied
     with store.stage() as stage:
         _copy(source, stage)
         check_contents(stage, called)

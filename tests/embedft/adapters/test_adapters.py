@@ -160,6 +160,12 @@ def test_weights_that_are_not_finite_are_refused(adapter: Path, store: AdapterSt
     assert not store.names()
 
 
+def test_what_is_no_folder_is_not_imported(adapter: Path, store: AdapterStore) -> None:
+    for path in (adapter / "passport.json", adapter / "nix"):
+        with pytest.raises(UsageError, match=f"{path.name} is not a folder"):
+            import_folder(store, path, name="x")
+
+
 def test_push_and_pull_round_trip_bit_for_bit(adapter: Path, store: AdapterStore, tmp_path: Path) -> None:
     import_folder(store, adapter, name="legal")
     for place in (str(tmp_path / "elsewhere"), "memory://adapters/legal"):
@@ -225,6 +231,9 @@ def test_export_leaves_evaluation_texts_out_and_says_so(adapter: Path, store: Ad
     import_folder(store, adapter, name="legal")
     assert export_folder(store, "legal", tmp_path / "out") == ["eval/texts.jsonl"]
     assert not (tmp_path / "out" / "eval" / "texts.jsonl").exists()
+    assert export_folder(store, "legal", tmp_path / "whole", keep_texts=True) == []
+    assert (tmp_path / "whole" / "eval" / "texts.jsonl").exists()
+    assert push(store, "legal", str(tmp_path / "unasked"))[1] == ["eval/texts.jsonl"]
     for number, keep in enumerate((False, True)):
         pushed, left_out = push(store, "legal", str(tmp_path / f"pushed{number}"), keep_texts=keep)
         assert (pushed, left_out) == (store.current("legal"), [] if keep else ["eval/texts.jsonl"])
