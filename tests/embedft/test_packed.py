@@ -117,6 +117,23 @@ def test_another_layout_is_refused_by_its_name(source: Path, tmp_path: Path, met
         load_model(tmp_path / "packed", task="causal_lm")
 
 
+def test_words_of_another_size_and_a_config_that_says_nothing_of_them_are_named(source: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    packed_copy(source, tmp_path / "packed", "gptq")
+    path = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor.short() if "qweight" in name else tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    with pytest.raises(QuantizationUnsupported, match=r"is packed in torch\.int16"):
+        load_model(tmp_path / "packed", task="causal_lm", dtype=torch.float32)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    (tmp_path / "packed" / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    with pytest.raises(BaseError, match=r"packed \(qweight\), and its config\.json has no quantization_config"):
+        load_model(tmp_path / "packed", task="causal_lm", dtype=torch.float32)
+
+
 def test_a_packed_layer_that_is_half_there_is_named(source: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
