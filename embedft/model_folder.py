@@ -174,9 +174,7 @@ def check_whole(folder: Path, loading: Mapping[str, Any], *, pooler: bool = Fals
     missing: Collection[str] = loading["missing_keys"]
     if lost := sorted(name for name in missing if pooler or "pooler" not in name.split(".")):
         if any(name.endswith(".qweight") for name in loading["unexpected_keys"]):
-            raise BaseError(
-                f"{folder.name}: its weights are packed (qweight), and its config.json has no quantization_config that says how"
-            )
+            raise BaseError(f"{folder.name}: its weights are packed (qweight), and its config.json has no quantization_config")
         listed = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
         raise BaseError(f"{folder.name} lacks {len(lost)} of its weights ({listed}): download or save it again, whole")
 

@@ -38,9 +38,7 @@ def unpacked(folder: Path, config: Mapping[str, Any], *, dtype: "torch.dtype") -
         if missing := {"qweight", "qzeros", "scales"} - parts.keys():
             raise QuantizationUnsupported(f"{folder.name}: {layer} lacks {', '.join(sorted(missing))}: download it again, whole")
         if "int32" not in (words := str(parts["qweight"].dtype)):
-            raise QuantizationUnsupported(
-                f"{folder.name}: {layer} is packed in {words}, and here int32 is read: take its unquantized weights"
-            )
+            raise QuantizationUnsupported(f"{folder.name}: {layer} is packed in {words}, not int32: take its unquantized weights")
         matrix = _awq(parts) if config["quant_method"] == "awq" else _gptq(parts, config)
         tensors[f"{layer}.weight"] = matrix.T.to(dtype).contiguous()
     return tensors
