@@ -105,7 +105,7 @@ def _from_hub(spec: BaseSpec, patterns: Sequence[str] = _FILES) -> Path:
         reason = str(error).splitlines()[0][:200]
         raise BaseNotFound(
             f"base {spec.model!r} is neither a built-in ({', '.join(BUILT_INS)}) nor a folder here, and the hub did not give it: {reason}; "
-            "if it is a folder of yours, name its path (base.model in a recipe, --base on the command line)"
+            "if it is a folder of yours, name its path (base.model in a recipe, --base on the command line, `model` in a server's CONFIG)"
         ) from None
 
 

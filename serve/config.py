@@ -3,14 +3,14 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from embedft.adapters.passport import Passport
 from embedft.adapters.store import AdapterStore
-from embedft.base import BaseSpec
+from embedft.base import BUILT_INS, BaseSpec
 from embedft.errors import EmbedftError, UsageError
 from embedft.methods.table import METHODS
 from embedft.strict_yaml import read_yaml
@@ -140,9 +140,8 @@ def load_config(
     content |= {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
     if "tenants" in content:
         raise UsageError(f"{path}: tenants stand in a file of their own: keys: FILE")
-    for key in ("adapters", "indexes", "keys"):
-        if path and content.get(key) and not Path(str(content[key])).is_absolute():
-            content[key] = str((path.parent / str(content[key])).resolve())
+    if path:
+        _resolve_paths(content, path.parent)
     if content.get("indexes") and not Path(str(content["indexes"])).is_dir():
         raise UsageError(f"indexes: there is no folder {content['indexes']}: make it; `embedft rag index --out DIR/NAME` puts one there")
     content["tenants"] = read_keys(Path(str(content["keys"])) if content.get("keys") else None)
@@ -190,6 +189,19 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected settings such as `bases:`, found none")
     return {str(key): value for key, value in content.items()}
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    """The file's relative paths are relative to it; a base's `model` where a folder of that name is there, as in a recipe."""
+    for key in ("adapters", "indexes", "keys"):
+        if content.get(key) and not Path(str(content[key])).is_absolute():
+            content[key] = str((folder / str(content[key])).resolve())
+    bases: Any = content.get("bases")
+    for base in bases if isinstance(bases, list) else ():
+        if isinstance(base, dict) and isinstance(model := cast("dict[str, Any]", base).get("model"), str):
+            there = folder / Path(model).expanduser()
+            if model not in BUILT_INS and there.is_dir():
+                base["model"] = str(there.resolve())
 
 
 def _is_lora(passport: Passport) -> bool:

@@ -15,7 +15,7 @@ from serve.errors import ModelNotFound
 from serve.prover import Prover
 from serve.proving import strip
 from serve.remote import Sources, fetched
-from serve.sources import contained
+from serve.sources import NO_PASSPORT, contained
 
 
 class Importer:
@@ -54,7 +54,7 @@ class Importer:
             proven = (stage / PASSPORT).is_file()
             if not proven:
                 if base is None:
-                    raise AdapterInvalid(name, "it has no passport: name the `base` it was trained on, and plain PEFT makes its probes")
+                    raise AdapterInvalid(name, NO_PASSPORT)
                 await asyncio.to_thread(strip, stage, name)
                 await self._prover.prove("import", stage, name=name, engine=self._engines[base])
             await asyncio.to_thread(check_contents, stage, name)

@@ -227,9 +227,10 @@ class Lifecycle:
                         return
                     if self.live.get(resident.name) is not resident or resident.loaded:  # replaced, or loaded, while this waited
                         continue
+                    await asyncio.to_thread(checked, resident.name, Found(resident.generation, resident.folder))
                     await self.loading.install(resident)
                     slots.came(resident)
-            except (AdapterInvalid, MethodUnsupported, ProbesFailed) as error:
+            except (AdapterInvalid, MethodUnsupported, ProbesFailed, OSError) as error:
                 self.live.pop(resident.name, None)
                 self._held.pop(resident.id, None)
                 self.refused[resident.name] = str(error)

@@ -2,8 +2,8 @@
 
 import asyncio
 import json
+import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,22 @@ class Prover:
             self._waiting -= 1
 
     async def _run(self, name: str, job: dict[str, Any]) -> None:
-        with tempfile.TemporaryDirectory(prefix="proving-") as home:
-            path = Path(home) / "job.json"
-            path.write_text(json.dumps(job), encoding="utf-8")
-            env = without_secrets() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **EAGER}
-            pipe = asyncio.subprocess.PIPE
-            child = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "serve.proving", str(path), stdout=pipe, stderr=pipe, env=env
-            )
-            try:
-                async with asyncio.timeout(SECONDS):
-                    out, err = await child.communicate()
-            except BaseException as error:
-                child.kill()
-                await child.wait()
-                if isinstance(error, TimeoutError):
-                    raise AdapterInvalid(name, f"its probes were not made within {SECONDS:.0f} s") from None
-                raise
-            if child.returncode:
-                raise AdapterInvalid(name, _reason(out, err))
+        env = without_secrets() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **EAGER}
+        pipe = asyncio.subprocess.PIPE
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "serve.proving", str(os.getpid()), stdin=pipe, stdout=pipe, stderr=pipe, env=env
+        )
+        try:
+            async with asyncio.timeout(SECONDS):
+                out, err = await child.communicate(json.dumps(job).encode())
+        except BaseException as error:
+            child.kill()
+            await child.wait()
+            if isinstance(error, TimeoutError):
+                raise AdapterInvalid(name, f"its probes were not made within {SECONDS:.0f} s") from None
+            raise
+        if child.returncode:
+            raise AdapterInvalid(name, _reason(out, err))
 
 
 def _reason(out: bytes, err: bytes) -> str:

@@ -1,13 +1,15 @@
 """A child process: an adapter that nobody has proven gets its probes, from plain PEFT on the base's own files. No engine has a part in it.
 
-`python -m serve.proving JOB.json`: {"kind": "import" | "mix", "folder", "base", "task", "name", "model", "members"}. For "import"
-`folder` holds PEFT's two files; for "mix" it is empty and `members` are [[adapter folder, weight], …]. It writes probes and passport,
-or prints what is wrong as {"code", "message"} on its last line and ends with 1.
+`python -m serve.proving PARENT`, and on stdin {"kind": "import" | "mix", "folder", "base", "task", "name", "model", "members"}. For
+"import" `folder` holds PEFT's two files; for "mix" it is empty and `members` are [[adapter folder, weight], …]. It writes probes and
+passport, or prints what is wrong as {"code", "message"} on its last line and ends with 1. It ends with the process PARENT.
 """
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,16 +22,21 @@ from embedft.adapters.store import AdapterStore, check_folder
 from embedft.adapters.transfer import check_weights
 from embedft.errors import AdapterInvalid, EmbedftError, UsageError
 from embedft.lean import without_unused
+from serve.guard import PR_SET_PDEATHSIG, prctl
 
 _EMBEDDING = re.compile(r"\.(embed_tokens|word_embeddings|wte|embed_in|embed_out|lm_head)(\.base_layer)?\.weight$")
 
 
-def main(path: Path) -> int:
-    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def main(parent: int) -> int:
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return 1
+    job: dict[str, Any] = json.load(sys.stdin)
     try:
         run(job)
     except EmbedftError as error:
-        print(json.dumps({"code": error.code, "message": str(error)}))  # noqa: T201
+        message = error.reason if isinstance(error, AdapterInvalid) else str(error)  # of what the adapter is called, the gateway tells
+        print(json.dumps({"code": error.code, "message": message}))  # noqa: T201
         return 1
     return 0
 
@@ -217,4 +224,4 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
 
 if __name__ == "__main__":
     without_unused()
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1])))

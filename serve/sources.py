@@ -4,9 +4,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from embedft.adapters.passport import PASSPORT
 from embedft.adapters.store import GENERATION, AdapterStore, check_folder
 from embedft.adapters.transfer import check_contents
-from embedft.errors import AdapterNotFound, InputInvalid
+from embedft.errors import AdapterInvalid, AdapterNotFound, InputInvalid
+
+NO_PASSPORT = "it has no passport: name the `base` it was trained on, and plain PEFT makes its probes"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ def find(store: AdapterStore, name: str, source: str | None) -> Found:
     folder = contained(store.root, wanted)
     if folder.parent == store.root / "objects":
         return Found(folder.name, folder)
+    if not (folder / PASSPORT).is_file():
+        raise AdapterInvalid(name, NO_PASSPORT)
     check_folder(folder, name)
     with store.stage() as stage:
         shutil.copytree(folder, stage, dirs_exist_ok=True)

@@ -66,6 +66,14 @@ def test_a_relative_store_is_relative_to_the_file(world: World, tmp_path: Path) 
     assert load_config(path, store=world.store).adapters == tmp_path / "mine"
 
 
+def test_a_bases_folder_is_relative_to_the_file_as_in_a_recipe(world: World, tmp_path: Path) -> None:
+    (tmp_path / "bases" / "mine").mkdir(parents=True)
+    models = ("bases/mine", "minilm", "org/of-the-hub")
+    path = write(tmp_path, "bases:\n" + "".join(f"  - {{name: b{n}, model: {one}, task: embedding}}\n" for n, one in enumerate(models)))
+    found = [base.model for base in load_config(path, store=world.store).bases]
+    assert found == [str(tmp_path / "bases" / "mine"), "minilm", "org/of-the-hub"]
+
+
 def test_a_limit_that_is_set_twice_is_refused(world: World, tmp_path: Path) -> None:
     path = write(tmp_path, "bases: [{name: a, model: m, task: embedding}]\nlimits: {n: 3, n: 5}\n")
     with pytest.raises(UsageError, match="'n' stands twice"):

@@ -106,6 +106,21 @@ def test_a_killed_engine_comes_back_with_its_adapters(changing_world: World, cha
     assert 'embedft_engine_restarts{base="texts"} 1.0' in server.client.get("/metrics").text
 
 
+def test_a_killed_engine_comes_back_without_an_adapter_whose_files_were_changed(world: World, start: Start) -> None:
+    server = start()
+    path = world.store.folder("a") / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # too little for any probe
+    path.write_bytes(content)
+    os.kill(running(server, "embedding"), signal.SIGKILL)
+    wait_for(lambda: server.client.get("/ready").status_code == 503, 10, server)
+    server.wait_ready()
+    answer = server.post("/v1/embeddings", {"input": "x", "model": "a"})
+    refused(answer, 404, "model_not_found")
+    assert "changed or is damaged" in answer.text
+    assert server.post("/v1/embeddings", {"input": "x", "model": "b"}).status_code == 200
+
+
 def killed_under_an_embedding(server: Server, *, after: float) -> httpx.Response:
     """The answer to a request that the engine was working at when it was killed, `after` seconds later."""
     before = server.post("/v1/embeddings", {"input": "x", "model": "a"})

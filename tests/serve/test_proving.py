@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from serve.prover import MAX_WAITING, Prover
 from serve.proving import import_unproven, mix, run
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import featured_adapter, plain_peft
+from tests.serve.world import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,26 @@ def test_who_gives_up_an_import_leaves_no_process(tmp_path: Path, monkeypatch: p
         assert not psutil.pid_exists(int(told.read_text()))
 
     asyncio.run(check())
+
+
+def test_an_import_ends_with_its_gateway_however_that_ends(tmp_path: Path, llama: Path) -> None:
+    os.mkfifo(tmp_path / CONFIG)  # which nobody writes to: it is read for ever
+    job = {"kind": "import", "folder": str(tmp_path), "base": str(llama), "task": "causal_lm", "name": "x"}
+    gateway = f"import asyncio; from serve.prover import Prover; asyncio.run(Prover()._run('x', {job}))"
+    with subprocess.Popen([sys.executable, "-c", gateway]) as process:
+        wait_for(lambda: psutil.Process(process.pid).children())
+        (proving,) = psutil.Process(process.pid).children()
+        process.kill()
+    wait_for(lambda: not proving.is_running() or proving.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_why_an_import_is_refused_is_said_once(tmp_path: Path, llama: Path) -> None:
+    source = featured_adapter(tmp_path / "made", llama, seed=3, target_modules=["q_proj"])
+    (source / CONFIG).write_text(json.dumps({**json.loads((source / CONFIG).read_text()), "r": "8"}))
+    job = {"kind": "import", "folder": str(source), "base": str(llama), "task": "causal_lm", "name": "found"}
+    with pytest.raises(AdapterInvalid) as refused:
+        asyncio.run(Prover()._run("found", job))  # pyright: ignore[reportPrivateUsage]
+    assert str(refused.value).count("cannot be used") == 1
 
 
 def test_only_so_many_wait_to_be_proven(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,13 @@ def test_the_copy_of_a_folder_that_is_refused_does_not_stay_in_the_store(world: 
     assert objects() == before | {kept}, "what another name serves stays"
 
 
+def test_a_folder_without_passport_is_told_that_it_wants_a_base(world: World, server: Server) -> None:
+    (world.store.root / "by-peft").mkdir()
+    answer = server.put("by-peft", {"source": "by-peft"})
+    refused(answer, 422, "adapter_invalid")
+    assert "name the `base`" in answer.text
+
+
 def test_a_base_is_not_named_for_what_knows_its_own(world: World, server: Server) -> None:
     served(server, world, "knows", seed=79)
     for source in ({}, {"source": "store"}):
