@@ -1,4 +1,4 @@
-"""Runs a server until it is told to stop: SIGTERM or SIGINT stops accepting, finishes what runs, ends the engines."""
+"""Runs a server until it is told to stop: SIGTERM, SIGINT or SIGHUP stops accepting, finishes what runs, ends the engines."""
 
 import asyncio
 import contextlib
@@ -13,6 +13,7 @@ import uvicorn
 
 from embedft.errors import EmbedftError, UsageError
 from serve.app import create_app
+from serve.arrival import Arrival
 from serve.config import ServerConfig
 from serve.gateway import Gateway
 
@@ -36,9 +37,9 @@ async def _run(config: ServerConfig) -> int:
     port = listening.getsockname()[1]
     gateway = Gateway(config)
     quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False, "proxy_headers": False}
-    server = _Server(uvicorn.Config(create_app(gateway), lifespan="off", **quiet))
+    server = _Server(uvicorn.Config(create_app(gateway), http=Arrival, ws="none", lifespan="off", **quiet))
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _told_by():
         loop.add_signal_handler(number, server.handle_exit, number, None)
     _announce(config, gateway, port)
     starting = asyncio.create_task(_start(gateway, server, port))
@@ -52,6 +53,12 @@ async def _run(config: ServerConfig) -> int:
     if isinstance(failure, EmbedftError):
         raise failure
     return 1 if isinstance(failure, Exception) else 0
+
+
+def _told_by() -> list[signal.Signals]:
+    """A terminal that closes is no reason to drop what runs, and none to stop under nohup."""
+    hangs_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hangs_up]
 
 
 async def _start(gateway: Gateway, server: uvicorn.Server, port: int) -> None:

@@ -34,7 +34,8 @@ def running(server: Server, task: str) -> int:
     return [row["pid"] for row in server.events("start") if row["task"] == task][-1]
 
 
-def test_sigterm_finishes_what_runs_and_leaves_no_process(start: Start) -> None:
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP], ids=["told to end", "its terminal closed"])
+def test_a_signal_finishes_what_runs_and_leaves_no_process(start: Start, told: signal.Signals) -> None:
     server = start(token_latency=0.1)
     processes, answers = server.processes(), list[str]()
     assert len(processes) >= 4
@@ -47,7 +48,7 @@ def test_sigterm_finishes_what_runs_and_leaves_no_process(start: Start) -> None:
     for thread in threads:
         thread.start()
     wait_for(lambda: server.client.get("/v1/adapters/s").json()["leases"] == 2)
-    server.process.send_signal(signal.SIGTERM)
+    server.process.send_signal(told)
     time.sleep(0.3)
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.url}/health")
