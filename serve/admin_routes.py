@@ -26,10 +26,14 @@ def admin_routes(gateway: Gateway) -> APIRouter:
     router, lifecycle = APIRouter(tags=["adapters"]), gateway.lifecycle
     only_admin = admin_only(gateway)
 
-    @router.get("/v1/adapters", summary="All adapters: served, draining, and those of the store that are not served, with the reason")
+    @router.get(
+        "/v1/adapters",
+        summary="All adapters: served, earlier generations that were asked for, draining, and those not served, with the reason",
+    )
     def adapters(request: Request) -> Response:
         may_use = visible(gateway, request).may_use
-        rows = [view(resident) for resident in [*lifecycle.live.values(), *lifecycle.draining()] if may_use(resident.name)]
+        held = [*lifecycle.live.values(), *lifecycle.earlier(), *lifecycle.draining()]
+        rows = [view(resident) for resident in held if may_use(resident.name)]
         for row in rows:
             if row["name"] in lifecycle.refused:
                 row["refused"] = lifecycle.refused[row["name"]]  # a newer generation, which is not the one that serves
@@ -113,7 +117,7 @@ def view(resident: Resident) -> dict[str, Any]:
     passport = resident.passport
     shown: dict[str, Any] = {
         "name": resident.name,
-        "state": "draining" if resident.retired else "serving",
+        "state": "draining" if resident.retired else "earlier" if resident.earlier else "serving",
         "id": resident.id,
         "generation": resident.generation,
         "base": resident.engine.name,

@@ -111,6 +111,10 @@ class Lifecycle:
     def draining(self) -> list[Resident]:
         return [resident for resident in self._held.values() if resident.retired]
 
+    def earlier(self) -> list[Resident]:
+        """Generations that serve no name, kept for the requests that ask for them."""
+        return [resident for resident in self._held.values() if resident.earlier]
+
     async def put(
         self,
         name: str,

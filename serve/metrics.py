@@ -89,12 +89,12 @@ class Meters:
     def _refresh(self) -> None:
         for gauge in (self._resident, self._loaded, self._error, self._lora):
             gauge.clear()
-        for resident in [*self._lifecycle.draining(), *self._lifecycle.live.values()]:
-            base = resident.engine.name
-            self._resident.labels(base, resident.name, resident.generation[:12]).set(0 if resident.retired else 1)
-            self._loaded.labels(base, resident.name).set(resident.loaded)
+        for resident in [*self._lifecycle.draining(), *self._lifecycle.earlier(), *self._lifecycle.live.values()]:
+            target = (resident.engine.name, resident.id if resident.earlier else resident.name)
+            self._resident.labels(resident.engine.name, resident.name, resident.generation[:12]).set(0 if resident.retired else 1)
+            self._loaded.labels(*target).set(resident.loaded)
             if resident.report:
-                self._error.labels(base, resident.name).set(resident.report.error)
+                self._error.labels(*target).set(resident.report.error)
         for (name, outcome), count in list(self._lifecycle.loading.loads.items()):
             self._loads.labels(name, outcome).set(count)
         for name, count in list(self._lifecycle.loading.evictions.items()):

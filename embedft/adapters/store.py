@@ -103,8 +103,14 @@ class AdapterStore:
         return {path.stem: self.held(path.stem) or "" for path in sorted(self._held.glob("*.json"))}
 
     def point(self, name: str, generation: str, *, expected: str | None = None) -> str:
-        """Let `name` be a generation that the store already holds (a rollback). Returns the full generation."""
+        """Let `name` be a generation that the store already holds (a rollback). Returns the full generation.
+
+        A name that is there already is not written again: that would fail on a disk that cannot be written to.
+        """
         check_name(name)
+        with suppress(AdapterNotFound, AdapterInvalid):
+            if expected is None and self.current(name) == (identity := self.folder(generation).name):
+                return identity
         with self._locked():
             identity = self.folder(generation).name
             self._point(name, identity, expected=expected)

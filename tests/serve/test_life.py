@@ -188,6 +188,13 @@ def test_a_request_may_pin_an_earlier_generation(server: Server, world: World) -
     answer = ask(server, f"x5@{old[:12]}")
     assert answer.headers["x-embedft-adapter"] == f"x5@{old[:12]}"
     assert not np.allclose(rows(answer), rows(ask(server, "x5")))
+    listed = server.client.get("/v1/adapters").json()["data"]
+    assert {row["generation"]: row["state"] for row in listed if row["name"] == "x5"} == {old: "earlier", new: "serving"}
+    assert server.client.get(f"/v1/adapters/x5@{old[:12]}").json()["state"] == "earlier"
+    metrics = server.client.get("/metrics").text
+    for name, generation in (("x5", new), (f"x5@{old[:12]}", old)):
+        assert f'embedft_adapter_loaded{{adapter="{name}",base="texts"}} 1.0' in metrics
+        assert f'embedft_adapter_resident{{adapter="x5",base="texts",generation="{generation[:12]}"}} 1.0' in metrics
     assert ask(server, "x5").headers["x-embedft-adapter"] == f"x5@{new[:12]}"
     for wrong in (f"x4@{old[:12]}", "x5@" + "0" * 12, f"x5@{old[:11]}", f"nix@{old[:12]}", "x5@../..", f"x5@{old[:12]}@{old[:12]}"):
         refused(ask(server, wrong), 404, "adapter_not_found")

@@ -47,6 +47,15 @@ def test_a_folder_of_other_things_does_not_hide_the_adapter_of_its_name(
         adapter_folder("nots", None)
 
 
+def test_a_name_is_pointed_where_it_points_though_nothing_can_be_written(adapter: Path, store: AdapterStore) -> None:
+    identity = import_folder(store, adapter, name="legal")
+    (store.root / ".lock").unlink()
+    (store.root / ".lock").mkdir()  # it can be locked no more, as on a disk that is mounted for reading
+    assert store.point("legal", identity[:12]) == identity
+    with pytest.raises(OSError, match="lock"):
+        store.point("other", identity)
+
+
 def test_compare_and_swap_refuses_a_stale_expectation(adapter: Path, store: AdapterStore) -> None:
     current = import_folder(store, adapter, name="legal")
     with store.stage() as stage:
