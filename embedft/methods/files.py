@@ -1,5 +1,6 @@
 """Saving and loading adapters: safetensors + set_peft_model_state_dict on a PeftModel; other ways in this stack lose tensors."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def save_weights(model: "PeftModel", folder: Path, *, base_name: str) -> None:
             each.init_lora_weights, each.eva_config = True, None  # how it began changes nothing that is served, and vLLM balks at it
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; ours follows
+    _put_in_order(folder, config)
 
 
 def write_lora(folder: Path, pairs: "Mapping[str, tuple[Tensor, Tensor]]", *, targets: Any, base_name: str, task_type: Any) -> None:
@@ -62,7 +64,16 @@ def write_lora(folder: Path, pairs: "Mapping[str, tuple[Tensor, Tensor]]", *, ta
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
+    _put_in_order(folder, config)
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+
+
+def _put_in_order(folder: Path, config: Any) -> None:
+    """PEFT keeps modules' names as sets and writes them in another order in each process: sorted, one training is one generation."""
+    path = folder / CONFIG
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content |= {key: sorted(value) for key, value in content.items() if isinstance(getattr(config, key, None), set)}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def config_of(folder: Path, *, name: str | None = None) -> Any:

@@ -28,6 +28,15 @@ def test_rslora_scales_by_alpha_over_the_root_of_r(llama: Path, tmp_path: Path) 
     assert scales["rslora"]["default"] == 8 / 4**0.5
 
 
+@pytest.mark.parametrize("method", ["lora", "ia3", "relora"])
+def test_modules_are_named_in_the_same_order_in_every_process(llama: Path, tmp_path: Path, method: str) -> None:
+    save_weights(cell(tmp_path, llama, "causal_lm", method, "none").model, tmp_path / "saved", base_name="llama")
+    content = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    sets = [content[key] for key in ("target_modules", "feedforward_modules") if key in content]
+    assert len(sets[0]) > 2
+    assert sets == [sorted(names) for names in sets]
+
+
 def test_lora_fa_never_moves_a(llama: Path, tmp_path: Path) -> None:
     import torch
 
