@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any
 from embedft.compressed import BITS, plain
 from embedft.errors import BaseError, BaseNotFound, UsageError
 from embedft.int8 import keep_activations
-from embedft.model_folder import RECORD, BaseInfo, Task, check_whole, describe, fingerprint, quantization_of, read_json, tokenizer_of, told
+from embedft.model_folder import (
+    RECORD,
+    BaseInfo,
+    Task,
+    check_plain,
+    check_whole,
+    describe,
+    fingerprint,
+    quantization_of,
+    read_json,
+    tokenizer_of,
+    told,
+    weight_files,
+)
 from embedft.packed import READ, unpacked
 from embedft.quantize import quantize
 from embedft.sentence_folder import scores_pairs
@@ -69,6 +82,9 @@ def source_folder(spec: BaseSpec) -> Path:
     else:
         folder = Path(spec.model).expanduser()
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            over = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "the base that it was trained on"
+            raise BaseNotFound(f"base {spec.model!r}: {folder} is an adapter and no base: name {over}, and `embedft adapters import` this")
         raise BaseNotFound(
             f"base {spec.model!r}: {folder} holds no config.json; name a model folder, a hub id or one of {', '.join(BUILT_INS)}"
         )
@@ -147,8 +163,8 @@ def native_bf16() -> bool:
 def load_base(spec: BaseSpec, *, task: Task) -> Base:
     """Load the base that `spec` names, frozen. Raises BaseNotFound, QuantizationUnsupported or another BaseError."""
     folder = base_folder(spec)
-    tokenizer = tokenizer_of(folder)
-    return Base(spec=spec, folder=folder, info=describe(folder), model=load_model(folder, task=task), tokenizer=tokenizer)
+    info, tokenizer = describe(folder), tokenizer_of(folder)
+    return Base(spec=spec, folder=folder, info=info, model=load_model(folder, task=task), tokenizer=tokenizer)
 
 
 def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
@@ -159,7 +175,7 @@ def load_model(folder: Path, *, task: Task, dtype: "torch.dtype | None" = None) 
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
-    _check_kind(folder, task)
+    check_kind(folder, task)
     loader: Any = AutoModelForCausalLM if task == "causal_lm" else AutoModel
     dtype = dtype or compute_dtype()
     device: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
@@ -198,14 +214,18 @@ def _unpacked(folder: Path, loader: Any, dtype: "torch.dtype") -> Callable[..., 
     with torch.device("meta"):
         kind: Any = type(loader.from_config(config))
     packed = read_json(folder / "config.json")["quantization_config"]
-    return partial(kind.from_pretrained, None, config=config, state_dict=unpacked(folder, packed, dtype=dtype))
+    return partial(kind.from_pretrained, None, config=config, state_dict=unpacked(weight_files(folder), packed, dtype=dtype))
 
 
-def _check_kind(folder: Path, task: Task) -> None:
-    """transformers would give an encoder that sees what follows as a language model, and of an encoder-decoder both halves."""
+def check_kind(folder: Path, task: Task) -> None:
+    """BaseError where it is no base for `task`, from its small files alone.
+
+    transformers would give an encoder that sees what follows as a language model, and of an encoder-decoder both halves.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
     config = read_json(folder / "config.json")
+    check_plain(folder, config)
     family = str(config.get("model_type"))
     if config.get("is_encoder_decoder") or family in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         raise BaseError(f"{folder.name} is an encoder-decoder ({family}): a base is an encoder or a decoder of text")

@@ -20,6 +20,8 @@ CHATML = (  # Jinja, as folders' tokenizer_config.json has it
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+TOKENIZERS = ("*.model", "vocab.*", "merges.txt", "added_tokens.json")  # what stands in for a tokenizer.json
+_OTHER_SENSES = ("vision_config", "audio_config", "text_config", "thinker_config")
 RECORD = "embedft.json"  # in a quantized folder: its scheme and its parent's fingerprint
 
 
@@ -64,7 +66,7 @@ def fingerprint(folder: Path) -> str:
 
     BaseNotFound where there are none, BaseError where one is half there.
     """
-    files = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _identity_files(folder))
+    files = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in [*weight_files(folder), *_tokenizer_files(folder)])
     if not any(name.endswith(".safetensors") for name, _, _ in files):
         raise BaseNotFound(f"{folder} holds no safetensors weights (a pickle is never read): convert it with save_pretrained")
     try:
@@ -73,9 +75,24 @@ def fingerprint(folder: Path) -> str:
         raise BaseError(f"{folder.name} is damaged ({error}): download it again, whole (a git clone of it needs git lfs)") from None
 
 
-def _identity_files(folder: Path) -> list[Path]:
-    tokenizer = [folder / "tokenizer.json"] if (folder / "tokenizer.json").is_file() else sorted(folder.glob("*.model"))
-    return sorted(folder.glob("*.safetensors")) + tokenizer
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads. What lies beside them (the same weights in Mistral's own format, a copy in fp16) is no
+    part of the base. BaseError where one is not there."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    listed = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if lost := [name for name in listed if not (folder / name).is_file()]:
+        raise BaseError(f"{folder.name} lacks {len(lost)} of {len(listed)} files of weights ({lost[0]}): download it again, whole")
+    return [folder / name for name in listed]
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    if (folder / "tokenizer.json").is_file():
+        return [folder / "tokenizer.json"]
+    return sorted({path for pattern in TOKENIZERS for path in folder.glob(pattern)})
 
 
 @lru_cache(maxsize=64)
@@ -89,8 +106,12 @@ AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet
 
 
 def describe(folder: Path) -> BaseInfo:
-    """Read what `folder` says of itself; loads no weights. BaseError where its vectors are made by what is not here."""
+    """Read what `folder` says of itself; loads no weights.
+
+    BaseError where it is no model of text alone, or its vectors are made by what is not here.
+    """
     config = read_json(folder / "config.json")
+    check_plain(folder, config)
     architecture, decoder = _architecture(config), _is_decoder(config)
     vectors = published(folder, decoder=decoder)
     max_length, positions = lengths(folder, config)
@@ -107,6 +128,20 @@ def describe(folder: Path) -> BaseInfo:
         hidden_size=hidden_size(folder, config),
         prompts=vectors.prompts,
     )
+
+
+def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
+    """That it is one model, of text alone. BaseError."""
+    if other := next((name for name in _OTHER_SENSES if config.get(name)), None):
+        raise BaseError(
+            f"{folder.name} ({config.get('model_type')}) is no model of text alone, its config.json has a {other}: "
+            "take one of its family that only reads and writes text"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise BaseError(
+            f"{folder.name} holds an adapter beside its weights (adapter_config.json), which some programs would add to them and others "
+            "would not: move adapter_config.json and adapter_model.safetensors to a folder of their own"
+        )
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ one (`gptq_v2`: as it is). AWQ (AutoAWQ's gemm): codes of 4 bits in words along 
 files as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,37 +20,38 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight columns of one of AWQ's words, where each lies in it
 
 
-def unpacked(folder: Path, config: Mapping[str, Any], *, dtype: "torch.dtype") -> "dict[str, Tensor]":
-    """The tensors of a folder whose config.json has `config` for its quantization_config, each packed layer as one `weight` (out, in) in
-    `dtype`. QuantizationUnsupported where they are laid out otherwise."""
+def unpacked(files: Sequence[Path], config: Mapping[str, Any], *, dtype: "torch.dtype") -> "dict[str, Tensor]":
+    """The tensors of a folder's safetensors `files`, each packed layer as one `weight` (out, in) in `dtype`; `config` is the
+    quantization_config of its config.json. QuantizationUnsupported where they are laid out otherwise."""
     from safetensors import safe_open
 
-    _check(folder, config)
+    name = files[0].parent.name
+    _check(name, config)
     tensors: dict[str, Any] = {}
     layers: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files:
         with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                layer, _, part = name.rpartition(".")
-                (layers.setdefault(layer, {}) if part in _PARTS else tensors)[part if part in _PARTS else name] = file.get_tensor(name)
+            for key in file.keys():  # noqa: SIM118
+                layer, _, part = key.rpartition(".")
+                (layers.setdefault(layer, {}) if part in _PARTS else tensors)[part if part in _PARTS else key] = file.get_tensor(key)
     for layer in list(layers):
         parts = layers.pop(layer)
         if missing := {"qweight", "qzeros", "scales"} - parts.keys():
-            raise QuantizationUnsupported(f"{folder.name}: {layer} lacks {', '.join(sorted(missing))}: download it again, whole")
+            raise QuantizationUnsupported(f"{name}: {layer} lacks {', '.join(sorted(missing))}: download it again, whole")
         if "int32" not in (words := str(parts["qweight"].dtype)):
-            raise QuantizationUnsupported(f"{folder.name}: {layer} is packed in {words}, not int32: take its unquantized weights")
+            raise QuantizationUnsupported(f"{name}: {layer} is packed in {words}, not int32: take its unquantized weights")
         matrix = _awq(parts) if config["quant_method"] == "awq" else _gptq(parts, config)
         tensors[f"{layer}.weight"] = matrix.T.to(dtype).contiguous()
     return tensors
 
 
-def _check(folder: Path, config: Mapping[str, Any]) -> None:
+def _check(name: str, config: Mapping[str, Any]) -> None:
     method, bits = config["quant_method"], config.get("bits")
     layout = str(config.get("version" if method == "awq" else "checkpoint_format") or READ[0]).lower()
     known = ("gemm", READ[0]) if method == "awq" else ("gptq", "gptq_v2")
     if layout not in known or bits not in ((4,) if method == "awq" else (2, 4, 8)):
         raise QuantizationUnsupported(
-            f"{folder.name} holds {method} of {bits} bits laid out for {layout}, which is not read here: take its unquantized weights"
+            f"{name} holds {method} of {bits} bits laid out for {layout}, which is not read here: take its unquantized weights"
         )
 
 

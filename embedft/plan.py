@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedft.base import Base, BaseSpec, compute_dtype, config_folder
+from embedft.base import Base, BaseSpec, check_kind, compute_dtype, config_folder
 from embedft.errors import BaseError
 from embedft.methods import attach, train_adapters_only
 from embedft.model_folder import BaseInfo, Task, hidden_size, lengths, quantization_of, read_json, told
@@ -137,6 +137,7 @@ def empty_base(recipe: EmbeddingRecipe | CausalLMRecipe) -> Base:
 
     spec = BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision)
     folder = config_folder(spec)
+    check_kind(folder, recipe.task)
     with told(folder):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.use_cache = False
@@ -147,7 +148,7 @@ def empty_base(recipe: EmbeddingRecipe | CausalLMRecipe) -> Base:
         with torch.device("meta"):
             model: Any = loader.from_config(config, dtype=compute_dtype())
         model.to_empty(device="cpu")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise BaseError(f"base {spec.model!r} cannot be laid out here: {str(error).splitlines()[0]}") from None
     model.tie_weights()
     model.requires_grad_(False)

@@ -22,6 +22,7 @@ _COPIED = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
+    "added_tokens.json",
     "special_tokens_map.json",
     "*.jinja",
     "modules.json",

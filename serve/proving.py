@@ -160,8 +160,10 @@ def _weight(base: Path, module: str) -> Any:
     """The base's weights of an embedding, or of an output layer that shares them; None where its files have neither."""
     from safetensors import safe_open
 
+    from embedft.model_folder import weight_files
+
     found: dict[str, Any] = {}
-    for path in sorted(base.glob("*.safetensors")):
+    for path in weight_files(base):
         with safe_open(str(path), framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 if _EMBEDDING.search(f".{key}"):

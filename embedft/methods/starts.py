@@ -9,7 +9,7 @@ from embedft.base import Base, BaseSpec, source_folder
 from embedft.errors import BaseNotFound, MethodUnsupported
 from embedft.methods.companion import lora_layers, set_companion
 from embedft.methods.table import Method, option
-from embedft.model_folder import quantization_of
+from embedft.model_folder import quantization_of, weight_files
 from embedft.recipe import AdapterSection
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def original_weights(base: Base) -> Any:
             where="on a folder that is already quantized",
             why="it needs the weights from before: name those as base.model and set base.quantization",
         )
-    files = {key: path for path in folder.glob("*.safetensors") for key in _keys(path)}
+    files = {key: path for path in weight_files(folder) for key in _keys(path)}
 
     def read(name: str) -> "Tensor":
         found = [key for key in files if key == f"{name}.weight" or key.endswith(f".{name}.weight") or f"model.{key}" == f"{name}.weight"]

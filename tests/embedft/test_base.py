@@ -13,7 +13,7 @@ from embedft.base import BaseSpec, base_folder, compute_dtype, config_folder, lo
 from embedft.errors import BaseError, BaseNotFound, MethodUnsupported, QuantizationUnsupported, UsageError
 from embedft.files import hash_tensors
 from embedft.methods import attach, supported, targeted_modules
-from embedft.model_folder import describe, fingerprint, own_template
+from embedft.model_folder import describe, fingerprint, own_template, tokenizer_of
 from embedft.quantize import quantize
 from embedft.recipe import AdapterSection
 from tests.fixtures_embedding import tiny_encoder
@@ -55,6 +55,41 @@ def test_bytes_written_in_place_change_the_fingerprint_and_so_does_a_tokenizer_i
         (folder / "tokenizer.model").write_bytes(content)
         found.add(fingerprint(folder))
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "vocab.json", "merges.txt", "added_tokens.json"])
+def test_a_tokenizer_without_a_file_of_its_own_is_part_of_the_fingerprint_in_all_its_files(tmp_path: Path, file: str) -> None:
+    folder = tiny_llama(tmp_path / "base", layers=1)
+    (folder / "tokenizer.json").unlink()
+    found = {fingerprint(folder)}
+    for content in ("one", "two"):
+        (folder / file).write_text(content)
+        found.add(fingerprint(folder))
+    assert len(found) == 3
+
+
+def test_the_same_weights_in_another_format_beside_them_make_no_other_base(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "base", layers=1)
+    alone = fingerprint(folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert fingerprint(folder) == alone
+    load_model(folder, task="causal_lm").save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "sharded")
+    shutil.copy(folder / "model.safetensors", tmp_path / "sharded" / "consolidated.safetensors")
+    assert fingerprint(tmp_path / "sharded") == alone
+
+
+def test_a_quantized_copy_has_the_tokens_that_were_added_to_a_tokenizer_of_old(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "base", layers=1)
+    made: Any = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(made["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in made["merges"])]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<tool>": len(made["vocab"])}))
+    whole = tokenizer_of(folder)("red <tool> green")["input_ids"]
+    assert len(made["vocab"]) in whole
+    assert tokenizer_of(quantize(folder, tmp_path / "nf4", scheme="nf4"))("red <tool> green")["input_ids"] == whole
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])

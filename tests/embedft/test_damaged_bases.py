@@ -9,9 +9,12 @@ import pytest
 
 from embedft.base import BaseSpec, load_base
 from embedft.causal_lm.evaluate import check_embedded, pad_token
-from embedft.errors import BaseError, MethodUnsupported
+from embedft.causal_lm.sizes import largest_batch
+from embedft.errors import BaseError, BaseNotFound, MethodUnsupported
 from embedft.methods import supported
+from embedft.plan import plan
 from embedft.recipe import AdapterSection
+from tests.families import tiny_embedder
 from tests.fixtures_lm import planted_recipe, tiny_llama, tiny_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 135\n"
@@ -45,6 +48,20 @@ def no_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def an_adapter_beside(folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = load_base(BaseSpec(str(folder)), task="causal_lm").model
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(folder))
+
+
+def a_shard_less(folder: Path) -> None:
+    model = load_base(BaseSpec(str(folder)), task="causal_lm").model
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="200KB")
+    next(folder.glob("model-00002-of-*")).unlink()
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "half its weights": (halved("model.safetensors"), "damaged.*download it again"),
     "git-lfs's pointer": (written("model.safetensors", POINTER), "git lfs"),
@@ -56,6 +73,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a family to come": (said("config.json", model_type="llama9"), "model type `llama9`"),
     "code of its own": (said("config.json", model_type="mine", auto_map={"AutoConfig": "c.C"}), "code of its own, which is never run"),
     "a tokenizer's code": (said("tokenizer_config.json", tokenizer_class="T", auto_map={"AutoTokenizer": ["t.T", None]}), "never run"),
+    "eyes of its own": (said("config.json", vision_config={"hidden_size": 8}), "no model of text alone.* a vision_config"),
+    "a model within a model": (said("config.json", text_config={"hidden_size": 8}), "no model of text alone"),
+    "an adapter beside it": (an_adapter_beside, "holds an adapter beside its weights"),
+    "a shard less": (a_shard_less, r"lacks 1 of \d+ files of weights \(model-00002-of-"),
     "a kernel that is not here": (said("config.json", quantization_config={"quant_method": "hqq", "nbits": 4}), "cannot be loaded"),
 }
 
@@ -67,6 +88,21 @@ def test_a_folder_that_cannot_be_loaded_is_refused_in_words(damage: str, tmp_pat
     harm(folder)
     with pytest.raises(BaseError, match=words):
         load_base(BaseSpec(str(folder)), task="causal_lm")
+
+
+def test_a_plan_refuses_what_training_would(tmp_path: Path) -> None:
+    seeing = tiny_llama(tmp_path / "seeing", layers=1)
+    said("config.json", text_config={"hidden_size": 8})(seeing)
+    for base, words in ((tiny_embedder(tmp_path / "encoder", "bert"), "it writes nothing"), (seeing, "no model of text alone")):
+        recipe = planted_recipe(tmp_path, base)
+        with pytest.raises(BaseError, match=words):
+            plan(recipe, largest_batch(recipe))
+
+
+def test_an_adapter_that_is_named_as_a_base_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/model"}')
+    with pytest.raises(BaseNotFound, match="is an adapter and no base: name org/model"):
+        load_base(BaseSpec(str(tmp_path)), task="causal_lm")
 
 
 def test_a_scheme_that_nothing_trains_on_is_refused_with_those_that_do(tmp_path: Path) -> None:
