@@ -8,12 +8,12 @@ from pathlib import Path
 
 from embedft.adapters.passport import PASSPORT
 from embedft.adapters.store import AdapterStore, check_folder
-from embedft.adapters.transfer import check_contents
+from embedft.adapters.transfer import check_contents, check_weights
 from embedft.errors import AdapterInvalid, InputInvalid
 from serve.engine import Engine
 from serve.errors import ModelNotFound
 from serve.prover import Prover
-from serve.proving import strip
+from serve.proving import take
 from serve.remote import Sources, fetched
 from serve.sources import NO_PASSPORT, contained
 
@@ -49,18 +49,26 @@ class Importer:
         with self._store.stage() as stage:
             if "://" in source:
                 await fetched(source, stage, self._rules, name=name)
+                await asyncio.to_thread(check_fetched, stage, name)
             else:
                 await asyncio.to_thread(_copied, contained(self._store.root, source), stage, name)
             proven = (stage / PASSPORT).is_file()
             if not proven:
                 if base is None:
                     raise AdapterInvalid(name, NO_PASSPORT)
-                await asyncio.to_thread(strip, stage, name)
                 await self._prover.prove("import", stage, name=name, engine=self._engines[base])
             await asyncio.to_thread(check_contents, stage, name)
             return await asyncio.to_thread(self._store.add, stage, renew=proven)
 
 
+def check_fetched(stage: Path, name: str) -> None:
+    check_folder(stage, name)
+    check_weights(stage, name)
+
+
 def _copied(folder: Path, stage: Path, name: str) -> None:
+    if not (folder / PASSPORT).is_file():
+        take(folder, stage, name)
+        return
     check_folder(folder, name)
     shutil.copytree(folder, stage, dirs_exist_ok=True)

@@ -15,15 +15,26 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedft.adapters.passport import CONFIG, WEIGHTS, BaseIdentity, Passport, read_passport
 from embedft.adapters.store import AdapterStore, check_folder
 from embedft.adapters.transfer import check_weights
-from embedft.errors import AdapterInvalid, EmbedftError, UsageError
+from embedft.errors import AdapterInvalid, BaseError, EmbedftError, UsageError
 from embedft.lean import without_unused
 from serve.guard import PR_SET_PDEATHSIG, prctl
 
+if TYPE_CHECKING:
+    from embedft.encode import EncodeSettings
+    from embedft.model_folder import BaseInfo
+
+_OF_VECTORS = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "tokenizer_config.json",
+    "*/config.json",
+)
 _EMBEDDING = re.compile(r"\.(embed_tokens|word_embeddings|wte|embed_in|embed_out|lm_head)(\.base_layer)?\.weight$")
 
 
@@ -50,15 +61,18 @@ def run(job: dict[str, Any]) -> None:
     folder, base, task = Path(job["folder"]), Path(job["base"]), job["task"]
     info = describe(base)
     like = read_passport(Path(job["members"][0][0])) if job["kind"] == "mix" else None
+    said = _said(folder, info, job["name"]) if job["kind"] == "import" and task == "embedding" else None
     if job["kind"] == "mix":
         mix([(Path(member), float(weight)) for member, weight in job["members"]], folder, name=job["name"])
     else:
+        strip(folder)
         leave_out_copies(folder, base, job["name"])
     r, alpha, method = _config(folder, job["name"])
     settings = None
     if task == "embedding":
-        length = like.max_length if like else min(job.get("max_length") or info.max_length, info.max_length)
-        settings = replace(published_settings(info, length), prompts=like.prompts if like else info.prompts)
+        settings = said or published_settings(info, like.max_length if like else info.max_length)
+        limit = like.max_length if like else job.get("max_length") or settings.max_length
+        settings = replace(settings, max_length=min(settings.max_length, limit), prompts=like.prompts if like else settings.prompts)
     recorded = _recorded(folder, base, task, settings, name=job["name"])
     write_probes(folder, recorded)
     identity = like.base if like else BaseIdentity(
@@ -108,23 +122,53 @@ def import_unproven(store: AdapterStore, source: Path, *, name: str, base: str, 
 
     if not source.is_dir():
         raise UsageError(f"{source} is not a folder")
-    check_folder(source, name)
     folder = base_folder(BaseSpec(base))
     with store.stage() as stage:
-        shutil.copytree(source, stage, dirs_exist_ok=True)
-        strip(stage, name)
+        take(source, stage, name)
         model = folder.name if Path(base).is_dir() else base
         run({"kind": "import", "folder": str(stage), "base": str(folder), "task": task, "name": name, "model": model})
         return store.put(stage, name, renew=False)
 
 
-def strip(stage: Path, name: str) -> None:
-    """Keep PEFT's two files, after a look at them, and nothing else."""
+def take(source: Path, stage: Path, name: str) -> None:
+    """Of an adapter folder into `stage`, after a look at them: PEFT's two files and what sentence-transformers says of its vectors.
+
+    What a trainer leaves beside them (checkpoints, its own pickled arguments) is passed over unread.
+    """
+    for path in (path for pattern in (CONFIG, WEIGHTS, *_OF_VECTORS) for path in source.glob(pattern)):
+        target = stage / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy2(path, target, follow_symlinks=False)
     check_folder(stage, name)
-    check_weights(stage, name)
+    if not (source / WEIGHTS).is_file() and (source / "adapter_model.bin").is_file():
+        raise AdapterInvalid(
+            name, "adapter_model.bin is a pickle; only safetensors is read: load it with PEFT where you trust it, and save it"
+        )
+    check_weights(stage if (stage / CONFIG).is_file() and (stage / WEIGHTS).is_file() else source, name)
+
+
+def strip(stage: Path) -> None:
+    """Keep PEFT's two files and nothing else."""
     for path in stage.iterdir():
         if path.name not in (CONFIG, WEIGHTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _said(folder: Path, info: "BaseInfo", name: str) -> "EncodeSettings | None":
+    """How sentence-transformers' files beside an adapter make its vectors; None where there are none. Their length stays the base's:
+    they are compared by their cosine."""
+    from embedft.encode import EncodeSettings
+    from embedft.sentence_folder import longest, published
+
+    decoder = info.kind == "decoder"
+    if not (folder / "modules.json").is_file():
+        return None
+    try:
+        own = published(folder, decoder=decoder)
+        length = min(longest(folder, decoder=decoder) or info.max_length, info.positions)
+    except BaseError as error:
+        raise AdapterInvalid(name, str(error).partition("published: ")[2] or str(error)) from None
+    return EncodeSettings(own.pooling, info.normalize, length, own.prompts)
 
 
 def leave_out_copies(folder: Path, base: Path, name: str) -> None:

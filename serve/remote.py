@@ -22,7 +22,14 @@ from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS
 from embedft.adapters.probes import PROBES
 from embedft.errors import AdapterInvalid, InputInvalid
 
-NEEDED, WELCOME = (CONFIG, WEIGHTS), (PASSPORT, PROBES)
+OF_VECTORS = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "tokenizer_config.json",
+    "1_Pooling/config.json",
+)
+NEEDED, WELCOME = (CONFIG, WEIGHTS), (PASSPORT, PROBES, *OF_VECTORS)
 CHUNK = 1 << 20
 SCHEMES = ("hf", "s3", "gs", "https", "http")
 
@@ -185,6 +192,7 @@ def _from_web(place: SplitResult, stage: Path, rules: Sources, until: float) -> 
 
 def _written(chunks: Iterable[bytes], path: Path, *, left: int, until: float) -> int:
     """`chunks` into `path`; how many of the `left` bytes may still come. InputInvalid source_too_large, TimeoutError."""
+    path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
         for chunk in chunks:
             left -= len(chunk)

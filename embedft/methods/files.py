@@ -1,6 +1,8 @@
 """Saving and loading adapters: safetensors + set_peft_model_state_dict on a PeftModel; other ways in this stack lose tensors."""
 
 import json
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")  # PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA subtract what they start from
 _STRANGE = ("layer_replication", "alora_invocation_tokens", "arrow_config", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
+_IDLE = frozenset({"merge_weights", "peft_version"})  # of another version of PEFT, and of no matter to what the layers compute
 _WHOLE = ("modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
 
 
@@ -96,10 +99,24 @@ def config_of(folder: Path, *, name: str | None = None) -> Any:
         )
     if strange := [option for option in _STRANGE if getattr(config, option, None)]:
         raise AdapterInvalid(called, f"its {CONFIG} sets {strange[0]}, with which its layers compute what no engine here does")
+    if unknown := _unknown(folder, config):
+        raise AdapterInvalid(
+            called,
+            f"its {CONFIG} sets {unknown}, which the PEFT here ({version('peft')}) does not know, so its layers may compute otherwise: "
+            f"install the PEFT that wrote it, or take {unknown} out where it says nothing of the layers",
+        )
     config.inference_mode = True
     if config.peft_type.value == "LORA":
         config.init_lora_weights = True  # drawn cheaply, then overwritten
     return config
+
+
+def _unknown(folder: Path, config: Any) -> str | None:
+    """The first setting of the file that PEFT leaves out and that switches something on. Numbers only measure what another switches on."""
+    given: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    known = {field.name for field in fields(config)} | _IDLE
+    on = (name for name, value in given.items() if value and value != "none" and (value is True or not isinstance(value, int | float)))
+    return next((name for name in on if name not in known), None)
 
 
 def only_pairs(config: Any, name: str) -> None:

@@ -58,7 +58,10 @@ def test_an_adapter_that_would_change_other_rows_is_refused(tmp_path: Path) -> N
     ("change", "why"),
     [
         ({"layer_replication": [[0, 2], [0, 2]]}, "sets layer_replication"),
-        ({"peft_type": "BOFT", "boft_block_size": 4}, r"does not know its method \(BOFTConfig\)"),
+        (
+            {"peft_type": "BOFT", "boft_block_size": 4, "init_lora_weights": None, "megatron_core": None},
+            r"does not know its method \(BOFTConfig\)",
+        ),
     ],
 )
 def test_what_this_engine_would_serve_otherwise_than_it_was_trained_is_refused_by_its_name(

@@ -20,6 +20,7 @@ from embedft.errors import AdapterInvalid, EngineBusy
 from embedft.methods import load_adapter
 from serve.prover import MAX_WAITING, Prover
 from serve.proving import import_unproven, mix, run
+from tests.fixtures_embedding import text, tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import featured_adapter, plain_peft
 from tests.serve.world import wait_for
@@ -54,6 +55,8 @@ def imported(folder: Path, llama: Path, changes: dict[str, Any], **features: Any
         ({"init_lora_weights": "olora"}, "olora starts from a changed base"),
         ({"alora_invocation_tokens": [5, 6]}, "sets alora_invocation_tokens"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "sets layer_replication"),
+        ({"use_nova": True}, r"sets use_nova, which the PEFT here \(.*\) does not know"),
+        ({"nova_config": {"depth": 2}}, "sets nova_config, which"),
     ],
 )
 def test_a_config_that_makes_no_adapter_is_told_and_nothing_is_imported(
@@ -62,6 +65,54 @@ def test_a_config_that_makes_no_adapter_is_told_and_nothing_is_imported(
     with pytest.raises(AdapterInvalid, match=reason):
         imported(tmp_path, llama, changes)
     assert AdapterStore(tmp_path / "store").names() == {}
+
+
+def test_settings_of_another_peft_that_switch_nothing_on_keep_no_adapter_out(tmp_path: Path, llama: Path) -> None:
+    idle = {"use_nova": False, "nova_config": None, "nova_rank": 4, "enable_lora": None, "merge_weights": False, "nova_bias": "none"}
+    assert list(imported(tmp_path, llama, idle).names()) == ["found"]
+
+
+def test_of_a_trainers_folder_the_adapter_alone_is_read(tmp_path: Path, llama: Path) -> None:
+    import torch
+
+    source, store = featured_adapter(tmp_path / "run", llama, seed=3), AdapterStore(tmp_path / "store")
+    shutil.copytree(source, source / "checkpoint-2")
+    for place in (source, source / "checkpoint-2"):
+        for pickled in ("training_args.bin", "optimizer.pt", "rng_state.pth"):
+            torch.save({}, place / pickled)
+    import_unproven(store, source, name="found", base=str(llama), task="causal_lm")
+    left = {path.name for path in store.folder("found").iterdir()}
+    assert left == {CONFIG, WEIGHTS, "passport.json", "probes.safetensors"}
+    (source / WEIGHTS).rename(source / "adapter_model.bin")
+    with pytest.raises(AdapterInvalid, match=r"adapter_model\.bin is a pickle"):
+        import_unproven(store, source, name="pickled", base=str(llama), task="causal_lm")
+    (source / WEIGHTS).symlink_to(source / "checkpoint-2" / WEIGHTS)
+    with pytest.raises(AdapterInvalid, match="is a link"):
+        import_unproven(store, source, name="linked", base=str(llama), task="causal_lm")
+
+
+def test_an_adapter_that_sentence_transformers_saved_makes_the_vectors_that_it_makes_there(tmp_path: Path) -> None:
+    import numpy as np
+    from peft import LoraConfig
+    from sentence_transformers import SentenceTransformer
+
+    from embedft.encode import Encoder, EncodeSettings
+
+    base = tiny_encoder(tmp_path / "base", pooling="mean")
+    made: Any = SentenceTransformer(str(base), device="cpu", prompts={"query": "find : ", "document": ""})
+    made[1].pooling_mode = made[1].pooling_mode_cls_token = "cls"
+    made.max_seq_length = 7
+    made.add_adapter(LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False))
+    made.save(str(tmp_path / "saved"))
+    store = AdapterStore(tmp_path / "store")
+    import_unproven(store, tmp_path / "saved", name="found", base=str(base), task="embedding")
+    passport = read_passport(store.folder("found"))
+    assert (passport.pooling, passport.prompts, passport.max_length) == ("cls", {"query": "find : "}, 7)
+    model = load_adapter(load_model(base, task="embedding"), store.folder("found"))
+    settings = EncodeSettings("cls", True, passport.max_length, passport.prompts)
+    texts = [text("query", topic, topic) for topic in range(4)]
+    theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(texts, prompt_name="query", normalize_embeddings=True)
+    assert np.allclose(Encoder(model, base, settings).encode(texts, input_type="query"), theirs, atol=1e-5)
 
 
 def test_what_peft_copies_of_the_base_beside_an_adapter_is_left_out(tmp_path: Path) -> None:

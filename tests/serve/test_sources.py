@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from embedft.adapters.store import AdapterStore
 from embedft.errors import AdapterInvalid, InputInvalid
 from serve.importing import Importer
-from serve.remote import Sources, allowed, copy_files, fetch, public_address
+from serve.remote import NEEDED, Sources, allowed, copy_files, fetch, public_address
 from tests.serve.test_choice import refused
 from tests.serve.world import ADMIN, World, fill_adapter
 
@@ -190,6 +190,24 @@ def test_an_adapter_is_fetched_whole_and_redirects_caps_and_deadlines_hold(
             fetch(f"{url}/{path}", tmp_path, rules, name="g")
     with pytest.raises(InputInvalid, match="bytes"):
         fetch(f"{url}/good", tmp_path, rules.model_copy(update={"max_bytes": 100}), name="g")
+
+
+def test_what_says_how_sentence_transformers_makes_vectors_comes_along(site: tuple[str, Path], shared_world: World, tmp_path: Path) -> None:
+    url, folder = site
+    (folder / "saved" / "1_Pooling").mkdir(parents=True)
+    fill_adapter(folder / "saved", "g", shared_world.texts, seed=1, scale=1.0, task="embedding")
+    said = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json")
+    files = fsspec.filesystem("memory")
+    for name in said:
+        (folder / "saved" / name).write_text(name)
+    for name in (*NEEDED, *said):
+        files.pipe_file(f"/bucket/saved/{name}", (folder / "saved" / name).read_bytes())
+    (tmp_path / "web").mkdir()
+    fetch(f"{url}/saved", tmp_path / "web", Sources(allow=(f"{url}/",)), name="g")
+    (tmp_path / "bucket").mkdir()
+    copy_files(files, "/bucket/saved", tmp_path / "bucket", max_bytes=1 << 20, until=time.monotonic() + 5)
+    for place in ("web", "bucket"):
+        assert {name: (tmp_path / place / name).read_text() for name in said} == {name: name for name in said}
 
 
 def test_what_was_fetched_and_not_put_does_not_stay_in_the_store(site: tuple[str, Path], shared_world: World, tmp_path: Path) -> None:
