@@ -81,14 +81,24 @@ class Template:
             if not (before.startswith(done) and after.startswith(before) and whole.startswith(before + answer)):
                 before = self.prompt(row)
                 return [(before, False), (self._closed(self._tail(before, whole, row), row), True)]
-            last = end == len(row.messages) - 1
-            pieces += [(before[len(done) :], False), (self._closed(answer, row) if last else answer, True)]
+            if end == len(row.messages) - 1:
+                answer = self._closed(answer, row)
+            elif not self._trimmed(answer, row.messages[end].content, ended=True):  # what begins the next turn may end this one
+                answer += next((stop for stop in self._stops() if whole.startswith(before + answer + stop)), "")
+            pieces += [(before[len(done) :], False), (answer, True)]
             done = before + answer
         return pieces
 
     def _tail(self, before: str, whole: str, row: Row) -> str:
-        """The last answer after `before`; as the row has it where the template leaves out what it ended the prompt with."""
-        return self._trimmed(whole[len(before) :], row.answer) if whole.startswith(before) else _unopened(row.answer, before)
+        """The last answer after `before`, or after the question where the template writes what is before that otherwise once it is answered
+        (Mistral's leaves the system's message out); as the row has it where it leaves out what it ended the prompt with."""
+        if whole.startswith(before):
+            return self._trimmed(whole[len(before) :], row.answer)
+        asked = before[max(before.rfind(row.messages[-2].content.strip()), 0) :]
+        after = whole[whole.rfind(asked) + len(asked) :] if asked in whole else ""
+        if after.strip().startswith(row.answer.strip()):
+            return self._trimmed(after, row.answer)
+        return _unopened(row.answer, before)
 
     def _closed(self, answer: str, row: Row) -> str:
         """With the end of text where the template writes nothing that ends an answer, as GLM's, whose next turn ends the one before."""

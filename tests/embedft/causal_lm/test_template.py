@@ -136,6 +136,42 @@ def test_a_template_that_ends_no_answer_teaches_the_end_of_text_after_the_last()
     assert learnt(template_of(tokenizer).example(TALK, max_length=128), tokenizer) == "stop\ngo\n<|im_end|>"
 
 
+def test_an_answer_that_the_next_turn_ends_is_learnt_with_what_begins_that(tmp_path: Path) -> None:
+    """GLM's folder names <|user|> among its ends."""
+    from transformers import AutoTokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    template = template_of(read)
+    example = template.example(TALK, max_length=128)
+    assert learnt(example, read) == "stop<|user|>go<|im_end|>"
+    assert example is not None
+    assert list(example.ids) == template.prompt_ids(TALK) + template.answer_ids(TALK)
+
+
+@pytest.mark.parametrize("answer", ["stop", "to what does red mean? [/INST] stop"])
+def test_an_answer_is_learnt_as_the_template_writes_it_though_the_system_is_forgotten_once_it_is_answered(answer: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (  # Mistral's way: the system's message stands in the last question, as long as that is the last message
+        "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}"
+        "{% if m.role == 'user' %}[INST] {% if loop.last and system %}{{ system + '\n\n' }}{% endif %}{{ m.content }}[/INST]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    template = template_of(tokenizer)
+    for before in (ROW.messages[:1], TALK.messages[:3]):
+        row = Row("0", (Message("system", "be brief"), *before, Message("assistant", answer)))
+        assert "be brief" in template.prompt(row)
+        assert learnt(template.example(row, max_length=128), tokenizer) == f" {answer}<|im_end|>"
+
+
 @pytest.mark.parametrize("answer", ["<think>\nred</think>\n\nstop", "red</think>\n\nstop"])
 def test_a_thought_that_the_prompt_opens_is_opened_once(answer: str) -> None:
     tokenizer = tiny_tokenizer()
