@@ -140,10 +140,10 @@ class OwnedStream(StreamingResponse):
         self._owned = owned
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._owned:
-            with suppress(ClientGone):
+        with suppress(ClientGone):
+            async with self._owned:
                 await unless_gone(Request(scope, receive), self.stream_response(send))
-            await asyncio.sleep(0)  # uvloop sends at the end of a turn: the last bytes first, then what is left to be done
+                await asyncio.sleep(0)  # uvloop sends at the end of a turn: the last bytes first, then what is left to be done
 
 
 def check_template(resident: Resident) -> None:

@@ -1,5 +1,6 @@
 """What is counted, per base and adapter, in Prometheus' form. Labels hold only names that the server itself knows."""
 
+import asyncio
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from serve.leaving import ClientGone
 from serve.lifecycle import Lifecycle
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -27,7 +29,12 @@ class Meters:
         self._lifecycle = lifecycle
         self._registry = CollectorRegistry()
         target = ("base", "adapter")
-        self.requests = Counter("embedft_requests", "Requests answered", (*target, "route", "status"), registry=self._registry)
+        self.requests = Counter(
+            "embedft_requests",
+            "Requests by how they ended; cancelled: whoever asked had gone",
+            (*target, "route", "status"),
+            registry=self._registry,
+        )
         self.tokens = Counter("embedft_tokens", "Tokens by kind: prompt or completion", (*target, "kind"), registry=self._registry)
         self.seconds = Histogram(
             "embedft_request_seconds",
@@ -63,12 +70,15 @@ class Meters:
 
     @contextmanager
     def measured(self, base: str, adapter: str | None, route: str, *, began: float) -> Generator[Outcome]:
-        """Count one request, its time since `began`, and whether it failed: by raising, or by the outcome's status."""
+        """Count one request, its time since `began`, and how it ended: by what it raised, or by the outcome's status."""
         target, outcome = (base, adapter or NO_ADAPTER), Outcome()
         self._running.labels(*target).inc()
         try:
             yield outcome
             outcome.status = outcome.status or "ok"
+        except (asyncio.CancelledError, ClientGone):
+            outcome.status = "cancelled"
+            raise
         finally:
             self._running.labels(*target).dec()
             self.requests.labels(*target, route, outcome.status or "error").inc()

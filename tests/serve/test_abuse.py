@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -63,6 +64,24 @@ def test_clients_that_hung_up_hold_no_place_in_the_queue(start: Start) -> None:
     answer = server.post("/v1/completions", {"prompt": "alive", "max_tokens": 1})
     running.join()
     assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_whose_client_left_is_counted_as_no_answer_and_no_fault(start: Start, stream: bool) -> None:
+    server = start(token_latency=0.05)
+    body = {"model": "s", "prompt": "x", "max_tokens": 200, "stream": stream}
+    if stream:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            next(response.iter_raw())
+    else:
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.3)
+
+    def counted() -> list[str]:
+        return re.findall(r'embedft_requests_total{adapter="s",.*status="(\w+)"} 1.0', server.client.get("/metrics").text)
+
+    wait_for(counted)
+    assert counted() == ["cancelled"]
 
 
 def test_who_waits_too_long_for_a_slot_is_told_so(start: Start) -> None:

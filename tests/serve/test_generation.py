@@ -129,7 +129,7 @@ def test_a_whole_request_begins_with_its_wait_for_an_engine() -> None:
 
 def test_a_request_that_ended_is_no_longer_running_and_one_that_failed_is_counted_so() -> None:
     loading = SimpleNamespace(loads={}, evictions={})
-    meters = Meters(cast("Any", SimpleNamespace(draining=list, live={}, engines={}, loading=loading)))
+    meters = Meters(cast("Any", SimpleNamespace(draining=list, earlier=list, live={}, engines={}, loading=loading)))
     with meters.measured("words", "s", "chat", began=0.0):
         assert b'embedft_running_requests{adapter="s",base="words"} 1.0' in meters.render()
     with pytest.raises(ValueError, match="planted"), meters.measured("words", "s", "chat", began=0.0):
