@@ -2,7 +2,8 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +93,24 @@ def trace_step(
         }
         made |= {name: mode.from_tensor(value) for name, value in whole.named_buffers()}
         counted = Allocations(made, {f"model.{name}": size for name, size in unpacked.items()})
-        with steady(), flops, counted:
+        with steady(), _experts_as_one(), flops, counted:
             functional_call(whole, made, ())
     return Trace(counted.peak, counted.written, counted.operations, int(flops.get_total_flops()))
+
+
+@contextmanager
+def _experts_as_one() -> Generator[None]:
+    """A mixture's product of each token with its expert's matrix, as a product of all tokens with one: the same bytes and work, whereas
+    torch knows no shape of the grouped one but in bf16."""
+    from transformers.integrations import moe
+
+    library: Any = moe
+    own = library._grouped_mm
+    library._grouped_mm = lambda given, weight, **_: given.to(weight.dtype) @ weight[0]
+    try:
+        yield
+    finally:
+        library._grouped_mm = own
 
 
 class _Step(torch.nn.Module):

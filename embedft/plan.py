@@ -5,7 +5,7 @@ without data, so activations are counted as the model's own code makes them, wha
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,8 @@ def plan(recipe: EmbeddingRecipe | CausalLMRecipe, batch: "Batch | Callable[[Any
 
     base = empty_base(recipe)
     sizes = {name: value.numel() for name, value in base.model.named_parameters()}
-    weights = _weight_bytes(base)
+    packed = _quantized_layers(base)
+    weights = _weight_bytes(base, packed)
     model: Any = attach(base, recipe.adapter, task=recipe.task, begin=False)
     learnt = [value for value in model.parameters() if value.requires_grad]
     trainable, total = sum(value.numel() for value in learnt), sum(value.numel() for value in model.parameters())
@@ -98,7 +99,7 @@ def plan(recipe: EmbeddingRecipe | CausalLMRecipe, batch: "Batch | Callable[[Any
     optimizer = sum(_moments(value.numel(), recipe) for value in learnt)
     batch = batch(model) if callable(batch) else batch
     step = batch.step or _step(recipe.task, batch)
-    unpacked, dtype = _unpacked(model, base.info.quantization), compute_dtype()
+    unpacked, dtype = _unpacked(model, base.info.quantization, packed), compute_dtype()
     _in_training(model, recipe.task)
     traces = [trace_step(model, step, unpacked=unpacked, dtype=dtype)]
     if recipe.task == "causal_lm" and model.embedft.method.checkpointing:
@@ -174,46 +175,54 @@ def _info(folder: Path, spec: BaseSpec, task: Task) -> BaseInfo:
     )
 
 
-def _weight_bytes(base: Base) -> int:
-    """What the base takes once loaded: quantized linear layers by their format, all else in the dtype that is computed in."""
-    quantized = _quantized_layers(base.model, base.info.quantization)
+def _weight_bytes(base: Base, packed: Collection[str]) -> int:
+    """What the base takes once loaded: its `packed` linear layers by their format, all else in the dtype that is computed in."""
+    single = _own(base).get("bnb_4bit_use_double_quant") is False
     total, seen = 0, set[int]()
     for name, value in base.model.named_parameters():
         if value.data_ptr() in seen:
             continue
         seen.add(value.data_ptr())
         layer = name.removesuffix(".weight")
-        total += _packed_bytes(value.shape, base.info.quantization) if layer in quantized else value.numel() * value.element_size()
+        whole = value.numel() * value.element_size()
+        total += _packed_bytes(value.shape, base.info.quantization, single=single) if layer in packed else whole
     return total + sum(value.numel() * value.element_size() for value in base.model.buffers())
 
 
-def _packed_bytes(shape: "Sequence[int]", scheme: str) -> int:
-    """NF4 with double quantization: half a byte a weight, a byte for each 64, four for each 256 of those, and two tables of codes
-    (arXiv 2305.14314); int8: a byte a weight and four a row (arXiv 2208.07339)."""
+def _packed_bytes(shape: "Sequence[int]", scheme: str, *, single: bool) -> int:
+    """NF4: half a byte a weight and four for each 64; with double quantization one for each 64, four for each 256 of those, and two tables
+    of codes (arXiv 2305.14314); int8: a byte a weight and four a row (arXiv 2208.07339)."""
     rows, columns = shape
     if scheme == "nf4":
         blocks = -(-rows * columns // 64)
-        return rows * columns // 2 + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256)
+        return rows * columns // 2 + (4 * blocks + 4 * 16 if single else blocks + 4 * -(-blocks // 256) + 4 * (16 + 256))
     return rows * columns + 4 * rows
 
 
-def _quantized_layers(model: Any, scheme: str) -> set[str]:
+def _quantized_layers(base: Base) -> set[str]:
+    """Those that lie packed in memory: all linear ones but what the folder, where it is quantized already, says that it leaves out."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     from embedft.methods import linear_modules
 
-    if scheme not in {"nf4", "int8"}:  # compressed-tensors are turned back as they load
+    if base.info.quantization not in {"nf4", "int8"}:  # compressed-tensors are turned back as they load
         return set()
-    return {name for name in linear_modules(model) if not any(part in SKIPPED for part in name.split("."))}
+    left = [*(_own(base).get("llm_int8_skip_modules") or SKIPPED)]
+    return {name for name in linear_modules(base.model) if should_convert_module(name, left)}
 
 
-def _unpacked(model: Any, scheme: str) -> dict[str, int]:
+def _own(base: Base) -> dict[str, Any]:
+    """What a folder that came quantized says of that."""
+    return read_json(base.folder / "config.json").get("quantization_config") or {}
+
+
+def _unpacked(model: Any, scheme: str, packed: Collection[str]) -> dict[str, int]:
     """Weight → bytes of its floating-point copy beside a product with it: NF4 needs one, int8 its codes' and the scaled."""
     copies = {"nf4": 1, "int8": 2}.get(scheme, 0)
-    layers = _quantized_layers(model, scheme)
-    parameters = dict(model.named_parameters())
     return {
-        f"{name}.weight": copies * parameters[f"{name}.weight"].numel() * compute_dtype().itemsize
-        for name in layers
-        if f"{name}.weight" in parameters and not parameters[f"{name}.weight"].requires_grad and "lora_" not in name
+        name: copies * value.numel() * compute_dtype().itemsize
+        for name, value in model.named_parameters()
+        if not value.requires_grad and name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer") in packed
     }
 
 

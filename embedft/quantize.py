@@ -10,8 +10,8 @@ from typing import Any
 
 from embedft.compressed import BITS, compress
 from embedft.errors import QuantizationUnsupported
-from embedft.files import publish_folder, staged_folder
-from embedft.model_folder import RECORD, check_whole, describe, fingerprint, quantization_of, tokenizer_of, told
+from embedft.files import publish_folder, staged_folder, tensor_table
+from embedft.model_folder import RECORD, check_whole, describe, fingerprint, quantization_of, tokenizer_of, told, weight_files
 from embedft.packed import READ
 
 SCHEMES = ("nf4", "int8", "w4a16", "w8a8")
@@ -117,6 +117,14 @@ def _batches(source: Path, calibration: Path) -> list[dict[str, Any]]:
         given = tokenizer(lines[first : first + 16], padding=True, truncation=True, max_length=256, return_tensors="pt")
         made.append({key: given[key] for key in ("input_ids", "attention_mask")})
     return made
+
+
+def experts_share(folder: Path) -> float:
+    """Share of a quantized folder's bytes that are a mixture's experts in full precision: they lie in no linear layers, which is what a
+    scheme packs."""
+    tensors = [row for path in weight_files(folder) for row in tensor_table(path)]
+    experts = sum(size for name, dtype, _, _, size in tensors if ".experts." in name and dtype in ("F64", "F32", "F16", "BF16"))
+    return experts / max(sum(row[4] for row in tensors), 1)
 
 
 def copy_rest(source: Path, stage: Path) -> None:

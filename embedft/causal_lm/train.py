@@ -217,7 +217,9 @@ def _seeded_adapter(base: Base, examples: Sequence[Example], recipe: CausalLMRec
     starts = range(0, min(len(order), size * START_BATCHES), size)
     batches = [collate([examples[i] for i in order[start : start + size]]) for start in starts]
     if recipe.adapter.method != "full" and (share := fused_experts(base.model)):
-        note(f"{recipe.name}: {share:.0%} of the base's weights are its experts', in no linear layers: the adapter leaves them as they are")
+        packed = base.info.quantization
+        told = "the adapter leaves them as they are" + ("" if packed == "none" else f", and {packed} in full precision")
+        note(f"{recipe.name}: {share:.0%} of the base's weights are its experts', in no linear layers: {told}")
     return attach(base, recipe.adapter, task="causal_lm", batches=batches)
 
 

@@ -139,10 +139,13 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _quantize(arguments: argparse.Namespace) -> None:
     from embedft.base import BaseSpec, source_folder
     from embedft.model_folder import describe
-    from embedft.quantize import quantize
+    from embedft.quantize import experts_share, quantize
 
     source = source_folder(BaseSpec(arguments.base, revision=arguments.revision))
     folder = quantize(source, arguments.out, scheme=arguments.scheme, calibration=arguments.calibrate)
     info = describe(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    show(arguments, {"path": str(folder), "fingerprint": info.fingerprint, "parent": info.parent, "bytes": size}, title="quantized")
+    shown: dict[str, Any] = {"path": str(folder), "fingerprint": info.fingerprint, "parent": info.parent, "bytes": size}
+    if share := experts_share(folder):
+        shown["in full precision"] = f"its experts, {share:.0%} of the bytes: no scheme here packs them"
+    show(arguments, shown, title="quantized")

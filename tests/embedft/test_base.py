@@ -10,12 +10,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from embedft.base import BaseSpec, base_folder, compute_dtype, config_folder, load_base, load_model, source_folder
+from embedft.cli import main
 from embedft.errors import BaseError, BaseNotFound, MethodUnsupported, QuantizationUnsupported, UsageError
 from embedft.files import hash_tensors
 from embedft.methods import attach, supported, targeted_modules
 from embedft.model_folder import describe, fingerprint, own_template, tokenizer_of
 from embedft.quantize import quantize
 from embedft.recipe import AdapterSection
+from tests.families import tiny_decoder
 from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama
 
@@ -101,6 +103,20 @@ def test_a_quantized_base_is_a_folder_that_knows_its_parent(scheme: str) -> None
     assert (info.pooling, info.normalize, info.max_length, info.positions) == ("mean", True, 256, 512)
     base = load_base(spec, task="embedding")
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize(("family", "told"), [("qwen3_moe", True), ("qwen3", False)])
+def test_who_quantizes_a_mixture_is_told_what_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, told: bool
+) -> None:
+    base = tiny_decoder(tmp_path / "base", family)
+    assert main(["quantize", str(base), str(tmp_path / "nf4"), "--scheme", "nf4", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert ("in full precision" in shown) == told
+    if told:
+        experts = 4 * 4 * 3 * 64 * 64 * 4  # layers, experts, matrices of 64 x 64, bytes
+        whole = sum(value.nbytes for value in load_file(str(tmp_path / "nf4" / "model.safetensors")).values())
+        assert shown["in full precision"].startswith(f"its experts, {experts / whole:.0%} of the bytes")
 
 
 def test_quantizing_twice_gives_the_same_fingerprint(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run is said to cost, against what the same run allocates."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from embedft.methods import attach
 from embedft.plan import Plan, plan
 from embedft.recipe import parse_recipe
 from embedft.training.measure import TrackedMemory
+from tests.families import tiny_decoder
 from tests.fixtures_lm import planted_rows, tiny_llama, write_jsonl
 
 
@@ -68,6 +70,32 @@ def test_the_peak_is_within_15_percent_of_what_training_allocates(base: Path, tm
     assert made.peak_bytes == pytest.approx(measured(recipe, tmp_path), rel=0.15)
     parts = made.memory
     assert sum(parts[name] for name in ("weights", "adapter", "optimizer", "gradients", "activations")) == parts["peak"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_mixture_is_planned_as_large_as_it_is_whatever_its_dtype(tmp_path: Path, family: str, quantization: str) -> None:
+    base = tiny_decoder(tmp_path / "base", family)
+    recipe = recipe_of(tmp_path, base, quantization=quantization)
+    made = plan(recipe, largest_batch(recipe))
+    loaded = load_base(BaseSpec(str(base), quantization), task="causal_lm")
+    assert made.weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.05)
+    assert made.peak_bytes == pytest.approx(measured(recipe, tmp_path), rel=0.15)
+
+
+@pytest.mark.parametrize("given", [{"bnb_4bit_quant_type": "nf4"}, {"bnb_4bit_use_double_quant": True}], ids=str)
+def test_a_base_that_others_quantized_is_planned_by_what_they_left_out_and_how_they_keep_scales(
+    base: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    left = ["lm_head", "down_proj", "model.layers.1.self_attn"]
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=left, **given)
+    shutil.copytree(base, tmp_path / "theirs", ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(tmp_path / "theirs")
+    recipe = recipe_of(tmp_path, tmp_path / "theirs")
+    loaded = load_base(BaseSpec(str(tmp_path / "theirs")), task="causal_lm")
+    assert plan(recipe, largest_batch(recipe)).weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.02)
 
 
 def test_it_counts_parameters_as_training_does(base: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from embedft.causal_lm.evaluate import evaluate_adapter
 from embedft.causal_lm.train import read_split, train
 from embedft.errors import DataError
 from embedft.model_folder import describe, own_template, template_hash
+from embedft.recipe import BaseSection
 from embedft.recipe_file import load_recipe
 from embedft.training.measure import AdapterResult, DryRunReport
 from embedft.verify import verify
@@ -155,6 +156,10 @@ def test_what_the_adapter_leaves_of_a_mixture_is_told(tmp_path: Path, capsys: py
     told = capsys.readouterr().err
     experts, weights = 4 * 4 * 3 * 64 * 64, sum(value.size for value in load_file(tmp_path / "base" / "model.safetensors").values())
     assert f"{experts / weights:.0%} of the base's weights are its experts', in no linear layers" in told
+    assert "full precision" not in told
+    packed = recipe.model_copy(update={"base": BaseSection(model=recipe.base.model, quantization="nf4")})
+    train(packed, store=AdapterStore(tmp_path / "store"), dry_run=True)
+    assert "the adapter leaves them as they are, and nf4 in full precision" in capsys.readouterr().err
     train(planted_recipe(tmp_path, tiny_llama(tmp_path / "llama"), test_rows=0), store=AdapterStore(tmp_path / "store"), dry_run=True)
     assert "experts" not in capsys.readouterr().err
 
