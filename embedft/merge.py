@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from embedft.adapters.card import CARD, model_card
 from embedft.adapters.passport import Passport, base_said, read_passport
 from embedft.adapters.probes import compare, read_probes, write_probes
-from embedft.base import BaseSpec, exact_dtype, load_model, source_folder
+from embedft.base import BaseSpec, exact_dtype, load_model, quantization_of_model, source_folder
 from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, UsageError
 from embedft.files import publish_folder, staged_folder
 from embedft.methods import config_of, load_adapter, method_named, only_pairs, save_weights
@@ -35,8 +35,9 @@ class Merged:
 def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | None = None) -> Merged:
     """Write base + adapter as one full-precision model folder to `out`, quantized by `scheme` if asked for.
 
-    `base`: the full-precision folder to merge into (default: the weights that the passport's base was quantized from). Raises
-    MethodUnsupported where the method cannot be merged, AdapterInvalid, BaseMismatch, UsageError for an `out` that holds files.
+    `base`: the folder to merge into (default: the weights that the passport's base was quantized from); one that came quantized counts as
+    the floating-point weights that it stands for. Raises MethodUnsupported where the method cannot be merged, AdapterInvalid,
+    BaseMismatch, UsageError for an `out` that holds files.
     """
     passport, recorded = read_passport(folder), read_probes(folder)
     method = method_named(passport.method)
@@ -49,7 +50,7 @@ def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | No
         trained_on = base_said(passport.base.model, "none", passport.base.parent or passport.base.fingerprint)
         raise BaseMismatch(passport.name, trained_on=trained_on, serving=base_said(str(source), "none", given))
     settings = settings_of(passport) if passport.task == "embedding" else None
-    model: Any = load_model(source, task=passport.task, dtype=exact_dtype())
+    model: Any = _in_full(load_model(source, task=passport.task, dtype=exact_dtype()))
     plain = outputs(model, recorded.probes, folder=source, settings=settings)
     model = load_adapter(model, folder, name=passport.name)
     _untie(model)
@@ -69,6 +70,17 @@ def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | No
         else:
             publish_folder(stage, out)
     return Merged(str(out), report.error)
+
+
+def _in_full(model: Any) -> Any:
+    """bitsandbytes' layers as ordinary ones; in other formats they are that once loaded. transformers would try to write them as it read
+    them, which it cannot undo."""
+    if quantization_of_model(model) != "bitsandbytes":
+        return model
+    model = model.dequantize(dtype=exact_dtype())
+    reading = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [step for step in reading if not any("bitsandbytes" in type(each).__module__ for each in step.operations)]
+    return model
 
 
 def _untie(model: Any) -> None:

@@ -141,6 +141,19 @@ def test_merging_writes_a_model_that_answers_as_the_adapter_does(
         assert 1e-3 < merged.error < 1
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "w8a8"])
+def test_a_base_that_came_quantized_is_merged_as_the_weights_that_it_stands_for(adapter: Any, quantization: str, tmp_path: Path) -> None:
+    import torch
+
+    from embedft.model_folder import describe
+
+    folder, base = adapter("lora", quantization)
+    assert merge(folder, tmp_path / "out", base=base).error < 0.02, "NF4's scales are in bf16, and so are the weights made of them"
+    assert describe(tmp_path / "out").quantization == "none"
+    merged, apart = load_model(tmp_path / "out", task="causal_lm"), load_adapter(load_model(base, task="causal_lm"), folder)
+    assert torch.dist(logits(merged), logits(apart)) < 0.02 * logits(apart).norm()
+
+
 def test_an_adapted_head_is_merged_beside_the_input_embedding_that_it_shared(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = published(tmp_path / "head", bases["causal_lm"], "lora", targets=["lm_head"])
     assert merge(folder, tmp_path / "out", base=bases["causal_lm"]).error < 1e-3
