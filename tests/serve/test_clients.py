@@ -211,9 +211,11 @@ def test_an_adapter_without_passport_is_proven_by_plain_peft_and_marked(real: Re
     featured_adapter(folder, real.llama, seed=9, use_rslora=True, rank_pattern={"q_proj": 2})
     refused(real.server.put("found", {"source": "incoming"}), 422, "adapter_invalid")
     refused(real.server.put("found", {"source": "incoming", "base": "nix"}), 404, "model_not_found")
-    (folder / "adapter_model.bin").write_bytes(b"pickle")
+    weights, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    weights.rename(pickled)
     refused(real.server.put("found", {"source": "incoming", "base": "words"}), 422, "adapter_invalid")
-    (folder / "adapter_model.bin").unlink()
+    pickled.rename(weights)
+    (folder / "training_args.bin").write_bytes(b"pickle")  # as every trainer leaves it there; nothing reads it
     answer = real.server.client.put("/v1/adapters/found", json={"source": "incoming", "base": "words"}, headers=ADMIN, timeout=120)
     assert answer.status_code == 200, answer.text
     assert answer.json()["unproven"] is True
