@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from embedft.adapters.passport import CONFIG, WEIGHTS, BaseIdentity, Passport, read_passport
 from embedft.adapters.store import AdapterStore, check_folder
@@ -35,6 +35,7 @@ _OF_VECTORS = (
     "tokenizer_config.json",
     "*/config.json",
 )
+_OF_PEFT = "base_model.model."
 _EMBEDDING = re.compile(r"\.(embed_tokens|word_embeddings|wte|embed_in|embed_out|lm_head)(\.base_layer)?\.weight$")
 
 
@@ -67,6 +68,7 @@ def run(job: dict[str, Any]) -> None:
     else:
         strip(folder)
         leave_out_copies(folder, base, job["name"])
+        fit_names(folder, base, task)
     r, alpha, method = _config(folder, job["name"])
     settings = None
     if task == "embedding":
@@ -198,6 +200,33 @@ def leave_out_copies(folder: Path, base: Path, name: str) -> None:
         del kept[key]
     if len(kept) < len(tensors):
         save_file(kept, str(folder / WEIGHTS), metadata={"format": "pt"})
+
+
+def fit_names(folder: Path, base: Path, task: Any) -> None:
+    """Name its layers as the base does that is loaded for `task`: the same layers have one part more in their names under a head (a
+    language model's, say). Where they are others too, all stay as they are."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    tensors = load_file(str(folder / WEIGHTS))
+    with torch.device("meta"):
+        empty: Any = (AutoModelForCausalLM if task == "causal_lm" else AutoModel).from_config(AutoConfig.from_pretrained(base))
+    there, head = {name for name, _ in empty.named_modules()}, f"{empty.base_model_prefix}."
+    found = {key: key.removeprefix(_OF_PEFT).partition(".lora_")[0] for key in tensors}
+    meant = {name: next((each for each in (name, name.removeprefix(head), head + name) if each in there), "") for name in found.values()}
+    if not all(meant.values()) or all(name == other for name, other in meant.items()):
+        return
+    save_file(
+        {key.replace(name, meant[name], 1): tensors[key] for key, name in found.items()}, str(folder / WEIGHTS), metadata={"format": "pt"}
+    )
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for option in ("rank_pattern", "alpha_pattern"):
+        config[option] = {name.removeprefix(head): value for name, value in (config.get(option) or {}).items()}
+    for option in ("target_modules", "exclude_modules"):
+        if isinstance(given := config.get(option), list):
+            config[option] = [str(name).removeprefix(head) for name in cast("list[Any]", given)]
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _weight(base: Path, module: str) -> Any:

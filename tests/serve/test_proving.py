@@ -115,6 +115,27 @@ def test_an_adapter_that_sentence_transformers_saved_makes_the_vectors_that_it_m
     assert np.allclose(Encoder(model, base, settings).encode(texts, input_type="query"), theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("head", "targets"), [("MaskedLM", ["query", "value"]), ("MaskedLM", ["bert.encoder.layer.1.output.dense"]), ("", ["query"])]
+)
+def test_an_adapter_that_was_trained_under_a_head_is_the_same_without_it(tmp_path: Path, head: str, targets: list[str]) -> None:
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_encoder(tmp_path / "base", pooling="mean")
+    loader: Any = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+    patterns: dict[str, Any] = {"alpha_pattern": {f"{'bert.' if head else ''}encoder.layer.1.attention.self.query": 32}}
+    made: Any = get_peft_model(loader.from_pretrained(base), LoraConfig(target_modules=targets, init_lora_weights=False, **patterns))
+    made.eval().save_pretrained(tmp_path / "made")
+    store = AdapterStore(tmp_path / "store")
+    import_unproven(store, tmp_path / "made", name="found", base=str(base), task="embedding")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    ours = load_adapter(load_model(base, task="embedding"), store.folder("found"))(input_ids=ids).last_hidden_state
+    inner = made.get_base_model().bert if head else made
+    assert torch.allclose(ours, inner(input_ids=ids).last_hidden_state, atol=1e-5)
+
+
 def test_what_peft_copies_of_the_base_beside_an_adapter_is_left_out(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
