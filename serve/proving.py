@@ -126,21 +126,22 @@ def import_unproven(store: AdapterStore, source: Path, *, name: str, base: str, 
         raise UsageError(f"{source} is not a folder")
     folder = base_folder(BaseSpec(base))
     with store.stage() as stage:
-        take(source, stage, name)
+        take(source, stage, name, links=True)
         model = folder.name if Path(base).is_dir() else base
         run({"kind": "import", "folder": str(stage), "base": str(folder), "task": task, "name": name, "model": model})
         return store.put(stage, name, renew=False)
 
 
-def take(source: Path, stage: Path, name: str) -> None:
+def take(source: Path, stage: Path, name: str, *, links: bool = False) -> None:
     """Of an adapter folder into `stage`, after a look at them: PEFT's two files and what sentence-transformers says of its vectors.
 
-    What a trainer leaves beside them (checkpoints, its own pickled arguments) is passed over unread.
+    What a trainer leaves beside them (checkpoints, its own pickled arguments) is passed over unread. `links`: where they lead is read,
+    as it is for whoever imports what the hub's cache holds; a server reads nothing outside of its store.
     """
     for path in (path for pattern in (CONFIG, WEIGHTS, *_OF_VECTORS) for path in source.glob(pattern)):
         target = stage / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
-        shutil.copy2(path, target, follow_symlinks=False)
+        shutil.copy2(path, target, follow_symlinks=links)
     check_folder(stage, name)
     if not (source / WEIGHTS).is_file() and (source / "adapter_model.bin").is_file():
         raise AdapterInvalid(

@@ -19,7 +19,7 @@ from embedft.base import load_model
 from embedft.errors import AdapterInvalid, EngineBusy
 from embedft.methods import load_adapter
 from serve.prover import MAX_WAITING, Prover
-from serve.proving import import_unproven, mix, run
+from serve.proving import import_unproven, mix, run, take
 from tests.fixtures_embedding import text, tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import featured_adapter, plain_peft
@@ -170,6 +170,18 @@ def test_an_adapter_below_the_folder_that_was_named_is_found_and_a_pointer_is_ca
     (source / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 135\n")
     with pytest.raises(AdapterInvalid, match="a pointer of git-lfs"):
         import_unproven(store, source, name="found", base=str(llama), task="causal_lm")
+
+
+def test_links_as_the_hubs_cache_has_them_are_followed_for_who_imports_and_never_for_a_server(tmp_path: Path, llama: Path) -> None:
+    made, store = featured_adapter(tmp_path / "blobs", llama, seed=3), AdapterStore(tmp_path / "store")
+    (tmp_path / "snapshot").mkdir()
+    for path in (CONFIG, WEIGHTS):
+        (tmp_path / "snapshot" / path).symlink_to(made / path)
+    import_unproven(store, tmp_path / "snapshot", name="found", base=str(llama), task="causal_lm")
+    assert not any(path.is_symlink() for path in store.folder("found").iterdir())
+    (tmp_path / "stage").mkdir()
+    with pytest.raises(AdapterInvalid, match="is a link"):
+        take(tmp_path / "snapshot", tmp_path / "stage", "found")
 
 
 def test_an_imported_dora_is_called_one(tmp_path: Path, llama: Path) -> None:
