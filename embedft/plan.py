@@ -30,7 +30,7 @@ SMALL = 4096  # elements; 8-bit optimizers keep smaller tensors in 32 bits
 class Batch:
     """The largest batch of a run. `lengths`: the padded length of each column (one for a language model); `kept`: positions with
     logits; `steps`: optimizer steps of the whole run; `tokens`: of an average batch; `step`: what the trainer makes of the batch, where
-    that is not the model's own forward pass over padded columns."""
+    that is not the model's own forward pass over padded columns; `before`: what it computes once, before there is an optimizer."""
 
     rows: int
     lengths: tuple[int, ...]
@@ -38,6 +38,7 @@ class Batch:
     steps: int
     tokens: float
     step: "Step | None" = None
+    before: "Step | None" = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ def plan(recipe: EmbeddingRecipe | CausalLMRecipe, batch: "Batch | Callable[[Any
         traces.append(trace_step(model, step, unpacked=unpacked, dtype=dtype))
     gradients = 4 * trainable
     activations = [max(trace.peak_bytes - gradients, 0) for trace in traces]
+    if batch.before:
+        first = trace_step(model, batch.before, unpacked=unpacked, dtype=dtype).peak_bytes - optimizer - gradients
+        activations = [max(each, first) for each in activations]
     held = weights + adapter + optimizer + gradients
     chosen = 1 if isinstance(recipe, CausalLMRecipe) and recipe.train.gradient_checkpointing else 0
     share = batch.tokens / max(1, batch.rows * sum(batch.lengths))

@@ -57,7 +57,7 @@ class PackedModel(nn.Module):
         """Compute what no step changes: documents' vectors under a query-only adapter, states below the adapted layers."""
         wanted = sorted(set(numbers), key=lambda number: (len(self.texts.ids[number]), number))
         with torch.no_grad():
-            for chunk in _chunks([number for number in wanted if self.guided or number in self.fixed], self._length):
+            for chunk in chunks([number for number in wanted if self.guided or number in self.fixed], self._length):
                 with self.encoder.adapter_off():
                     self._vectors.update(zip(chunk, self.encoder.encode([self.texts.ids[n] for n in chunk]), strict=True))
             if self.encoder.first_adapted:
@@ -69,7 +69,7 @@ class PackedModel(nn.Module):
         dtype = self.encoder.dtype
         store = _file(folder / "below.bin", total, dtype) if total * dtype.itemsize > MEMORY_BYTES else torch.empty(total, dtype=dtype)
         place = 0
-        for chunk in _chunks(numbers, self._length):
+        for chunk in chunks(numbers, self._length):
             for number, states in zip(chunk, self.encoder.lower([self.texts.ids[n] for n in chunk]), strict=True):
                 kept = store[place : place + states.numel()].view_as(states)
                 self._below[number] = kept.copy_(states)
@@ -205,7 +205,7 @@ def _collate(rows: list[int]) -> dict[str, Tensor]:
     return {"rows": torch.tensor(rows)}
 
 
-def _chunks(numbers: Sequence[int], length: Callable[[int], int]) -> Iterable[list[int]]:
+def chunks(numbers: Sequence[int], length: Callable[[int], int]) -> Iterable[list[int]]:
     """Runs of at most CHUNK_TOKENS tokens (or one text)."""
     chunk: list[int] = []
     tokens = 0

@@ -1,6 +1,7 @@
 """The largest batch that an embedding recipe will meet, from its rows and tokenizer alone, and what the packed trainer makes of it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from embedft.training.arguments import steps_an_epoch, total_steps
 
 if TYPE_CHECKING:
     import torch
+
+    from embedft.embedding.packed import PackedEncoder
 
 
 def batch_for(recipe: EmbeddingRecipe) -> Callable[[Any], Batch]:
@@ -37,7 +40,7 @@ def largest_batch(recipe: EmbeddingRecipe, *, packed: bool = False) -> Batch:
     loss = loss_named(recipe.loss.name)
     if not given.startswith("hf://") and not Path(given).exists():
         tokens, length = float(2 * settings.batch * settings.max_length), settings.max_length
-        step = _packed_step(recipe, loss, [[length] * settings.batch] * 2) if packed else None
+        step = _packed_step(recipe, loss, [[length] * settings.batch] * 2, _Frozen([], [])) if packed else None
         return Batch(settings.batch, (length, length), 0, settings.max_steps or 0, tokens, step)
     examples, _ = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
     if settings.evaluate_every is not None:
@@ -61,31 +64,89 @@ def largest_batch(recipe: EmbeddingRecipe, *, packed: bool = False) -> Batch:
     most = tokens.index(max(tokens))
     steps = total_steps(settings, steps_an_epoch(len(batches) * settings.batch, settings))
     rows, sizes = len(batches[most]), longest_of[most]
-    step = _packed_step(recipe, loss, [[column[i] for i in batches[most]] for column in lengths]) if packed else None
     average = sum(tokens) / len(tokens) / max(tokens) * rows * sum(sizes)
-    return Batch(rows, sizes, 0, steps, average, step)
+    if not packed:
+        return Batch(rows, sizes, 0, steps, average)
+    shown = [i for batch in batches[: steps * settings.accumulate] for i in batch]
+    known = {(side, texts[i]): column[i] for side, texts, column in zip(sides, columns, lengths, strict=True) for i in shown}
+    fixed = [length for (side, _), length in known.items() if side == "document" and recipe.adapter.side == "query"]
+    moving = [length for (side, _), length in known.items() if side == "query" or recipe.adapter.side != "query"]
+    frozen = _Frozen([*known.values()] if loss.guided else fixed, moving)
+    step = _packed_step(recipe, loss, [[column[i] for i in batches[most]] for column in lengths], frozen)
+    return Batch(rows, sizes, 0, steps, average, step, _prepare(recipe, frozen))
 
 
-def _packed_step(recipe: EmbeddingRecipe, loss: Loss, lengths: Sequence[Sequence[int]]) -> "Callable[[Any], torch.Tensor]":
+@dataclass(frozen=True)
+class _Frozen:
+    """Lengths of the texts of a run whose vectors never change, and of those whose states below the first adapted layer do not."""
+
+    vectors: list[int]
+    states: list[int]
+
+    def kept(self, encoder: "PackedEncoder") -> "list[torch.Tensor]":
+        """What a run holds of them in memory."""
+        import torch
+
+        from embedft.embedding.fast import MEMORY_BYTES
+
+        total = sum(self.states) * encoder.width if encoder.first_adapted else 0
+        states = [torch.empty(total, dtype=encoder.dtype)] if total * encoder.dtype.itemsize <= MEMORY_BYTES else []
+        return [*states, torch.empty(len(self.vectors), encoder.width)]
+
+
+def _encoder(model: Any, recipe: EmbeddingRecipe, longest: int) -> "PackedEncoder":
+    import torch
+
+    from embedft.embedding.packed import PackedEncoder
+
+    encoder = PackedEncoder(model, EncodeSettings("mean", True, longest))
+    if recipe.base.quantization == "nf4":  # laid out unquantized here; there it is unpacked once, for the whole run
+        for projection in (each for layer in encoder.layers for each in layer.projections):
+            projection.frozen = torch.empty_like(projection.frozen)
+    return encoder
+
+
+def _prepare(recipe: EmbeddingRecipe, frozen: _Frozen) -> "Callable[[Any], torch.Tensor] | None":
+    """What the packed trainer computes before its first step, of the largest of the chunks that it takes."""
+    import torch
+
+    from embedft.embedding.fast import chunks
+
+    def largest(lengths: list[int]) -> list[list[int]]:
+        return [[0] * length for length in max(chunks(sorted(lengths), int), key=sum)] if lengths else []
+
+    def before(model: Any) -> torch.Tensor:
+        encoder = _encoder(model, recipe, max([*frozen.vectors, *frozen.states]))
+        with torch.no_grad():
+            kept = frozen.kept(encoder)
+            with encoder.adapter_off():
+                if texts := largest(frozen.vectors):
+                    encoder.encode(texts)
+            if encoder.first_adapted and (texts := largest(frozen.states)):
+                kept += encoder.lower(texts)
+        return torch.zeros((), requires_grad=True)
+
+    return before if frozen.vectors or frozen.states else None
+
+
+def _packed_step(recipe: EmbeddingRecipe, loss: Loss, lengths: Sequence[Sequence[int]], frozen: _Frozen) -> "Callable[[Any], torch.Tensor]":
     """The packed trainer's step over texts of these lengths, column by column. Vectors that stay as they are (a query-only adapter's
     documents) and states below the first adapted layer are there before the step, as in a run."""
     import torch
     from torch.nn.functional import cross_entropy, normalize
 
-    from embedft.embedding.packed import PackedEncoder
-
     moving = lengths[:1] if recipe.adapter.side == "query" else lengths
-    held: list[PackedEncoder] = []  # the trainer keeps every layer's merged weights, those below the first adapted one too
+    held: list[Any] = []  # the trainer keeps every layer's merged weights, those below the first adapted one too
 
     def step(model: Any) -> torch.Tensor:
-        encoder = PackedEncoder(model, EncodeSettings("mean", True, max(map(max, lengths))))
-        held.append(encoder)
-        if recipe.base.quantization == "nf4":  # laid out unquantized here; there it is unpacked once, for the whole run
-            for projection in (each for layer in encoder.layers for each in layer.projections):
-                projection.frozen = torch.empty_like(projection.frozen)
+        encoder = _encoder(model, recipe, max(map(max, lengths)))
+        held.extend([encoder, *frozen.kept(encoder)])
         texts = [[0] * length for column in moving for length in column]
         texts = sorted(texts, key=len)[-MINI_BATCH:] if loss.same_as else texts  # one piece at a time keeps its activations
-        states = [torch.zeros(len(ids), encoder.width, dtype=encoder.dtype) for ids in texts] if encoder.first_adapted else None
+        states = None
+        if encoder.first_adapted:
+            whole = torch.zeros(max(map(len, texts)), encoder.width, dtype=encoder.dtype)  # in a run they lie in what is kept
+            states = [whole[: len(ids)] for ids in texts]
         vectors = normalize(encoder.encode(texts, states).float(), dim=-1)
         rows = len(moving[0])
         others = torch.zeros(rows, encoder.width) if len(vectors) <= rows else vectors[rows:]

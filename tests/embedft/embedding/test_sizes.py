@@ -26,11 +26,14 @@ from tests.embedft.embedding.runs import Make
         {"adapter": {"side": "query"}},
         {"adapter": {"layers": 1}},
         {"adapter": {"dropout": 0.1}},
+        {"adapter": {"side": "query"}, "train": {"max_steps": 16, "batch": 4}},
+        {"adapter": {"layers": 1}, "train": {"max_steps": 16, "batch": 4}},
+        {"loss": {"name": "gist"}, "train": {"max_steps": 16, "batch": 4}},
     ],
     ids=str,
 )
 def test_the_peak_is_within_15_percent_of_what_training_allocates(make: Make, tmp_path: Path, settings: dict[str, Any]) -> None:
-    recipe = make(train={"max_steps": 2, "batch": 64, "lr": 1e-3}, **settings)
+    recipe = make(**{**settings, "train": {"max_steps": 2, "batch": 64, "lr": 1e-3, **settings.get("train", {})}})
     made = plan(recipe, batch_for(recipe))
     base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization), task="embedding")
     examples, _ = load_data(recipe.data, recipe.eval, scored=False)
