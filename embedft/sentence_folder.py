@@ -16,6 +16,7 @@ Pooling = Literal["mean", "cls", "lasttoken"]
 _OURS = ("Transformer", "Pooling", "Normalize", "Dropout")  # the last does nothing outside its own training
 _FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # old versions name their settings by them
 _CONFIG = "config_sentence_transformers.json"
+FILES = ("modules.json", _CONFIG, "sentence_bert_config.json", "tokenizer_config.json", "1_Pooling/config.json")  # as it saves an adapter
 _OUTPUT = {"module_output_name": "token_embeddings", "method_output_name": "last_hidden_state"}
 _ENDLESS = 1 << 30  # what a tokenizer that knows no length says is far beyond it
 _DOCUMENT = ("document", "passage", "corpus")  # sentence-transformers' names for it, the first that is there counts

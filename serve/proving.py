@@ -22,19 +22,13 @@ from embedft.adapters.store import AdapterStore, check_folder
 from embedft.adapters.transfer import check_weights
 from embedft.errors import AdapterInvalid, BaseError, EmbedftError, UsageError
 from embedft.lean import without_unused
+from embedft.sentence_folder import FILES as OF_VECTORS
 from serve.guard import PR_SET_PDEATHSIG, prctl
 
 if TYPE_CHECKING:
     from embedft.encode import EncodeSettings
     from embedft.model_folder import BaseInfo
 
-_OF_VECTORS = (
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_*_config.json",
-    "tokenizer_config.json",
-    "*/config.json",
-)
 _OF_PEFT = "base_model.model."
 _EMBEDDING = re.compile(r"\.(embed_tokens|word_embeddings|wte|embed_in|embed_out|lm_head)(\.base_layer)?\.weight$")
 
@@ -138,10 +132,11 @@ def take(source: Path, stage: Path, name: str, *, links: bool = False) -> None:
     What a trainer leaves beside them (checkpoints, its own pickled arguments) is passed over unread. `links`: where they lead is read,
     as it is for whoever imports what the hub's cache holds; a server reads nothing outside of its store.
     """
-    for path in (path for pattern in (CONFIG, WEIGHTS, *_OF_VECTORS) for path in source.glob(pattern)):
-        target = stage / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy2(path, target, follow_symlinks=links)
+    for name_there in (CONFIG, WEIGHTS, *OF_VECTORS):
+        path, target = source / name_there, stage / name_there
+        if path.exists() or path.is_symlink():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy2(path, target, follow_symlinks=links)
     check_folder(stage, name)
     if not (source / WEIGHTS).is_file() and (source / "adapter_model.bin").is_file():
         raise AdapterInvalid(

@@ -21,14 +21,8 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_va
 from embedft.adapters.passport import CONFIG, PASSPORT, WEIGHTS
 from embedft.adapters.probes import PROBES
 from embedft.errors import AdapterInvalid, InputInvalid
+from embedft.sentence_folder import FILES as OF_VECTORS
 
-OF_VECTORS = (
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "tokenizer_config.json",
-    "1_Pooling/config.json",
-)
 NEEDED, WELCOME = (CONFIG, WEIGHTS), (PASSPORT, PROBES, *OF_VECTORS)
 CHUNK = 1 << 20
 SCHEMES = ("hf", "s3", "gs", "https", "http")

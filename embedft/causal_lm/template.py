@@ -140,15 +140,15 @@ class Template:
             raise DataError([f"row {row.id} ({roles}): the chat template refuses it: {error}; expected roles that it knows"]) from None
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Of each piece as it stands after those before it: what a tokenizer begins a text with (SentencePiece a space) stands before
+        """Of each piece as it stands after the one before it: what a tokenizer begins a text with (SentencePiece a space) stands before
         the first alone. A piece that would share a token with the one before is tokenized apart."""
         parts: list[list[int]] = []
-        text, before = "", list[int]()
+        last, alone = "", list[int]()  # the piece before that is not empty, and its tokens where it begins the text
         for piece in texts:
-            text += piece
-            after = self._ids(text, first=True)
-            parts.append(after[len(before) :] if after[: len(before)] == before else self._ids(piece, first=False))
-            before = after
+            after = self._ids(last + piece, first=True) if last + piece else []
+            parts.append(after[len(alone) :] if after[: len(alone)] == alone else self._ids(piece, first=False))
+            if piece:
+                last, alone = piece, self._ids(piece, first=True) if last else after
         return parts
 
     def _ids(self, text: str, *, first: bool) -> list[int]:
