@@ -132,8 +132,10 @@ def take(source: Path, stage: Path, name: str, *, links: bool = False) -> None:
     What a trainer leaves beside them (checkpoints, its own pickled arguments) is passed over unread. `links`: where they lead is read,
     as it is for whoever imports what the hub's cache holds; a server reads nothing outside of its store.
     """
-    for name_there in (CONFIG, WEIGHTS, *OF_VECTORS):
-        path, target = source / name_there, stage / name_there
+    for file in (CONFIG, WEIGHTS, *OF_VECTORS):
+        path, target = source / file, stage / file
+        if path.parent != source and path.parent.is_symlink() and not links:
+            raise AdapterInvalid(name, f"{path.parent.name} is a link or no plain file")
         if path.exists() or path.is_symlink():
             target.parent.mkdir(exist_ok=True)
             shutil.copy2(path, target, follow_symlinks=links)

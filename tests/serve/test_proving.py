@@ -179,6 +179,12 @@ def test_links_as_the_hubs_cache_has_them_are_followed_for_who_imports_and_never
     (tmp_path / "stage").mkdir()
     with pytest.raises(AdapterInvalid, match="is a link"):
         take(tmp_path / "snapshot", tmp_path / "stage", "found")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    (made / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(AdapterInvalid, match="1_Pooling is a link"):
+        take(made, tmp_path / "other", "found")
 
 
 def test_an_imported_dora_is_called_one(tmp_path: Path, llama: Path) -> None:
