@@ -100,26 +100,32 @@ class Call:
         self.public = resident.name if resident else self.base
         self.headers = {"x-embedft-adapter": resident.id if resident else BASE, "x-embedft-base": self.base}
 
-    async def relabelled(self, events: AsyncIterator[bytes], *, usage_wanted: bool) -> AsyncIterator[bytes]:
-        """The engine's events under the public name. One that dies ends the stream with an error event, no [DONE]."""
+    async def relabelled(self, events: AsyncIterator[list[bytes]], *, usage_wanted: bool) -> AsyncIterator[bytes]:
+        """The engine's events under the public name, those together that came so. One that dies ends the stream with an error event,
+        no [DONE]."""
         first = True
         try:
-            async for payload in events:
+            async for together in events:
                 if first:
                     self.ticket.meters.first.labels(self.base, self.adapter or "").observe(time.perf_counter() - self._began)
                     first = False
-                if payload == DONE:
-                    yield b"data: [DONE]\n\n"
+                if shown := b"".join([self._shown(payload, usage_wanted=usage_wanted) for payload in together]):
+                    yield shown
+                if DONE in together:
                     return
-                if without_choices(payload) and (event := from_json(payload)).get("usage") and not event.get("choices"):
-                    self.ticket.count(event["usage"])
-                    if not usage_wanted:
-                        continue
-                yield b"data: " + renamed(payload, self.public) + b"\n\n"
             self.ticket.status = "error"
         except EmbedftError as error:
             self.ticket.status = "error"
             yield b"data: " + to_json(as_envelope(error)) + b"\n\n"
+
+    def _shown(self, payload: bytes, *, usage_wanted: bool) -> bytes:
+        if payload == DONE:
+            return b"data: [DONE]\n\n"
+        if without_choices(payload) and (event := from_json(payload)).get("usage") and not event.get("choices"):
+            self.ticket.count(event["usage"])
+            if not usage_wanted:
+                return b""
+        return b"data: " + renamed(payload, self.public) + b"\n\n"
 
 
 def renamed(payload: bytes, public: str) -> bytes:

@@ -88,8 +88,11 @@ class EngineClient:
 
     async def _answer(self, path: str, body: Mapping[str, Any], timeout: float | None) -> bytes:
         try:
-            async with asyncio.timeout(timeout), self._link.call(path, to_json(body)) as reply:
-                status, content = reply.status, await reply.read()
+            if timeout is None:
+                status, content = await self._link.answer(path, to_json(body))
+            else:
+                async with asyncio.timeout(timeout):
+                    status, content = await self._link.answer(path, to_json(body))
         except TimeoutError:
             raise EngineFailed(f"the engine of base {self.name!r} did not answer in time") from None
         except OSError:
@@ -98,8 +101,8 @@ class EngineClient:
         return content
 
     @asynccontextmanager
-    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[bytes]]:
-        """The answer's server-sent events (`data: ` cut off). Leaving the block cancels what runs upstream."""
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[list[bytes]]]:
+        """The answer's server-sent events (`data: ` cut off), those together that came so. Leaving the block cancels what runs upstream."""
         async with AsyncExitStack() as stack:
             try:
                 reply = await stack.enter_async_context(self._link.call(path, to_json(body)))
@@ -109,14 +112,13 @@ class EngineClient:
                 raise self._away() from None
             yield self._events(reply)
 
-    async def _events(self, reply: Reply) -> AsyncIterator[bytes]:
+    async def _events(self, reply: Reply) -> AsyncIterator[list[bytes]]:
         rest = b""
         try:
             async for part in reply.parts():
                 *lines, rest = (rest + part).split(b"\n")  # bytes: a str would also split at U+2028 inside JSON
-                for line in lines:
-                    if line.startswith(b"data:"):
-                        yield line[5:].strip()
+                if events := [line[5:].strip() for line in lines if line.startswith(b"data:")]:
+                    yield events
         except OSError:
             raise NotReady(f"the engine of base {self.name!r} went away in mid-answer") from None
 

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve.link.frames import BROKEN, CALL, CANCEL, FIRST, HELLO, LAST, PAUSE, RESUME, STATUS, Framed
+from serve.link.frames import BROKEN, CALL, CANCEL, FIRST, HELLO, LAST, PACE, PAUSE, RESUME, STATUS, Framed
 
 log = logging.getLogger("uvicorn.error")
 PATIENCE = 4096  # bytes within which a hello must have ended
@@ -117,6 +117,7 @@ class _Call:
         self._body: bytes | None = body
         self._straight: Answer | None = calls.straight.get(self._path.decode("ascii"))
         self._task: asyncio.Task[None] | None = None
+        self._loop, self._wrote = asyncio.get_running_loop(), float("-inf")
         self._over, self._going = asyncio.Event(), asyncio.Event()  # answered, or nobody waits for it; not told to pause
         self._going.set()
 
@@ -197,6 +198,8 @@ class _Call:
         await self._going.wait()
         if self._over.is_set():
             return
-        self._calls.end.write(self._number, LAST if last else 0, content)
+        now = self._loop.time()
+        self._calls.end.write(self._number, LAST if last else 0, content, may_wait=not last and now - self._wrote < PACE)
+        self._wrote = now
         if last:
             self._over.set()

@@ -1,7 +1,9 @@
 """Many calls at once over one connection, in frames: a head and its bytes. What the gateway's end and an engine's have in common.
 
 HTTP/1.1 has a connection, a head to parse and a system call for every piece of every answer. Here all that is written in one turn of
-the event loop leaves together: the next tokens of eight answers are one write, and one read. Knows no HTTP and no engine.
+the event loop leaves together: the next tokens of eight answers are one write, and one read. And the pieces of a stream that come
+faster than anybody reads wait for each other: each write wakes two processes, which take the cores that the model computes on.
+Knows no HTTP and no engine.
 """
 
 import asyncio
@@ -13,6 +15,7 @@ HELLO = b"embedft link 1 "  # then the engine's key, and a line's end
 HEAD = struct.Struct("<IIB")  # bytes that follow, number of the call, kind
 LARGEST = 1 << 30  # bytes of one frame
 TOGETHER = 1 << 16  # bytes that are written before the turn ends: what never gives up its turn must meet the connection's limits too
+PACE = 0.01  # seconds between two writes of what may wait
 CALL, CANCEL, PAUSE, RESUME = range(4)  # kinds from the gateway: b"METHOD /path\n" + body, and three that are empty
 FIRST, LAST, BROKEN = 1, 2, 4  # bits of an engine's kinds: what it holds is STATUS, it ends the answer, and ends it before its time
 STATUS = struct.Struct("<H")
@@ -28,6 +31,9 @@ class Framed(asyncio.Protocol):
         self._rest = bytearray()  # of a frame that has not come whole
         self._outgoing: list[bytes] = []
         self._outgoing_bytes = 0
+        self._sent = 0.0  # when, by the loop's clock
+        self._sending: asyncio.Handle | None = None
+        self._now = False  # it will be done in this turn of the loop
         self._drained = asyncio.Event()
         self._drained.set()
 
@@ -35,14 +41,19 @@ class Framed(asyncio.Protocol):
     def open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def write(self, call: int, kind: int, content: bytes = b"") -> None:
-        """Nothing, once the connection is lost."""
-        if not self._outgoing:
-            self._loop.call_soon(self._flush)
+    def write(self, call: int, kind: int, content: bytes = b"", *, may_wait: bool = False) -> None:
+        """Nothing, once the connection is lost. `may_wait`: until PACE after the last write, or for the next that may not."""
         self._outgoing += (HEAD.pack(len(content), call, kind), content)
         self._outgoing_bytes += HEAD.size + len(content)
+        wait = self._sent + PACE - self._loop.time() if may_wait else 0.0
         if self._outgoing_bytes > TOGETHER:
             self._flush()
+        elif wait > 0:
+            self._sending = self._sending or self._loop.call_later(wait, self._flush)
+        elif not self._now:
+            if self._sending is not None:
+                self._sending.cancel()
+            self._sending, self._now = self._loop.call_soon(self._flush), True
 
     async def drained(self) -> None:
         """Wait while the other end takes less than is written."""
@@ -92,8 +103,12 @@ class Framed(asyncio.Protocol):
         self._drained.set()
 
     def _flush(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending, self._now = None, False
         if self._outgoing and self.open:
             assert self._transport is not None
             self._transport.write(b"".join(self._outgoing))
+            self._sent = self._loop.time()
         self._outgoing.clear()
         self._outgoing_bytes = 0

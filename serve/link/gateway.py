@@ -40,6 +40,11 @@ class Link:
             if not reply.ended:
                 end.write(number, CANCEL)
 
+    async def answer(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """Its status and all of it."""
+        async with self.call(path, body) as reply:
+            return reply.status, await reply.read()
+
     def close(self) -> None:
         if self._end is not None:
             self._end.close()

@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -20,8 +21,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from serve.leaving import ClientGone, unless_gone
+from serve.link import engine, frames
 from serve.link.engine import PATIENCE, protocol
-from serve.link.frames import HEAD, HELLO, LARGEST, Framed
+from serve.link.frames import HEAD, HELLO, LARGEST, LAST, Framed
 from serve.link.gateway import HELD, Link
 
 PART = b"x" * 10_000
@@ -76,6 +78,11 @@ class App:
                 self.made += 1
                 yield PART
 
+        async def quick() -> AsyncIterator[bytes]:
+            for number in range(50):
+                yield b"%d " % number
+                await asyncio.sleep(0.001)
+
         async def broken() -> AsyncIterator[bytes]:
             yield b"half"
             raise RuntimeError("planted")
@@ -88,7 +95,7 @@ class App:
             return answer
 
         named = {"/echo": echo, "/big": big, "/wait": wait}
-        named |= {f"/{parts.__name__}": streamed(parts) for parts in (words, endless, broken)}
+        named |= {f"/{parts.__name__}": streamed(parts) for parts in (words, quick, endless, broken)}
         return Starlette(routes=[Route(path, run, methods=["GET", "POST"]) for path, run in named.items()])
 
 
@@ -205,6 +212,50 @@ def test_a_slow_reader_is_waited_for_and_nobody_else_is(tmp_path: Path) -> None:
             assert taken < 50 * HELD
             await until(lambda: app.made > made)
             assert len(await anext(parts)) > 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("pace", [10.0, 0.0])
+def test_pieces_of_a_stream_that_come_faster_than_the_pace_leave_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pace: float
+) -> None:
+    """The first leaves at once, and the last takes along what waits: nobody learns later that an answer has ended."""
+    for module in (frames, engine):
+        monkeypatch.setattr(module, "PACE", pace)
+
+    async def run() -> None:
+        async with linked(tmp_path) as (_, link), asyncio.timeout(8), link.call("/quick", b"") as reply:
+            parts = [part async for part in reply.parts()]
+            assert parts[0] == b"0 "
+            assert b"".join(parts) == b"".join(b"%d " % number for number in range(50))
+            assert len(parts) == 2 if pace else len(parts) > 25
+
+    asyncio.run(run())
+
+
+def test_what_may_wait_leaves_after_the_pace_or_with_what_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "PACE", 0.2)
+
+    async def run() -> None:
+        sent: list[bytes] = []
+        end = Framed(lambda *_: None, lambda: None)
+        end.connection_made(cast("Any", SimpleNamespace(write=sent.append, is_closing=lambda: False)))
+        end.write(1, 0, b"first", may_wait=True)
+        await asyncio.sleep(0.01)
+        for piece in (b"second", b"third"):
+            end.write(1, 0, piece, may_wait=True)
+        await asyncio.sleep(0.05)
+        assert [len(one) for one in sent] == [HEAD.size + 5]
+        await asyncio.sleep(0.3)
+        assert [one.count(b"ir") for one in sent] == [1, 1]
+        end.write(1, 0, b"fourth", may_wait=True)
+        end.write(2, LAST, b"another's")
+        await asyncio.sleep(0.01)
+        assert sent[2].endswith(b"another's")
+        assert b"fourth" in sent[2]
+        await asyncio.sleep(0.3)
+        assert len(sent) == 3
 
     asyncio.run(run())
 
