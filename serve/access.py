@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.tracing import Trace
 
+_ENCODER = json.JSONEncoder(ensure_ascii=True, default=str)
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 QUIET = {"/health", "/ready", "/metrics"}
 
@@ -88,7 +89,7 @@ def line(scope: Scope, record: Record, *, status: int, milliseconds: float, sent
         "bytes": sent,
         **record.fields,
     }
-    return json.dumps(content, ensure_ascii=True, default=str)
+    return _ENCODER.encode(content)
 
 
 def _to_stderr(text: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from serve.access import Record
 from serve.config import Limits
 from serve.engine import Engine
 from serve.errors import QueueFull, RateLimited
@@ -77,18 +78,23 @@ class Admission:
             tenant.buckets.settle(taken=cost, used=budget.used or (cost if budget.placed else 0))
 
     @asynccontextmanager
-    async def placed(self, budget: Budget, engine: Engine, adapter: str | None, *, route: str, cost: int) -> AsyncGenerator[Ticket]:
-        """A place at `engine` inside the block; counted under `adapter`. Raises RateLimited, QueueFull, NotReady."""
+    async def placed(
+        self, budget: Budget, engine: Engine, adapter: str | None, *, route: str, cost: int, record: Record
+    ) -> AsyncGenerator[Ticket]:
+        """A place at `engine` inside the block; counted under `adapter`, and told to `record`. Raises RateLimited, QueueFull, NotReady."""
+        record.tell(tenant=budget.tenant.name, base=engine.name, adapter=adapter)
         engine.supervisor.require_ready()  # those that wait for it to come back were asking it when it died: no others join them
         ticket, began = Ticket(engine, adapter, self._meters, budget), time.perf_counter()
         flow = await self._place(budget.tenant, engine, adapter, cost)
         budget.placed, ticket.waited = True, time.perf_counter() - began
         self._meters.queued.labels(engine.name, adapter or "").observe(ticket.waited)
+        record.tell(queued_ms=round(ticket.waited * 1000, 1))
         try:
             with self._meters.measured(engine.name, adapter, route, began=began) as outcome:
                 yield ticket
                 outcome.status = ticket.status
         finally:
+            record.tell(tokens=budget.used)
             self.queue_of(engine).leave(flow, spare=cost - ticket.used if ticket.used else 0)
 
     def _check(self, tenant: Tenant, cost: int) -> None:
@@ -103,10 +109,12 @@ class Admission:
             raise RateLimited(what, f"your {what} of this minute are used up: come back in {wait:.0f} s", wait)
 
     async def _place(self, tenant: Tenant, engine: Engine, adapter: str | None, cost: int) -> Flow:
-        name = tenant.name if self._shared else adapter or ""
+        name, waiting = tenant.name if self._shared else adapter or "", self.queue_of(engine)
+        if (flow := waiting.enter_now(name, weight=tenant.weight, cost=cost)) is not None:
+            return flow
         try:
             async with asyncio.timeout(self._limits.queue_seconds):
-                return await self.queue_of(engine).enter(name, weight=tenant.weight, cost=cost)
+                return await waiting.enter(name, weight=tenant.weight, cost=cost)
         except Full as full:
             if full.own and self._shared:
                 raise RateLimited("queue", "too many of your requests are waiting: let some finish", 2.0) from None

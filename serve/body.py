@@ -49,7 +49,7 @@ def parse(content: bytes) -> Any:
     """JSON with no key twice in one object, no NaN, no lone surrogate."""
     try:
         text = content.decode("utf-8")
-        parsed = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+        parsed = _DECODER.decode(text)
         if text.count("{") + text.count("[") > DEEPEST:
             _check_depth(parsed)
         if "\\u" in text:
@@ -84,6 +84,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise InputInvalid("json_invalid", f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_no_constant)
 
 
 def validated(schema: type[Schema], content: Any) -> Schema:

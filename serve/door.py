@@ -3,7 +3,6 @@ bodies are here at once, of all and of one tenant. Pure ASGI."""
 
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -60,8 +59,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        refusal = self._refusal(headers)
+        refusal = self._refusal(scope)
         if refusal is None:
             held = scope.setdefault("state", {})["held"] = Held(self)
             try:
@@ -72,11 +70,11 @@ class Door:
         response = JSONResponse(as_envelope(refusal), status_code=status_of(refusal), headers=headers_of(refusal))
         await response(scope, receive, send)
 
-    def _refusal(self, headers: Headers) -> InputInvalid | OriginRefused | None:
-        hosts = headers.getlist("host")
+    def _refusal(self, scope: Scope) -> InputInvalid | OriginRefused | None:
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         if len(hosts) != 1 or (self._checked and _name(hosts[0]) not in self._hosts):
             return InputInvalid("host_refused", "the Host header names another server: use localhost or one of allowed_hosts")
-        origin = headers.get("origin")
+        origin = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"), None)
         if origin is not None and not self._keyed and _place(origin) != hosts[0].lower():
             return OriginRefused("a web page of another origin may not use this server")
         return None

@@ -49,7 +49,8 @@ async def _embeddings(gateway: Gateway, request: Request, body: EmbeddingRequest
         budget = await stack.enter_async_context(seen.limited(cost))
         names, is_set = await _names(seen, request, body, len(inputs))
         choices = choose_each(seen, names, task="embedding", model=body.model, is_set=is_set)
-        taken = await stack.enter_async_context(seen.leases([choice.adapter for choice in choices.values() if choice.adapter]))
+        adapters = [choice.adapter for choice in choices.values() if choice.adapter]
+        taken = await stack.enter_async_context(seen.leases(adapters)) if adapters else {}
         ways = {
             name: way_of(choice.engine, taken.get(choice.adapter or ""), input_type=body.input_type, dimensions=body.dimensions)
             for name, choice in choices.items()

@@ -47,13 +47,19 @@ class FairQueue:
         self._flows: dict[str, Flow] = {}
         self._numbers: Iterator[int] = itertools.count()
 
+    def enter_now(self, name: str, *, weight: float = 1.0, cost: float = 1.0) -> Flow | None:
+        """A place that is free, where nobody waits for it; the flow is what `leave` wants."""
+        flow = self._flow(name, weight)
+        if self.waiting or not self._fits(flow):
+            return None
+        self._begin(flow, self._tag(flow, cost))
+        return flow
+
     async def enter(self, name: str, *, weight: float = 1.0, cost: float = 1.0) -> Flow:
-        """Wait for a place; the flow is what `leave` wants. Raises Full. Cancelling gives up the place in the queue."""
-        flow = self._flows.setdefault(name, Flow(name, weight, self._virtual))
-        flow.weight = weight
-        if not self.waiting and self._fits(flow):
-            self._begin(flow, self._tag(flow, cost))
-            return flow
+        """As `enter_now`, or wait for a place. Raises Full. Cancelling gives up the place in the queue."""
+        if (found := self.enter_now(name, weight=weight, cost=cost)) is not None:
+            return found
+        flow = self._flow(name, weight)
         if len(flow.waiting) >= self.flow_room or self.waiting >= self.room:
             raise Full(own=len(flow.waiting) >= self.flow_room)
         start = self._tag(flow, cost)
@@ -78,6 +84,13 @@ class FairQueue:
         flow.finish = max(self._virtual, flow.finish - max(0.0, spare) / flow.weight)
         self._admit()
         self._forget(flow)
+
+    def _flow(self, name: str, weight: float) -> Flow:
+        flow = self._flows.get(name)
+        if flow is None:
+            flow = self._flows[name] = Flow(name, weight, self._virtual)
+        flow.weight = weight
+        return flow
 
     def _give_up(self, entry: Waiting) -> None:
         """It was never served, so the flow does not owe for it: those behind it move up."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -13,6 +14,20 @@ from serve.lifecycle import Lifecycle
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 NO_ADAPTER = ""
+
+
+class _Known:
+    """A metric whose children are found by one look-up: the library checks and copies their labels each time. None is ever cleared."""
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+        self._children: dict[tuple[str, ...], Any] = {}
+
+    def labels(self, *values: str) -> Any:
+        found = self._children.get(values)
+        if found is None:
+            found = self._children[values] = self._metric.labels(*values)
+        return found
 
 
 @dataclass
@@ -29,32 +44,19 @@ class Meters:
         self._lifecycle = lifecycle
         self._registry = CollectorRegistry()
         target = ("base", "adapter")
-        self.requests = Counter(
-            "embedft_requests",
-            "Requests by how they ended; cancelled: whoever asked had gone",
-            (*target, "route", "status"),
-            registry=self._registry,
-        )
-        self.tokens = Counter("embedft_tokens", "Tokens by kind: prompt or completion", (*target, "kind"), registry=self._registry)
-        self.seconds = Histogram(
-            "embedft_request_seconds",
-            "Whole requests, the wait for an engine included",
-            (*target, "route"),
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.first = Histogram(
-            "embedft_first_token_seconds",
-            "From a request's coming to its first event",
-            target,
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.queued = Histogram(
-            "embedft_queue_seconds", "Until an engine had a place", target, buckets=(0.001, *_SECONDS), registry=self._registry
-        )
-        self.refused = Counter("embedft_refusals", "Requests answered with an error, by its code", ("code",), registry=self._registry)
-        self._running = Gauge("embedft_running_requests", "Requests being answered", target, registry=self._registry)
+
+        def known(kind: type[Counter | Gauge | Histogram], name: str, said: str, labels: tuple[str, ...], **more: Any) -> _Known:
+            return _Known(kind(f"embedft_{name}", said, labels, registry=self._registry, **more))
+
+        how = "Requests by how they ended; cancelled: whoever asked had gone"
+        self.requests = known(Counter, "requests", how, (*target, "route", "status"))
+        self.tokens = known(Counter, "tokens", "Tokens by kind: prompt or completion", (*target, "kind"))
+        took = "Whole requests, the wait for an engine included"
+        self.seconds = known(Histogram, "request_seconds", took, (*target, "route"), buckets=_SECONDS)
+        self.first = known(Histogram, "first_token_seconds", "From a request's coming to its first event", target, buckets=_SECONDS)
+        self.queued = known(Histogram, "queue_seconds", "Until an engine had a place", target, buckets=(0.001, *_SECONDS))
+        self.refused = known(Counter, "refusals", "Requests answered with an error, by its code", ("code",))
+        self._running = known(Gauge, "running_requests", "Requests being answered", target)
         self._resident = Gauge(
             "embedft_adapter_resident", "1: serving, 0: draining", ("base", "adapter", "generation"), registry=self._registry
         )

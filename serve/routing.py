@@ -24,7 +24,7 @@ class Choice:
 
 def asked(request: Request, *, given: Named, is_set: bool) -> tuple[str | None, bool]:
     """(adapter, whether one was named at all) out of the body's `adapter` and the query string's. 400 where they differ."""
-    in_query = request.query_params.getlist("adapter")
+    in_query = request.query_params.getlist("adapter") if request.scope["query_string"] else []
     if len(set(in_query)) > 1:
         raise InputInvalid("adapter_conflict", "?adapter= is there more than once", "adapter")
     if in_query and in_query[0] == "":

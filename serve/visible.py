@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence, Set
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from fastapi import Request
 
@@ -28,10 +28,13 @@ class Visible:
         self._lifecycle = gateway.lifecycle
         self._key, self._mixed = key, set[str]()
         self._picked: dict[str, str] = {}
+        self._engines: dict[str, Engine] | None = None
 
     @property
     def engines(self) -> dict[str, Engine]:
-        return {name: engine for name, engine in self._lifecycle.engines.items() if self.tenant.may_ask(name)}
+        if self._engines is None:
+            self._engines = {name: engine for name, engine in self._lifecycle.engines.items() if self.tenant.may_ask(name)}
+        return self._engines
 
     @property
     def live(self) -> dict[str, Resident]:
@@ -132,22 +135,13 @@ class Visible:
         finally:
             slots.together.release()
 
-    @asynccontextmanager
-    async def limited(self, cost: int) -> AsyncGenerator[Budget]:
+    def limited(self, cost: int) -> AbstractAsyncContextManager[Budget]:
         """One request inside the block, within its tenant's limits. RateLimited."""
-        async with self.gateway.admission.limited(self.tenant, cost) as budget:
-            yield budget
+        return self.gateway.admission.limited(self.tenant, cost)
 
-    @asynccontextmanager
-    async def placed(self, budget: Budget, engine: Engine, adapter: str | None, *, route: str, cost: int) -> AsyncGenerator[Ticket]:
+    def placed(self, budget: Budget, engine: Engine, adapter: str | None, *, route: str, cost: int) -> AbstractAsyncContextManager[Ticket]:
         """A place at `engine` inside the block. RateLimited, QueueFull."""
-        self.record.tell(tenant=self.tenant.name, base=engine.name, adapter=adapter)
-        async with self.gateway.admission.placed(budget, engine, adapter, route=route, cost=cost) as ticket:
-            self.record.tell(queued_ms=round(ticket.waited * 1000, 1))
-            try:
-                yield ticket
-            finally:
-                self.record.tell(tokens=budget.used)
+        return self.gateway.admission.placed(budget, engine, adapter, route=route, cost=cost, record=self.record)
 
     @asynccontextmanager
     async def admitted(self, engine: Engine, adapter: str | None, *, route: str, cost: int) -> AsyncGenerator[Ticket]:

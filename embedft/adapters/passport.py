@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,4 +121,18 @@ def lineage(
 
     `generation` None is the base. Callers get it through embedft.vectors, which knows whose vectors a query-only adapter's documents are.
     """
-    return hash_json([base_fingerprint, generation, side, dict(prompts), pooling, max_length, list(dimensions), normalize])
+    return _lineage(base_fingerprint, generation, side, tuple(prompts.items()), pooling, max_length, tuple(dimensions), normalize)
+
+
+@lru_cache(maxsize=4096)
+def _lineage(
+    base: str,
+    generation: str | None,
+    side: Side,
+    prompts: tuple[tuple[str, str], ...],
+    pooling: str,
+    max_length: int,
+    dimensions: tuple[int, ...],
+    normalize: bool,
+) -> str:
+    return hash_json([base, generation, side, dict(prompts), pooling, max_length, list(dimensions), normalize])

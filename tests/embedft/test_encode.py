@@ -108,6 +108,18 @@ def test_a_text_that_is_too_long_is_refused_only_when_asked(minilm: Path) -> Non
     assert preparer.prepare(["word " * 14], truncate=False).truncated == 0, "14 words and two special tokens fit exactly"
 
 
+def test_a_text_alone_has_the_ids_that_it_has_among_others(minilm: Path) -> None:
+    preparer = TextPreparer(minilm, EncodeSettings("mean", True, 16, {"query": "find: "}))
+    texts = ["short", "word " * 40, "naïve Straße 東京", "  two  spaces\n"]
+    together = preparer.prepare(texts, "query")
+    alone = [preparer.prepare([text], "query") for text in texts]
+    assert [one.ids[0] for one in alone] == together.ids
+    assert [one.truncated for one in alone] == [0, 1, 0, 0]
+    for half in (["\ud800"], ["\ud800", "whole"]):
+        with pytest.raises(InputInvalid, match="half a character"):
+            preparer.prepare(half)
+
+
 def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
     folder = tiny_encoder(tmp_path / "bare", pooling="mean")
     content = json.loads((folder / "tokenizer.json").read_text())

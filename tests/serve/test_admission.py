@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from serve.access import Record
 from serve.admission import Admission, Budget
 from serve.config import Limits
 from serve.errors import QueueFull, RateLimited
@@ -23,8 +24,8 @@ def engine(places: int) -> Any:
     return SimpleNamespace(name="words", config=SimpleNamespace(places=places), supervisor=SimpleNamespace(require_ready=lambda: None))
 
 
-def placed(door: Admission, tenant: Tenant, asked: Any, *, adapter: str | None = None, cost: int = 1) -> Any:
-    return door.placed(Budget(tenant), asked, adapter, route="chat", cost=cost)
+def placed(door: Admission, tenant: Tenant, asked: Any, *, adapter: str | None = None, cost: int = 1, budget: Budget | None = None) -> Any:
+    return door.placed(budget or Budget(tenant), asked, adapter, route="chat", cost=cost, record=Record("one"))
 
 
 def test_of_all_tenants_together_only_so_many_requests_are_under_way() -> None:
@@ -46,12 +47,15 @@ def test_a_request_whose_use_nobody_learnt_is_paid_for_as_it_was_guessed() -> No
         door, tenant = admission(shared=True), Tenant("anna", buckets=Buckets(None, 100))
         async with door.limited(tenant, 60):
             pass  # which no engine saw
-        async with door.limited(tenant, 60) as budget, door.placed(budget, engine(1), None, route="chat", cost=60):
+        async with door.limited(tenant, 60) as budget, placed(door, tenant, engine(1), cost=60, budget=budget):
             pass
         with pytest.raises(RateLimited, match="tokens"):
             await door.limited(tenant, 60).__aenter__()
         other = Tenant("bert", buckets=Buckets(None, 100))
-        async with door.limited(other, 60) as budget, door.placed(budget, engine(1), None, route="chat", cost=60) as ticket:
+        async with (
+            door.limited(other, 60) as budget,
+            placed(door, other, engine(1), cost=60, budget=budget) as ticket,
+        ):
             ticket.count({"prompt_tokens": 5, "completion_tokens": 5})
         async with door.limited(other, 60):
             pass
