@@ -12,8 +12,8 @@ from embedft.adapters.transfer import check_contents, check_weights
 from embedft.errors import AdapterInvalid, InputInvalid
 from serve.engine import Engine
 from serve.errors import ModelNotFound
+from serve.foreign import take
 from serve.prover import Prover
-from serve.proving import take
 from serve.remote import Sources, fetched
 from serve.sources import NO_PASSPORT, contained
 

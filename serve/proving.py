@@ -7,30 +7,20 @@ passport, or prints what is wrong as {"code", "message"} on its last line and en
 
 import json
 import os
-import re
-import shutil
 import signal
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from embedft.adapters.passport import CONFIG, WEIGHTS, BaseIdentity, Passport, read_passport
-from embedft.adapters.store import AdapterStore, check_folder
-from embedft.adapters.transfer import check_weights
-from embedft.errors import AdapterInvalid, BaseError, EmbedftError, UsageError
+from embedft.adapters.store import AdapterStore
+from embedft.errors import AdapterInvalid, EmbedftError, UsageError
 from embedft.lean import without_unused
-from embedft.sentence_folder import FILES as OF_VECTORS
+from serve.foreign import as_published, fit_names, leave_out_copies, strip, take
 from serve.guard import PR_SET_PDEATHSIG, prctl
-
-if TYPE_CHECKING:
-    from embedft.encode import EncodeSettings
-    from embedft.model_folder import BaseInfo
-
-_OF_PEFT = "base_model.model."
-_EMBEDDING = re.compile(r"\.(embed_tokens|word_embeddings|wte|embed_in|embed_out|lm_head)(\.base_layer)?\.weight$")
 
 
 def main(parent: int) -> int:
@@ -56,7 +46,7 @@ def run(job: dict[str, Any]) -> None:
     folder, base, task = Path(job["folder"]), Path(job["base"]), job["task"]
     info = describe(base)
     like = read_passport(Path(job["members"][0][0])) if job["kind"] == "mix" else None
-    said = _said(folder, info, job["name"]) if job["kind"] == "import" and task == "embedding" else None
+    said = as_published(folder, info, job["name"]) if job["kind"] == "import" and task == "embedding" else None
     if job["kind"] == "mix":
         mix([(Path(member), float(weight)) for member, weight in job["members"]], folder, name=job["name"])
     else:
@@ -124,123 +114,6 @@ def import_unproven(store: AdapterStore, source: Path, *, name: str, base: str, 
         model = folder.name if Path(base).is_dir() else base
         run({"kind": "import", "folder": str(stage), "base": str(folder), "task": task, "name": name, "model": model})
         return store.put(stage, name, renew=False)
-
-
-def take(source: Path, stage: Path, name: str, *, links: bool = False) -> None:
-    """Of an adapter folder into `stage`, after a look at them: PEFT's two files and what sentence-transformers says of its vectors.
-
-    What a trainer leaves beside them (checkpoints, its own pickled arguments) is passed over unread. `links`: where they lead is read,
-    as it is for whoever imports what the hub's cache holds; a server reads nothing outside of its store.
-    """
-    for file in (CONFIG, WEIGHTS, *OF_VECTORS):
-        path, target = source / file, stage / file
-        if path.parent != source and path.parent.is_symlink() and not links:
-            raise AdapterInvalid(name, f"{path.parent.name} is a link or no plain file")
-        if path.exists() or path.is_symlink():
-            target.parent.mkdir(exist_ok=True)
-            shutil.copy2(path, target, follow_symlinks=links)
-    check_folder(stage, name)
-    if not (source / WEIGHTS).is_file() and (source / "adapter_model.bin").is_file():
-        raise AdapterInvalid(
-            name, "adapter_model.bin is a pickle; only safetensors is read: load it with PEFT where you trust it, and save it"
-        )
-    check_weights(stage if (stage / CONFIG).is_file() and (stage / WEIGHTS).is_file() else source, name)
-
-
-def strip(stage: Path) -> None:
-    """Keep PEFT's two files and nothing else."""
-    for path in stage.iterdir():
-        if path.name not in (CONFIG, WEIGHTS):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _said(folder: Path, info: "BaseInfo", name: str) -> "EncodeSettings | None":
-    """How sentence-transformers' files beside an adapter make its vectors; None where there are none. Their length stays the base's:
-    they are compared by their cosine."""
-    from embedft.encode import EncodeSettings
-    from embedft.sentence_folder import longest, published
-
-    decoder = info.kind == "decoder"
-    if not (folder / "modules.json").is_file():
-        return None
-    try:
-        own = published(folder, decoder=decoder)
-        length = min(longest(folder, decoder=decoder) or info.max_length, info.positions)
-    except BaseError as error:
-        raise AdapterInvalid(name, str(error).partition("published: ")[2] or str(error)) from None
-    return EncodeSettings(own.pooling, info.normalize, length, own.prompts)
-
-
-def leave_out_copies(folder: Path, base: Path, name: str) -> None:
-    """PEFT writes the embeddings of the base beside an adapter of theirs, or where a tokenizer grew: what the base has too is left out.
-
-    AdapterInvalid where they are others than its own.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    tensors = load_file(str(folder / WEIGHTS))
-    kept = dict(tensors)
-    for key in [key for key in tensors if _EMBEDDING.search(key)]:
-        module = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
-        if any(module.rpartition(".")[2] == saved.rpartition(".")[2] for saved in config.get("modules_to_save") or ()):
-            continue
-        copied, own = tensors[key], _weight(base, module)
-        if own is not None and own.shape != copied.shape:
-            raise AdapterInvalid(
-                name,
-                f"it was trained on a base of {copied.shape[0]} tokens, and this one has {own.shape[0]}: save the base after "
-                "model.resize_token_embeddings, with the tokenizer that it was trained with, and name that folder",
-            )
-        if own is None or not torch.allclose(own.float(), copied.float(), rtol=1e-2, atol=1e-3):
-            raise AdapterInvalid(name, f"it brings a {module} of its own, other than the base's: name the base that it was trained on")
-        del kept[key]
-    if len(kept) < len(tensors):
-        save_file(kept, str(folder / WEIGHTS), metadata={"format": "pt"})
-
-
-def fit_names(folder: Path, base: Path, task: Any) -> None:
-    """Name its layers as the base does that is loaded for `task`: the same layers have one part more in their names under a head (a
-    language model's, say). Where they are others too, all stay as they are."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    tensors = load_file(str(folder / WEIGHTS))
-    with torch.device("meta"):
-        empty: Any = (AutoModelForCausalLM if task == "causal_lm" else AutoModel).from_config(AutoConfig.from_pretrained(base))
-    there, head = {name for name, _ in empty.named_modules()}, f"{empty.base_model_prefix}."
-    found = {key: key.removeprefix(_OF_PEFT).partition(".lora_")[0] for key in tensors}
-    meant = {name: next((each for each in (name, name.removeprefix(head), head + name) if each in there), "") for name in found.values()}
-    if not all(meant.values()) or all(name == other for name, other in meant.items()):
-        return
-    save_file(
-        {key.replace(name, meant[name], 1): tensors[key] for key, name in found.items()}, str(folder / WEIGHTS), metadata={"format": "pt"}
-    )
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    for option in ("rank_pattern", "alpha_pattern"):
-        config[option] = {name.removeprefix(head): value for name, value in (config.get(option) or {}).items()}
-    for option in ("target_modules", "exclude_modules"):
-        if isinstance(given := config.get(option), list):
-            config[option] = [str(name).removeprefix(head) for name in cast("list[Any]", given)]
-    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def _weight(base: Path, module: str) -> Any:
-    """The base's weights of an embedding, or of an output layer that shares them; None where its files have neither."""
-    from safetensors import safe_open
-
-    from embedft.model_folder import weight_files
-
-    found: dict[str, Any] = {}
-    for path in weight_files(base):
-        with safe_open(str(path), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                if _EMBEDDING.search(f".{key}"):
-                    found[key] = file.get_tensor(key)
-    same = (key for key in found if f"{module}.weight".endswith(key) or key.endswith(f"{module}.weight"))
-    return found.get(next(same, ""), next(iter(found.values()), None) if len(found) == 1 else None)
 
 
 def _config(folder: Path, name: str) -> tuple[int, float, str]:

@@ -18,8 +18,9 @@ from embedft.adapters.store import AdapterStore
 from embedft.base import load_model
 from embedft.errors import AdapterInvalid, EngineBusy
 from embedft.methods import load_adapter
+from serve.foreign import take
 from serve.prover import MAX_WAITING, Prover
-from serve.proving import import_unproven, mix, run, take
+from serve.proving import import_unproven, mix, run
 from tests.fixtures_embedding import text, tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import featured_adapter, plain_peft
