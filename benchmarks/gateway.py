@@ -2,7 +2,8 @@
 
     python benchmarks/gateway.py --engine peft
 
-Embeddings of 1 and of 64 texts and a streamed chat of 16 tokens: latency of one client (p50), then throughput of 8.
+Embeddings of 1 and of 64 texts and a streamed chat of 16 tokens: latency of one client (p50), then throughput of 8 (median of turns).
+The sides take turns, short ones, and each is first as often as the other: what else the machine does meets both.
 """
 
 import argparse
@@ -32,8 +33,9 @@ Side = Callable[[], httpx.Client]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=("peft", "vllm", "fake"), default="peft")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--rounds", type=int, default=600, help="requests of one client, of each side")
+    parser.add_argument("--turns", type=int, default=16, help="of eight clients, of each side")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a turn")
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from tests.serve.world import launch
@@ -46,7 +48,7 @@ def main() -> int:
         server = launch({"bases": bases, "limits": {"queue": 64}}, folder=Path(home), store=AdapterStore(Path(home) / "adapters").root)
         try:
             server.wait_ready(300)
-            found = measure(server.url, server.process.pid, rounds=arguments.rounds, seconds=arguments.seconds)
+            found = measure(server.url, server.process.pid, rounds=arguments.rounds, turns=arguments.turns, seconds=arguments.seconds)
         finally:
             server.stop()
     report = {"engine": arguments.engine, "machine": machine(), "workloads": found}
@@ -55,7 +57,7 @@ def main() -> int:
     return 0
 
 
-def measure(url: str, process: int, *, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(url: str, process: int, *, rounds: int, turns: int, seconds: float) -> dict[str, Any]:
     """Per workload: p50 of either side and the difference in ms, requests a second of either and their ratio."""
     sides: dict[str, dict[str, Side]] = {
         task: {"direct": direct(process, task), "gateway": lambda: httpx.Client(base_url=url, timeout=120)}
@@ -66,7 +68,7 @@ def measure(url: str, process: int, *, rounds: int, seconds: float) -> dict[str,
         "embeddings of 64 texts": ("embedding", lambda client, side: _embed(client, side, 64)),
         "streamed chat": ("causal_lm", _chat),
     }
-    return {name: _compare(sides[task], run, rounds=rounds, seconds=seconds) for name, (task, run) in workloads.items()}
+    return {name: _compare(sides[task], run, rounds=rounds, turns=turns, seconds=seconds) for name, (task, run) in workloads.items()}
 
 
 def direct(process: int, task: str) -> Side:
@@ -82,21 +84,23 @@ def direct(process: int, task: str) -> Side:
     raise LookupError(f"no engine process for {task}")
 
 
-def _compare(sides: dict[str, Side], run: Callable[[httpx.Client, str], None], *, rounds: int, seconds: float) -> dict[str, float]:
+def _compare(
+    sides: dict[str, Side], run: Callable[[httpx.Client, str], None], *, rounds: int, turns: int, seconds: float
+) -> dict[str, float]:
     times: dict[str, list[float]] = {side: [] for side in sides}
     clients = {side: make() for side, make in sides.items()}
     for turn in range(rounds + 3):
-        for side, client in clients.items():
+        for side in _order(sides, turn):
             began = time.perf_counter()
-            run(client, side)
+            run(clients[side], side)
             if turn >= 3:
                 times[side].append((time.perf_counter() - began) * 1000)
     rates: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(2):
-        for side, make in sides.items():
-            rates[side].append(_rate(make, side, run, seconds=seconds))
+    for turn in range(turns):
+        for side in _order(sides, turn):
+            rates[side].append(_rate(sides[side], side, run, seconds=seconds))
     p50 = {side: statistics.median(values) for side, values in times.items()}
-    rate = {side: statistics.fmean(values) for side, values in rates.items()}
+    rate = {side: statistics.median(values) for side, values in rates.items()}
     return {
         "direct_p50_ms": round(p50["direct"], 2),
         "gateway_p50_ms": round(p50["gateway"], 2),
@@ -105,6 +109,10 @@ def _compare(sides: dict[str, Side], run: Callable[[httpx.Client, str], None], *
         "gateway_per_s": round(rate["gateway"], 2),
         "throughput_ratio": round(rate["gateway"] / rate["direct"], 3),
     }
+
+
+def _order(sides: dict[str, Side], turn: int) -> list[str]:
+    return list(sides) if turn % 2 else list(reversed(sides))
 
 
 def _rate(make: Side, side: str, run: Callable[[httpx.Client, str], None], *, seconds: float) -> float:

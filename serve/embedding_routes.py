@@ -125,8 +125,8 @@ def _answer(
     packed = body.encoding_format == "base64"
     data: list[dict[str, Any]] = [{}] * len(names)
     for name, indexes in groups.items():
-        for index, row in zip(indexes, made[name].rows, strict=True):
-            shown = base64.b64encode(row.astype("<f4").tobytes()).decode() if packed else row.tolist()
+        for index, row in zip(indexes, made[name].rows.astype("<f4", order="C", copy=False), strict=True):
+            shown = base64.b64encode(row).decode() if packed else row.tolist()
             data[index] = {"object": "embedding", "index": index, "embedding": shown}
             if listed:
                 data[index] |= {"adapter": ways[name].label, "lineage": ways[name].lineage}
