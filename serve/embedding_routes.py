@@ -45,8 +45,7 @@ async def _embeddings(gateway: Gateway, request: Request, body: EmbeddingRequest
     check_size(inputs, gateway.config.limits)
     seen, cost = visible(gateway, request), guessed(sum(map(len, inputs)))
     listed = isinstance(body.adapter, list)
-    async with AsyncExitStack() as stack:
-        budget = await stack.enter_async_context(seen.limited(cost))
+    async with seen.limited(cost) as budget, AsyncExitStack() as stack:
         names, is_set = await _names(seen, request, body, len(inputs))
         choices = choose_each(seen, names, task="embedding", model=body.model, is_set=is_set)
         adapters = [choice.adapter for choice in choices.values() if choice.adapter]

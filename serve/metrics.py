@@ -2,9 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -30,13 +27,6 @@ class _Known:
         return found
 
 
-@dataclass
-class Outcome:
-    """How one request ended; empty until it has."""
-
-    status: str = ""
-
-
 class Meters:
     """One server's counters. Gauges are read from the lifecycle when asked for, so that idle adapters stay visible."""
 
@@ -56,7 +46,7 @@ class Meters:
         self.first = known(Histogram, "first_token_seconds", "From a request's coming to its first event", target, buckets=_SECONDS)
         self.queued = known(Histogram, "queue_seconds", "Until an engine had a place", target, buckets=(0.001, *_SECONDS))
         self.refused = known(Counter, "refusals", "Requests answered with an error, by its code", ("code",))
-        self._running = known(Gauge, "running_requests", "Requests being answered", target)
+        self.running = known(Gauge, "running_requests", "Requests being answered", target)
         self._resident = Gauge(
             "embedft_adapter_resident", "1: serving, 0: draining", ("base", "adapter", "generation"), registry=self._registry
         )
@@ -70,21 +60,9 @@ class Meters:
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         self._lora = Gauge("vllm:lora_requests_info", "Adapters in use, as vLLM tells it to routers", labels, registry=self._registry)
 
-    @contextmanager
-    def measured(self, base: str, adapter: str | None, route: str, *, began: float) -> Generator[Outcome]:
-        """Count one request, its time since `began`, and how it ended: by what it raised, or by the outcome's status."""
-        target, outcome = (base, adapter or NO_ADAPTER), Outcome()
-        self._running.labels(*target).inc()
-        try:
-            yield outcome
-            outcome.status = outcome.status or "ok"
-        except (asyncio.CancelledError, ClientGone):
-            outcome.status = "cancelled"
-            raise
-        finally:
-            self._running.labels(*target).dec()
-            self.requests.labels(*target, route, outcome.status or "error").inc()
-            self.seconds.labels(*target, route).observe(time.perf_counter() - began)
+    def measured(self, base: str, adapter: str | None, route: str, *, began: float) -> "Measured":
+        """A block that is one request: its time since `began` is counted, and how it ended."""
+        return Measured(self, base, adapter or NO_ADAPTER, route, began)
 
     def count_tokens(self, base: str, adapter: str | None, usage: object) -> None:
         """Add an answer's `usage`."""
@@ -117,3 +95,22 @@ class Meters:
             self._retries.labels(engine.name).set(engine.retries)
             names = ",".join(sorted(name for name, resident in list(self._lifecycle.live.items()) if resident.engine is engine))
             self._lora.labels(str(engine.config.max_loras), names, "").set(time.time())
+
+
+class Measured:
+    """One request, which ended by what it raised, or else as `status` says."""
+
+    def __init__(self, meters: Meters, base: str, adapter: str, route: str, began: float) -> None:
+        self.status = "ok"
+        self._meters, self._target, self._route, self._began = meters, (base, adapter), route, began
+
+    def __enter__(self) -> "Measured":
+        self._meters.running.labels(*self._target).inc()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.status = "cancelled" if issubclass(kind, asyncio.CancelledError | ClientGone) else "error"
+        self._meters.running.labels(*self._target).dec()
+        self._meters.requests.labels(*self._target, self._route, self.status).inc()
+        self._meters.seconds.labels(*self._target, self._route).observe(time.perf_counter() - self._began)
