@@ -148,7 +148,8 @@ class Placed:
         ticket = self._ticket
         self._measured.status = ticket.status or "ok"
         self._measured.__exit__(kind, *how)
-        self._record.tell(tokens=ticket.budget.used)
+        ended = self._measured.status
+        self._record.tell(tokens=ticket.budget.used, ended=None if ended == "ok" else ended)  # a stream has said 200 by then
         spare = self._cost - ticket.used if ticket.used else 0
         self._admission.queue_of(ticket.engine).leave(self._flow, spare=spare)
 

@@ -27,6 +27,8 @@ async def read_body(request: Request, schema: type[Schema], *, limit: int) -> Sc
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise MediaTypeUnsupported(f"content-type is {content_type[:60] or 'absent'}: send application/json")
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise MediaTypeUnsupported(f"content-encoding is {coding[:60]}: send the body as it is")
     content, held = bytearray(), request.state.held
     try:
         async with asyncio.timeout(held.seconds):

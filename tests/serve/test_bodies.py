@@ -1,5 +1,7 @@
 """What a body may be: parsed once, closed, capped; who may send it."""
 
+import gzip
+
 import httpx
 import pytest
 
@@ -84,6 +86,14 @@ def test_what_one_request_may_ask_for_is_capped(shared: Server, body: dict[str, 
 
 def test_too_large_a_body_is_a_413(shared: Server) -> None:
     refused(shared.client.post("/v1/embeddings", content=b" " * (17 << 20), headers=JSON), 413, "body_too_large")
+
+
+def test_a_packed_body_is_a_415(shared: Server) -> None:
+    content, kind = b'{"model": "texts", "input": "x"}', {"content-type": "application/json"}
+    answer = shared.client.post("/v1/embeddings", content=gzip.compress(content), headers={**kind, "content-encoding": "gzip"})
+    refused(answer, 415, "media_type_unsupported")
+    assert "gzip" in answer.json()["error"]["message"]
+    assert shared.client.post("/v1/embeddings", content=content, headers={**kind, "content-encoding": "Identity"}).status_code == 200
 
 
 def test_another_content_type_is_a_415(shared: Server) -> None:

@@ -153,6 +153,9 @@ def test_a_client_that_hangs_up_cancels_its_stream_in_the_engine(shared: Server)
         next(response.iter_raw())
     wait_for(lambda: len(shared.events("cancelled")) == before + 1)
     wait_for(lambda: shared.client.get("/v1/adapters/s").json()["leases"] == 0)
+    wait_for(lambda: response.headers["x-request-id"] in shared.log.read_text())
+    line = shared.logged(response.headers["x-request-id"])
+    assert (line["status"], line["ended"]) == (200, "cancelled"), "the log told it from one that was answered to its end"
 
 
 def test_a_client_that_hangs_up_frees_its_lease_without_a_stream(shared: Server) -> None:

@@ -193,6 +193,8 @@ def test_an_engine_killed_in_mid_stream_ends_the_stream_with_an_error(changing: 
     assert "[DONE]" not in rest
     server.wait_ready()
     assert 'embedft_requests_total{adapter="s",base="words",route="completions",status="error"} 1.0' in server.client.get("/metrics").text
+    line = server.logged(response.headers["x-request-id"])
+    assert (line["status"], line["ended"]) == (200, "error")
 
 
 def test_an_engine_that_cannot_start_ends_the_server_with_its_log(world: World) -> None:

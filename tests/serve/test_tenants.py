@@ -240,8 +240,8 @@ def test_a_line_a_request_is_logged_without_its_text(keyed: Server) -> None:
     answer = keyed.post("/v1/completions", body, headers={**header("bert"), "x-request-id": identity})
     assert answer.headers["x-request-id"] == identity
     time.sleep(0.1)
-    lines = [json.loads(line) for line in keyed.log.read_text().splitlines() if line.startswith("{")]
-    (line,) = [line for line in lines if line["id"] == identity]
+    line = keyed.logged(identity)
+    assert "ended" not in line
     assert (line["tenant"], line["base"], line["adapter"], line["status"], line["path"]) == ("bert", "words", "t", 200, "/v1/completions")
     assert line["tokens"] == 5
     assert "secret" not in keyed.log.read_text()

@@ -92,6 +92,12 @@ class Server:
         rows = [json.loads(line) for line in self.events_file.read_text().splitlines()] if self.events_file.exists() else []
         return [row for row in rows if kind in (None, row["event"])]
 
+    def logged(self, identity: str) -> dict[str, Any]:
+        """The one line of the access log that a request has."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        (found,) = [line for line in lines if line["id"] == identity]
+        return found
+
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         return self.client.post(path, json=body, **options)
 
