@@ -51,7 +51,8 @@ def main() -> int:
             found = measure(server.url, server.process.pid, rounds=arguments.rounds, turns=arguments.turns, seconds=arguments.seconds)
         finally:
             server.stop()
-    report = {"engine": arguments.engine, "machine": machine(), "workloads": found}
+    asked = {"rounds": arguments.rounds, "turns": arguments.turns, "seconds": arguments.seconds}
+    report = {"engine": arguments.engine, "machine": machine(), **asked, "workloads": found}
     (RESULTS / f"gateway-{arguments.engine}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
     return 0
