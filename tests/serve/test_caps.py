@@ -5,7 +5,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,7 @@ from tests.fixtures_embedding import tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.test_abuse import keys
 from tests.serve.test_choice import refused
-from tests.serve.world import Server, World, wait_for
-
-Start = Callable[..., Server]
+from tests.serve.world import Server, Start, World, wait_for
 
 MANY = 5000
 

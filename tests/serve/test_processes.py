@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,9 +19,7 @@ from serve.errors import NotReady
 from serve.guard import __file__ as guard_file
 from serve.supervisor import Command, Supervisor
 from tests.serve.test_choice import refused
-from tests.serve.world import Server, World, launch, put_adapter, wait_for
-
-Start = Callable[..., Server]
+from tests.serve.world import Server, Start, World, launch, put_adapter, wait_for
 
 
 def gone(processes: list[psutil.Process]) -> bool:

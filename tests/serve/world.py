@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,9 @@ class World:
         if wait:
             server.wait_ready()
         return server
+
+
+Start = Callable[..., Server]  # the fixture's
 
 
 def launch(config: dict[str, Any], *, folder: Path, store: Path, env: dict[str, str] | None = None) -> Server:

@@ -21,6 +21,7 @@ RATES |= {"llama_adapter": 0.1, "full": 2e-3, "adalora": 0.05, "lora_plus": 1e-3
 
 
 WHOLE = os.environ.get("EMBEDFT_MATRIX") == "whole"  # `make test-matrix`: every cell, some minutes; else one of each kind
+QUANTIZED = {"qlora": "nf4", "llm_int8": "int8", "loftq": "nf4"}  # what a method is for
 
 
 def same(one: Any, other: Any, bound: float) -> bool:
