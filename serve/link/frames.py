@@ -32,8 +32,8 @@ class Framed(asyncio.Protocol):
         self._outgoing: list[bytes] = []
         self._outgoing_bytes = 0
         self._sent = 0.0  # when, by the loop's clock
-        self._sending: asyncio.Handle | None = None
-        self._now = False  # it will be done in this turn of the loop
+        self._now = False  # it will be written in this turn of the loop
+        self._later: asyncio.TimerHandle | None = None
         self._drained = asyncio.Event()
         self._drained.set()
 
@@ -49,11 +49,10 @@ class Framed(asyncio.Protocol):
         if self._outgoing_bytes > TOGETHER:
             self._flush()
         elif wait > 0:
-            self._sending = self._sending or self._loop.call_later(wait, self._flush)
+            self._later = self._later or self._loop.call_later(wait, self._flush)
         elif not self._now:
-            if self._sending is not None:
-                self._sending.cancel()
-            self._sending, self._now = self._loop.call_soon(self._flush), True
+            self._now = True
+            self._loop.call_soon(self._flush)
 
     async def drained(self) -> None:
         """Wait while the other end takes less than is written."""
@@ -103,9 +102,10 @@ class Framed(asyncio.Protocol):
         self._drained.set()
 
     def _flush(self) -> None:
-        if self._sending is not None:
-            self._sending.cancel()
-            self._sending, self._now = None, False
+        self._now = False
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
         if self._outgoing and self.open:
             assert self._transport is not None
             self._transport.write(b"".join(self._outgoing))

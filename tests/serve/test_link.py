@@ -235,27 +235,35 @@ def test_pieces_of_a_stream_that_come_faster_than_the_pace_leave_together(
 
 
 def test_what_may_wait_leaves_after_the_pace_or_with_what_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames, "PACE", 0.2)
+    pace = 0.4
+    monkeypatch.setattr(frames, "PACE", pace)
 
     async def run() -> None:
         sent: list[bytes] = []
+        times: list[float] = []
+
+        def write(data: bytes) -> None:
+            sent.append(data)
+            times.append(asyncio.get_running_loop().time())
+
         end = Framed(lambda *_: None, lambda: None)
-        end.connection_made(cast("Any", SimpleNamespace(write=sent.append, is_closing=lambda: False)))
+        end.connection_made(cast("Any", SimpleNamespace(write=write, is_closing=lambda: False)))
         end.write(1, 0, b"first", may_wait=True)
-        await asyncio.sleep(0.01)
-        for piece in (b"second", b"third"):
+        await until(lambda: len(sent) == 1)
+        for piece in (b"second", b"third", b"fourth"):
             end.write(1, 0, piece, may_wait=True)
-        await asyncio.sleep(0.05)
-        assert [len(one) for one in sent] == [HEAD.size + 5]
-        await asyncio.sleep(0.3)
-        assert [one.count(b"ir") for one in sent] == [1, 1]
-        end.write(1, 0, b"fourth", may_wait=True)
+        await until(lambda: len(sent) == 2)
+        assert [b"third" in one for one in sent] == [False, True]
+        assert times[1] - times[0] > 0.9 * pace
+        end.write(1, 0, b"fifth", may_wait=True)
+        await asyncio.sleep(pace / 2)
         end.write(2, LAST, b"another's")
-        await asyncio.sleep(0.01)
+        await until(lambda: len(sent) == 3)
+        assert b"fifth" in sent[2]
         assert sent[2].endswith(b"another's")
-        assert b"fourth" in sent[2]
-        await asyncio.sleep(0.3)
-        assert len(sent) == 3
+        end.write(1, 0, b"sixth", may_wait=True)
+        await until(lambda: len(sent) == 4)
+        assert times[3] - times[2] > 0.9 * pace  # its own, not what was left of the fifth's
 
     asyncio.run(run())
 
