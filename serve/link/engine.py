@@ -16,6 +16,7 @@ from serve.link.frames import BROKEN, CALL, CANCEL, FIRST, HELLO, LAST, PACE, PA
 
 log = logging.getLogger("uvicorn.error")
 PATIENCE = 4096  # bytes within which a hello must have ended
+FIRST_PIECES = 2  # of a stream, that wait for nothing: a chat's first names the role alone, and with the second begins the answer
 
 
 Content = bytes | AsyncGenerator[bytes]
@@ -117,7 +118,7 @@ class _Call:
         self._body: bytes | None = body
         self._straight: Answer | None = calls.straight.get(self._path.decode("ascii"))
         self._task: asyncio.Task[None] | None = None
-        self._loop, self._wrote = asyncio.get_running_loop(), float("-inf")
+        self._loop, self._wrote, self._first = asyncio.get_running_loop(), 0.0, FIRST_PIECES
         self._over, self._going = asyncio.Event(), asyncio.Event()  # answered, or nobody waits for it; not told to pause
         self._going.set()
 
@@ -199,7 +200,8 @@ class _Call:
         if self._over.is_set():
             return
         now = self._loop.time()
-        self._calls.end.write(self._number, LAST if last else 0, content, may_wait=not last and now - self._wrote < PACE)
-        self._wrote = now
+        may_wait = not last and not self._first and now - self._wrote < PACE
+        self._calls.end.write(self._number, LAST if last else 0, content, may_wait=may_wait)
+        self._wrote, self._first = now, max(0, self._first - 1)
         if last:
             self._over.set()
