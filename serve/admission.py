@@ -2,14 +2,16 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from serve.access import Record
 from serve.config import Limits
 from serve.engine import Engine
 from serve.errors import QueueFull, RateLimited
 from serve.fairness import FairQueue, Flow, Full
-from serve.metrics import Meters
+from serve.metrics import Meters, Outcome
 from serve.tenants import Tenant
 
 CHARACTERS_A_TOKEN = 4  # only to guess a request's size before any tokenizer has seen it
@@ -26,13 +28,13 @@ class Budget:
 
 @dataclass
 class Ticket:
-    """A place at an engine. `status` is how it ended where it was not well; `waited` in seconds."""
+    """A place at an engine. `waited` in seconds."""
 
     engine: Engine
     adapter: str | None
     meters: Meters
     budget: Budget
-    status: str = ""
+    outcome: Outcome = field(default_factory=Outcome)
     used: int = 0
     waited: float = 0.0
 
@@ -49,7 +51,7 @@ class Admission:
     """One queue an engine. `shared` False (no keys): each adapter is a flow of its own, and one may hold every place."""
 
     def __init__(self, limits: Limits, meters: Meters, *, shared: bool) -> None:
-        self._limits, self.meters, self._shared = limits, meters, shared
+        self._limits, self._meters, self._shared = limits, meters, shared
         self._queues: dict[str, FairQueue] = {}
         self._running = 0
 
@@ -61,26 +63,39 @@ class Admission:
             self._queues[engine.name] = FairQueue(places=places, most=most, room=limits.queue, flow_room=limits.tenant_queue)
         return self._queues[engine.name]
 
-    def limited(self, tenant: Tenant, cost: int) -> "Limited":
+    @asynccontextmanager
+    async def limited(self, tenant: Tenant, cost: int) -> AsyncGenerator[Budget]:
         """One request of `tenant` inside the block. `cost` is the most tokens it may use, guessed. Raises RateLimited."""
-        return Limited(self, tenant, cost)
-
-    def placed(self, budget: Budget, engine: Engine, adapter: str | None, *, route: str, cost: int, record: Record) -> "Placed":
-        """A place at `engine` inside the block; counted under `adapter`, and told to `record`. Raises RateLimited, QueueFull, NotReady."""
-        return Placed(self, Ticket(engine, adapter, self.meters, budget), route=route, cost=cost, record=record)
-
-    def begin(self, tenant: Tenant, cost: int) -> Budget:
-        """RateLimited, QueueFull."""
         self._check(tenant, cost)
         tenant.running += 1
         self._running += 1
-        return Budget(tenant)
+        budget = Budget(tenant)
+        try:
+            yield budget
+        finally:
+            tenant.running -= 1
+            self._running -= 1
+            tenant.buckets.settle(taken=cost, used=budget.used or (cost if budget.placed else 0))
 
-    def end(self, budget: Budget, cost: int) -> None:
-        """What `begin` gave is used up."""
-        budget.tenant.running -= 1
-        self._running -= 1
-        budget.tenant.buckets.settle(taken=cost, used=budget.used or (cost if budget.placed else 0))
+    @asynccontextmanager
+    async def placed(
+        self, budget: Budget, engine: Engine, adapter: str | None, *, route: str, cost: int, record: Record
+    ) -> AsyncGenerator[Ticket]:
+        """A place at `engine` inside the block; counted under `adapter`, and told to `record`. Raises RateLimited, QueueFull, NotReady."""
+        record.tell(tenant=budget.tenant.name, base=engine.name, adapter=adapter)
+        engine.supervisor.require_ready()  # those that wait for it to come back were asking it when it died: no others join them
+        ticket, began = Ticket(engine, adapter, self._meters, budget), time.perf_counter()
+        flow = await self._place(budget.tenant, engine, adapter, cost)
+        budget.placed, ticket.waited = True, time.perf_counter() - began
+        self._meters.queued.labels(engine.name, adapter or "").observe(ticket.waited)
+        record.tell(queued_ms=round(ticket.waited * 1000, 1))
+        try:
+            with self._meters.measured(engine.name, adapter, route, ticket.outcome, began=began):
+                yield ticket
+        finally:
+            ended = None if ticket.outcome.status == "ok" else ticket.outcome.status
+            record.tell(tokens=budget.used, ended=ended)  # a stream has said 200 by then
+            self.queue_of(engine).leave(flow, spare=cost - ticket.used if ticket.used else 0)
 
     def _check(self, tenant: Tenant, cost: int) -> None:
         if self._running >= self._limits.requests:
@@ -93,7 +108,7 @@ class Admission:
             what, wait = short
             raise RateLimited(what, f"your {what} of this minute are used up: come back in {wait:.0f} s", wait)
 
-    async def place(self, tenant: Tenant, engine: Engine, adapter: str | None, cost: int) -> Flow:
+    async def _place(self, tenant: Tenant, engine: Engine, adapter: str | None, cost: int) -> Flow:
         name, waiting = tenant.name if self._shared else adapter or "", self.queue_of(engine)
         if (flow := waiting.enter_now(name, weight=tenant.weight, cost=cost)) is not None:
             return flow
@@ -106,52 +121,6 @@ class Admission:
             raise QueueFull(f"base {engine.name!r} has too many requests waiting: come back shortly") from None
         except TimeoutError:
             raise QueueFull(f"base {engine.name!r} had no place within {self._limits.queue_seconds:.0f} s") from None
-
-
-# The blocks below are classes: of each asynchronous generator asyncio keeps account, which took longer than what they do.
-
-
-class Limited:
-    """One request."""
-
-    def __init__(self, admission: Admission, tenant: Tenant, cost: int) -> None:
-        self._admission, self._tenant, self._cost = admission, tenant, cost
-
-    async def __aenter__(self) -> Budget:
-        self._budget = self._admission.begin(self._tenant, self._cost)
-        return self._budget
-
-    async def __aexit__(self, *_: object) -> None:
-        self._admission.end(self._budget, self._cost)
-
-
-class Placed:
-    """One place at an engine."""
-
-    def __init__(self, admission: Admission, ticket: Ticket, *, route: str, cost: int, record: Record) -> None:
-        self._admission, self._ticket, self._route, self._cost, self._record = admission, ticket, route, cost, record
-
-    async def __aenter__(self) -> Ticket:
-        ticket, budget = self._ticket, self._ticket.budget
-        self._record.tell(tenant=budget.tenant.name, base=ticket.engine.name, adapter=ticket.adapter)
-        ticket.engine.supervisor.require_ready()  # those that wait for it to come back were asking it when it died: no others join them
-        began = time.perf_counter()
-        self._flow = await self._admission.place(budget.tenant, ticket.engine, ticket.adapter, self._cost)
-        budget.placed, ticket.waited = True, time.perf_counter() - began
-        ticket.meters.queued.labels(ticket.engine.name, ticket.adapter or "").observe(ticket.waited)
-        self._record.tell(queued_ms=round(ticket.waited * 1000, 1))
-        self._measured = ticket.meters.measured(ticket.engine.name, ticket.adapter, self._route, began=began)
-        self._measured.__enter__()
-        return ticket
-
-    async def __aexit__(self, kind: type[BaseException] | None, *how: object) -> None:
-        ticket = self._ticket
-        self._measured.status = ticket.status or "ok"
-        self._measured.__exit__(kind, *how)
-        ended = self._measured.status
-        self._record.tell(tokens=ticket.budget.used, ended=None if ended == "ok" else ended)  # a stream has said 200 by then
-        spare = self._cost - ticket.used if ticket.used else 0
-        self._admission.queue_of(ticket.engine).leave(self._flow, spare=spare)
 
 
 def guessed(characters: int, answer: int = 0) -> int:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from embedft.errors import InputInvalid
 from serve.errors import BodySlow, BodyTooLarge, MediaTypeUnsupported
@@ -32,18 +33,15 @@ async def read_body(request: Request, schema: type[Schema], *, limit: int) -> Sc
     content, held = bytearray(), request.state.held
     try:
         async with asyncio.timeout(held.seconds):
-            more = True
-            while more:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                chunk, more = message.get("body", b""), message.get("more_body", False)
+            async for chunk in request.stream():
                 held.take(len(chunk), request.state.tenant)
                 content += chunk
                 if len(content) > limit:
                     raise BodyTooLarge(f"the body is larger than {limit} bytes")
     except TimeoutError:
         raise BodySlow(f"the body had not come whole after {held.seconds:.0f} s") from None
+    except ClientDisconnect:
+        raise ClientGone from None
     if request.state.record.texts:
         request.state.record.tell(body=bytes(content[:LOGGED]).decode("utf-8", "replace"))
     return validated(schema, parse(bytes(content)))

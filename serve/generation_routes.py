@@ -113,9 +113,9 @@ class Call:
                     yield shown
                 if DONE in together:
                     return
-            self.ticket.status = "error"
+            self.ticket.outcome.status = "error"
         except EmbedftError as error:
-            self.ticket.status = "error"
+            self.ticket.outcome.status = "error"
             yield b"data: " + to_json(as_envelope(error)) + b"\n\n"
 
     def _shown(self, payload: bytes, *, usage_wanted: bool) -> bytes:

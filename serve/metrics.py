@@ -2,6 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -27,6 +30,13 @@ class _Known:
         return found
 
 
+@dataclass
+class Outcome:
+    """How one request ended: by what it raised, or else as it says."""
+
+    status: str = "ok"
+
+
 class Meters:
     """One server's counters. Gauges are read from the lifecycle when asked for, so that idle adapters stay visible."""
 
@@ -46,7 +56,7 @@ class Meters:
         self.first = known(Histogram, "first_token_seconds", "From a request's coming to its first event", target, buckets=_SECONDS)
         self.queued = known(Histogram, "queue_seconds", "Until an engine had a place", target, buckets=(0.001, *_SECONDS))
         self.refused = known(Counter, "refusals", "Requests answered with an error, by its code", ("code",))
-        self.running = known(Gauge, "running_requests", "Requests being answered", target)
+        self._running = known(Gauge, "running_requests", "Requests being answered", target)
         self._resident = Gauge(
             "embedft_adapter_resident", "1: serving, 0: draining", ("base", "adapter", "generation"), registry=self._registry
         )
@@ -60,9 +70,20 @@ class Meters:
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         self._lora = Gauge("vllm:lora_requests_info", "Adapters in use, as vLLM tells it to routers", labels, registry=self._registry)
 
-    def measured(self, base: str, adapter: str | None, route: str, *, began: float) -> "Measured":
-        """A block that is one request: its time since `began` is counted, and how it ended."""
-        return Measured(self, base, adapter or NO_ADAPTER, route, began)
+    @contextmanager
+    def measured(self, base: str, adapter: str | None, route: str, outcome: Outcome, *, began: float) -> Generator[None]:
+        """Count one request, its time since `began`, and how it ended, which `outcome` says also where it raised."""
+        target = (base, adapter or NO_ADAPTER)
+        self._running.labels(*target).inc()
+        try:
+            yield
+        except BaseException as error:
+            outcome.status = "cancelled" if isinstance(error, asyncio.CancelledError | ClientGone) else "error"
+            raise
+        finally:
+            self._running.labels(*target).dec()
+            self.requests.labels(*target, route, outcome.status).inc()
+            self.seconds.labels(*target, route).observe(time.perf_counter() - began)
 
     def count_tokens(self, base: str, adapter: str | None, usage: object) -> None:
         """Add an answer's `usage`."""
@@ -95,22 +116,3 @@ class Meters:
             self._retries.labels(engine.name).set(engine.retries)
             names = ",".join(sorted(name for name, resident in list(self._lifecycle.live.items()) if resident.engine is engine))
             self._lora.labels(str(engine.config.max_loras), names, "").set(time.time())
-
-
-class Measured:
-    """One request, which ended by what it raised, or else as `status` says."""
-
-    def __init__(self, meters: Meters, base: str, adapter: str, route: str, began: float) -> None:
-        self.status = "ok"
-        self._meters, self._target, self._route, self._began = meters, (base, adapter), route, began
-
-    def __enter__(self) -> "Measured":
-        self._meters.running.labels(*self._target).inc()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.status = "cancelled" if issubclass(kind, asyncio.CancelledError | ClientGone) else "error"
-        self._meters.running.labels(*self._target).dec()
-        self._meters.requests.labels(*self._target, self._route, self.status).inc()
-        self._meters.seconds.labels(*self._target, self._route).observe(time.perf_counter() - self._began)

@@ -88,11 +88,8 @@ class EngineClient:
 
     async def _answer(self, path: str, body: Mapping[str, Any], timeout: float | None) -> bytes:
         try:
-            if timeout is None:
-                status, content = await self._link.answer(path, to_json(body))
-            else:
-                async with asyncio.timeout(timeout):
-                    status, content = await self._link.answer(path, to_json(body))
+            async with asyncio.timeout(timeout), self._link.call(path, to_json(body)) as reply:
+                status, content = reply.status, await reply.read()
         except TimeoutError:
             raise EngineFailed(f"the engine of base {self.name!r} did not answer in time") from None
         except OSError:

@@ -3,7 +3,8 @@
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 
 from serve.link.frames import BROKEN, CALL, CANCEL, FIRST, HELLO, LAST, PAUSE, RESUME, STATUS, Framed
 
@@ -22,34 +23,26 @@ class Link:
         self._replies: dict[int, Reply] = {}
         self._numbers = itertools.count(1)
 
-    def call(self, path: str, body: bytes, *, method: str = "POST") -> "Calling":
+    @asynccontextmanager
+    async def call(self, path: str, body: bytes, *, method: str = "POST") -> AsyncGenerator["Reply"]:
         """The answer, from its first bytes on. Leaving the block earlier than it ends cancels the work behind it."""
-        return Calling(self, b"%s %s\n%s" % (method.encode(), path.encode(), body))
-
-    async def answer(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """Its status and all of it."""
-        async with self.call(path, body) as reply:
-            return reply.status, await reply.read()
-
-    def close(self) -> None:
-        if self._end is not None:
-            self._end.close()
-
-    async def begin(self, content: bytes) -> "Reply":
-        """A call that is under way. Whoever began it says when it is `over`."""
         end = self._end if self._end is not None and self._end.open else await self._opened()
         if not end.open:  # lost between its opening and now: nobody would end this call
             raise ConnectionError(_HUNG_UP)
         number = next(self._numbers) & 0xFFFFFFFF
         reply = self._replies[number] = Reply(end, number)
-        end.write(number, CALL, content)
-        return reply
+        end.write(number, CALL, b"%s %s\n%s" % (method.encode(), path.encode(), body))
+        try:
+            await reply.begun()
+            yield reply
+        finally:
+            del self._replies[number]
+            if not reply.ended:
+                end.write(number, CANCEL)
 
-    def over(self, reply: "Reply") -> None:
-        """Nobody waits for it any more."""
-        del self._replies[reply.number]
-        if not reply.ended:
-            reply.end.write(reply.number, CANCEL)
+    def close(self) -> None:
+        if self._end is not None:
+            self._end.close()
 
     async def _opened(self) -> Framed:
         async with self._opening:
@@ -73,27 +66,6 @@ class Link:
                 reply.take(LAST | BROKEN, b"")
 
 
-class Calling:
-    """A block in which one call is answered. A class: of an asynchronous generator asyncio keeps account, for each call."""
-
-    def __init__(self, link: Link, content: bytes) -> None:
-        self._link, self._content = link, content
-        self._reply: Reply | None = None
-
-    async def __aenter__(self) -> "Reply":
-        self._reply = await self._link.begin(self._content)
-        try:
-            await self._reply.begun()
-        except BaseException:
-            self._link.over(self._reply)
-            raise
-        return self._reply
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._reply is not None:
-            self._link.over(self._reply)
-
-
 class Reply:
     """An answer as it comes: `status`, then its bytes."""
 
@@ -101,7 +73,7 @@ class Reply:
         self.end = end
         self.status = 0
         self.ended = False
-        self.number = number
+        self._number = number
         self._parts: deque[bytes] = deque()
         self._held = 0
         self._paused = self._broken = False
@@ -119,7 +91,7 @@ class Reply:
         self.ended, self._broken = bool(kind & LAST), bool(kind & BROKEN)
         if self._held > HELD and not self._paused and not self.ended:
             self._paused = True
-            self.end.write(self.number, PAUSE)
+            self.end.write(self._number, PAUSE)
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
@@ -138,11 +110,7 @@ class Reply:
 
     async def read(self) -> bytes:
         """All of it."""
-        found = [self._taken()]
-        while not self.ended or self._broken:
-            await self._more()
-            found.append(self._taken())
-        return b"".join(found)
+        return b"".join([part async for part in self.parts()])
 
     def _taken(self) -> bytes:
         content = b"".join(self._parts)
@@ -150,7 +118,7 @@ class Reply:
         self._held = 0
         if self._paused:
             self._paused = False
-            self.end.write(self.number, RESUME)
+            self.end.write(self._number, RESUME)
         return content
 
     async def _more(self) -> None:
