@@ -80,10 +80,7 @@ class TextPreparer:
         """`input_type` None adds no prompt. Raises InputInvalid: input_too_long (only with truncate=False), input_empty."""
         prompt = self.settings.prompts.get(input_type, "") if input_type else ""
         try:
-            if len(texts) == 1:  # the same ids, without waking the threads of a batch
-                encodings = [self._tokenizer.encode(prompt + texts[0])]
-            else:
-                encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
+            encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
         except TypeError:
             raise InputInvalid("input_invalid", "an input holds half a character (a lone surrogate)", "input") from None
         ids = [encoding.ids for encoding in encodings]
