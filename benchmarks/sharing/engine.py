@@ -48,11 +48,12 @@ class PeftEngine:
             time.sleep(max(0.0, request.arrival - (time.perf_counter() - start)))
             begun = request.arrival or time.perf_counter() - start
             model = "base" if request.adapter is None else self.names[request.adapter]
+            first = None
             if self.task == "embedding":
                 self._post("/v1/embeddings", model=model, input=[request.ids])
             else:
-                self._post("/v1/completions", model=model, prompt=request.ids, max_tokens=tokens, temperature=0, ignore_eos=True)
-            return begun, None, time.perf_counter() - start
+                first = self._stream(model=model, prompt=request.ids, max_tokens=tokens, temperature=0, ignore_eos=True) - start
+            return begun, first, time.perf_counter() - start
 
         with ThreadPoolExecutor(flight) as pool:
             return list(pool.map(ask, requests))
@@ -61,3 +62,16 @@ class PeftEngine:
         answer = self.client.post(path, json=body)
         if answer.status_code != 200:
             raise RuntimeError(f"{path}: {answer.text}")
+
+    def _stream(self, **body: Any) -> float:
+        """When the first token came, by the clock."""
+        with self.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+            if answer.status_code != 200:
+                raise RuntimeError(f"/v1/completions: {answer.read().decode()}")
+            parts = answer.iter_bytes()
+            next(parts)
+            first = time.perf_counter()
+            whole = b"".join(parts)
+        if b"[DONE]" not in whole:
+            raise RuntimeError("/v1/completions: a stream broke off")
+        return first

@@ -162,16 +162,19 @@ class Peft:
             if not batch:
                 time.sleep(waiting[0].arrival - now)
                 continue
-            begun = [request.arrival or now for request in batch]
-            self._serve(batch, tokens)
-            times += [(b, None, time.perf_counter() - start) for b in begun]
+            firsts = self._serve(batch, tokens)
+            ended = time.perf_counter() - start
+            for request, first in zip(batch, firsts, strict=True):
+                times.append((request.arrival or now, None if first is None else first - start, ended))
         return times
 
-    def _serve(self, batch: Sequence[Request], tokens: int) -> None:
+    def _serve(self, batch: Sequence[Request], tokens: int) -> list[float | None]:
+        """When the first token of each was there, by the clock."""
         if self.mode == "copies":
+            firsts = dict[int, float | None]()
             for adapter in sorted({request.adapter or 0 for request in batch}):
-                self._forward(self.merged[adapter], [r.ids for r in batch if r.adapter == adapter], tokens)
-            return
+                firsts[adapter] = self._forward(self.merged[adapter], [r.ids for r in batch if (r.adapter or 0) == adapter], tokens)
+            return [firsts[request.adapter or 0] for request in batch]
         adapter = batch[0].adapter or 0
         if self.mode == "reload" and adapter != self.current:
             from transformers import AutoModel, AutoModelForCausalLM
@@ -183,9 +186,9 @@ class Peft:
             self.model.set_adapter(f"a{adapter}")
         self.current = adapter
         mixed = {"adapter_names": [f"a{request.adapter}" for request in batch]} if self.mode == "mixed" else {}
-        self._forward(self.model, [request.ids for request in batch], tokens, **mixed)
+        return [self._forward(self.model, [request.ids for request in batch], tokens, **mixed)] * len(batch)
 
-    def _forward(self, model: Any, ids: list[list[int]], tokens: int, **more: Any) -> None:
+    def _forward(self, model: Any, ids: list[list[int]], tokens: int, **more: Any) -> float | None:
         import torch
 
         longest = max(map(len, ids))
@@ -196,13 +199,33 @@ class Peft:
                 hidden = model(input_ids=padded, attention_mask=mask, **more).last_hidden_state
                 vectors = torch.nn.functional.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
                 vectors.cpu()  # as whoever asked needs them; on a GPU nothing is computed before
-            else:
-                model.generate(
-                    input_ids=padded,
-                    attention_mask=mask,
-                    max_new_tokens=tokens,
-                    min_new_tokens=tokens,
-                    do_sample=False,
-                    pad_token_id=0,
-                    **more,
-                )
+                return None
+            times = Times()
+            model.generate(
+                input_ids=padded,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+                streamer=times,
+                **more,
+            )
+            return times.tokens[0]
+
+
+class Times:
+    """A streamer of transformers' that notes when each token was there."""
+
+    def __init__(self) -> None:
+        self._told = 0
+        self.tokens: list[float] = []
+
+    def put(self, value: Any) -> None:
+        del value
+        if self._told:  # the first is the prompt
+            self.tokens.append(time.perf_counter())
+        self._told += 1
+
+    def end(self) -> None:
+        pass

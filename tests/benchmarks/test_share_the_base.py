@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from benchmarks.sharing import report
+from benchmarks.sharing.engine import PeftEngine
 from benchmarks.sharing.sides import Measurement, Side, turns
-from benchmarks.sharing.ways import Vllm
-from benchmarks.sharing.workload import Request, arrivals, choose
+from benchmarks.sharing.ways import Peft, Vllm
+from benchmarks.sharing.workload import Request, adapters, arrivals, choose
+from tests.fixtures_lm import tiny_llama
 
 
 def row(way: str, rates: list[float], **more: Any) -> dict[str, Any]:
@@ -120,6 +122,25 @@ def test_a_turn_is_as_many_requests_as_take_a_second_and_not_fewer_than_are_in_f
     assert [turn(rate) for rate in ("4", "200", "4000")] == [32, 200, 500]
     assert [turn(rate, slow=True) for rate in ("4", "20")] == [8, 20]
     assert turn("4", requests=[Request(0, [1], arrival=0.1)] * 500) == 500
+
+
+@pytest.mark.parametrize("mode", ["switch", "mixed", "copies", "engine"])
+def test_a_way_that_generates_tells_when_its_first_token_was_there(tmp_path: Path, mode: str) -> None:
+    base = tiny_llama(tmp_path / "base")
+    way = PeftEngine(mode, base, "causal_lm") if mode == "engine" else Peft(mode, base, "causal_lm")
+    try:
+        way.register(adapters(tmp_path, base, "causal_lm", 2))
+        requests = [Request(k % 2, [5, 6, 7 + k]) for k in range(4)]
+        for tokens in (1, 24):
+            for start, first, end in way.run(requests, flight=2, tokens=tokens):
+                assert first is not None
+                assert 0 <= start < first <= end
+                if tokens > 1:
+                    assert first - start < 0.7 * (end - start)
+    finally:
+        if isinstance(way, PeftEngine):
+            way.process.terminate()
+            way.process.wait(30)
 
 
 def test_a_side_that_is_not_what_it_is_called_is_refused() -> None:
