@@ -20,7 +20,7 @@ from embedft.errors import InputInvalid
 from serve.config import BaseConfig
 from serve.engines.fake import text
 from serve.generation_routes import check_tools, renamed, without_choices
-from serve.metrics import Meters
+from serve.metrics import Meters, Outcome
 from serve.schemas import ChatRequest
 from tests.serve.test_choice import expected
 from tests.serve.world import Server, World, put_adapter, wait_for
@@ -122,7 +122,7 @@ def test_the_first_token_is_waited_for_from_the_requests_coming(world: World, st
 
 def test_a_whole_request_begins_with_its_wait_for_an_engine() -> None:
     meters = Meters(cast("Any", SimpleNamespace(held=list)))
-    with meters.measured("words", "s", "chat", began=time.perf_counter() - 5):
+    with meters.measured("words", "s", "chat", Outcome(), began=time.perf_counter() - 5):
         pass
     assert 5 <= meters.seconds.labels("words", "s", "chat")._sum.get() < 6  # pyright: ignore[reportPrivateUsage]
 
@@ -130,9 +130,9 @@ def test_a_whole_request_begins_with_its_wait_for_an_engine() -> None:
 def test_a_request_that_ended_is_no_longer_running_and_one_that_failed_is_counted_so() -> None:
     loading = SimpleNamespace(loads={}, evictions={})
     meters = Meters(cast("Any", SimpleNamespace(draining=list, earlier=list, live={}, engines={}, loading=loading)))
-    with meters.measured("words", "s", "chat", began=0.0):
+    with meters.measured("words", "s", "chat", Outcome(), began=0.0):
         assert b'embedft_running_requests{adapter="s",base="words"} 1.0' in meters.render()
-    with pytest.raises(ValueError, match="planted"), meters.measured("words", "s", "chat", began=0.0):
+    with pytest.raises(ValueError, match="planted"), meters.measured("words", "s", "chat", Outcome(), began=0.0):
         raise ValueError("planted")
     told = meters.render()
     assert b'embedft_running_requests{adapter="s",base="words"} 0.0' in told
