@@ -117,7 +117,7 @@ def our_side(base: Any, rows: list[dict[str, str]], steps: int, folder: Path, *,
     given = [Row(str(n), (Message("user", row["prompt"]), Message("assistant", row["completion"]))) for n, row in enumerate(rows)]
     examples = tokenized(given, template_of(base.tokenizer), recipe)
     trainer = build_trainer(attach(base, recipe.adapter, task="causal_lm"), base, examples, recipe.train, folder=folder)
-    size = (lambda pack: (len(pack.ids), max(pack.segments) + 1)) if packing else (lambda example: (len(example.ids), 1))
+    size = (lambda pack: (len(pack.ids), len(pack.examples))) if packing else (lambda example: (len(example.ids), 1))
     trainer.data_collator = Seen(trainer.data_collator, size)
     return trainer, trainer.data_collator
 

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from embedft.causal_lm.attention import apart, install
 from embedft.causal_lm.template import IGNORED, Example
 from embedft.shapes import rounded
 
 SHAPES = 8  # lengths of a batch between one power of two and the next, in bf16
+ROWS = 32  # the same of a row that holds all examples of a batch
 
 
 class Collate:
@@ -40,11 +42,13 @@ def _after_the_first(example: Example) -> list[int]:
 
 @dataclass(frozen=True)
 class Pack:
-    """Examples end to end in one row. `ids` and `labels` as an Example's; `segments[i]` numbers the example that token i is of."""
+    """Examples that count as one row of a batch."""
 
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    segments: tuple[int, ...]
+    examples: tuple[Example, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(token for example in self.examples for token in example.ids)
 
 
 def pack(examples: Sequence[Example], *, length: int) -> list[Pack]:
@@ -63,61 +67,71 @@ def pack(examples: Sequence[Example], *, length: int) -> list[Pack]:
         room[place] -= size
         while first_open < len(bins) and room[first_open] < MIN_ROOM:
             first_open += 1
-    return [_packed(members) for members in bins]
+    return [Pack(tuple(members)) for members in bins]
 
 
 MIN_ROOM = 4  # tokens; a bin with less left is not looked at again
-
-
-def _packed(members: Sequence[Example]) -> Pack:
-    labels = [label for example in members for label in _after_the_first(example)]
-    segments = [number for number, example in enumerate(members) for _ in example.ids]
-    return Pack(tuple(token for example in members for token in example.ids), tuple(labels), tuple(segments))
 
 
 def packing_fault(base: Any, *, length: int) -> str | None:
     """Why examples in one row of `length` tokens would see each other, or too much of themselves, in this model; None: they would not."""
     config = base.config.get_text_config()
     if base.config._attn_implementation != "sdpa":
-        return "its attention takes no mask that keeps examples apart"
+        return "its attention cannot keep examples apart"
     if getattr(base, "_is_stateful", False) or set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return "some of its layers carry a state on from one example to the next"
     window = getattr(config, "sliding_window", None)
-    return f"it attends to {window} tokens, and a row has up to {length}" if window and window < length else None
+    if window and window < length:
+        return f"it attends to {window} tokens, and a row has up to {length}"
+    return None if _keeps_apart(base) else "after another example its answers are not those that it gives alone"
+
+
+def _keeps_apart(base: Any) -> bool:
+    """Whether an example's logits are the same alone and behind another: a model may do with its mask what it likes."""
+    install()
+    first, second = (Example((1, *range(2, 2 + size)), (IGNORED,) * size + (1,)) for size in (4, 8))
+    logits: list[torch.Tensor] = []
+    for examples in ((first, second), (second,)):
+        batch = PackedCollate(0, torch.float32)([Pack(examples)])
+        kept = {name: value.to(base.device) for name, value in batch.items() if name in ("input_ids", "position_ids", "attention_mask")}
+        try:
+            with torch.no_grad():
+                logits.append(base(**kept, use_cache=False).logits[0, -len(second.ids) :].float())
+        except (RuntimeError, ValueError, TypeError):
+            return False
+    behind, alone = logits
+    return bool((behind - alone).norm() < 0.1 * (alone - alone.mean()).norm())
 
 
 class PackedCollate:
-    """Packs → {input_ids, position_ids: (batch, length), attention_mask: (batch, 1, length, length) bool, logits_to_keep: (kept,),
-    labels, shift_labels: (batch, kept)}.
+    """Packs → {input_ids, position_ids: (1, tokens), attention_mask: (1, 1, 1, examples) int32, logits_to_keep: (learnt,),
+    labels, shift_labels: (1, learnt)}: all their examples end to end in one row, the shortest first.
 
-    A token sees those before it in its own example and no other; positions begin anew with each example. Only the places before a
-    learnt token of some row need logits: `logits_to_keep` names them, and `labels` are what comes after. `dtype` as for Collate.
+    Positions begin anew with each example, and `attention.attend` keeps them apart by their lengths, which are in the place of a mask.
+    Only the places before a learnt token need logits: `logits_to_keep` names them, and `labels` are what comes after. In bf16 a few
+    tokens of no example end the row, and a few places more are named. `dtype` as for Collate.
     """
 
     def __init__(self, pad_id: int, dtype: torch.dtype) -> None:
         self._pad_id, self._dtype = pad_id, dtype
 
     def __call__(self, packs: Sequence[Pack]) -> dict[str, Any]:
-        length = rounded(max(len(pack.ids) for pack in packs), self._dtype, steps=SHAPES)
-        rest = [length - len(pack.ids) for pack in packs]
-        ids = torch.tensor([[*pack.ids, *[self._pad_id] * n] for pack, n in zip(packs, rest, strict=True)])
-        labels = torch.tensor([[*pack.labels, *[IGNORED] * n] for pack, n in zip(packs, rest, strict=True)])
-        segments = torch.tensor([[*pack.segments, *[-1] * n] for pack, n in zip(packs, rest, strict=True)])
-        places = torch.arange(length)
-        begins = torch.cat([torch.ones(len(packs), 1, dtype=torch.bool), segments[:, 1:] != segments[:, :-1]], dim=1)
-        positions = places - torch.where(begins, places, 0).cummax(1).values
-        seen = (segments[:, :, None] == segments[:, None, :]) & (places[:, None] >= places[None, :])
-        kept = learnt_places(packs)
-        more = rounded(len(kept), self._dtype, steps=SHAPES) - len(kept)
-        after = torch.cat([labels[:, [place + 1 for place in kept]], labels.new_full((len(packs), more), IGNORED)], dim=1)
-        logits = torch.tensor(kept + kept[:1] * more)
-        batch = {"input_ids": ids, "attention_mask": seen[:, None], "position_ids": positions, "logits_to_keep": logits}
-        return batch | {"labels": after, "shift_labels": after}
-
-
-def learnt_places(packs: Sequence[Pack]) -> list[int]:
-    """Where the next token is learnt in one of `packs` or more; [0] where none is."""
-    return sorted({place - 1 for pack in packs for place, label in enumerate(pack.labels) if label != IGNORED}) or [0]
+        examples = sorted((example for pack in packs for example in pack.examples), key=lambda example: len(example.ids))
+        ids = [token for example in examples for token in example.ids]
+        labels = [label for example in examples for label in _after_the_first(example)] + [IGNORED]
+        places = [place - 1 for place, label in enumerate(labels) if label != IGNORED] or [0]
+        rest = rounded(len(ids), self._dtype, steps=ROWS) - len(ids)
+        more = rounded(len(places), self._dtype, steps=SHAPES) - len(places)
+        positions = [place for example in examples for place in range(len(example.ids))]
+        after = torch.tensor([[labels[place + 1] for place in places] + [IGNORED] * more])
+        return {
+            "input_ids": torch.tensor([ids + [self._pad_id] * rest]),
+            "position_ids": torch.tensor([positions + [0] * rest]),
+            "attention_mask": apart([len(example.ids) for example in examples], len(ids) + rest),
+            "logits_to_keep": torch.tensor(places + places[:1] * more),
+            "labels": after,
+            "shift_labels": after,
+        }
 
 
 def learnt_tail(example: Example) -> int:

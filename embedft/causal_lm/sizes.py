@@ -1,9 +1,12 @@
 """The largest batch that a language-model recipe will meet, from its rows and tokenizer alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from embedft.base import BaseSpec, compute_dtype, config_folder, source_folder
-from embedft.causal_lm.batches import SHAPES, LengthGrouped, learnt_places, learnt_tail, pack
+from embedft.causal_lm.batches import SHAPES, LengthGrouped, Pack, PackedCollate, learnt_tail, pack
+from embedft.causal_lm.evaluate import pad_token
 from embedft.causal_lm.template import template_of
 from embedft.model_folder import lengths, read_json, tokenizer_of
 from embedft.plan import Batch
@@ -25,15 +28,24 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
         return Batch(settings.batch, (length,), length, settings.max_steps or 0, tokens)
     tokenizer = tokenizer_of(folder if any(folder.glob("tokenizer*")) else source_folder(spec))
     examples = tokenized(read_split(recipe).train, template_of(tokenizer, recipe.data.template), recipe)
-    tails = [learnt_tail(example) for example in examples]
     packs = pack(examples, length=settings.max_length) if settings.packing else []
     rows = packs or examples
     sizes = [len(row.ids) for row in rows]
     order = list(LengthGrouped(sizes, batch=settings.batch, seed=settings.seed))
     batches = [order[i : i + settings.batch] for i in range(0, len(order), settings.batch)]
+    steps = total_steps(settings, steps_an_epoch(len(rows), settings))
+    if packs:
+        most = max(batches, key=lambda batch: sum(sizes[i] for i in batch))
+        return _packed([packs[i] for i in most], steps, tokens=sum(sizes) / len(batches), pad=pad_token(tokenizer))
     largest = max(batches, key=lambda batch: len(batch) * max(sizes[i] for i in batch))
     length = rounded(max(sizes[i] for i in largest), compute_dtype(), steps=SHAPES)
-    learnt = len(learnt_places([packs[i] for i in largest])) if packs else 1 + max(tails[i] for i in largest)
-    kept = min(length, rounded(learnt, compute_dtype(), steps=SHAPES))
-    steps = total_steps(settings, steps_an_epoch(len(rows), settings))
+    kept = min(length, rounded(1 + max(learnt_tail(examples[i]) for i in largest), compute_dtype(), steps=SHAPES))
     return Batch(len(largest), (length,), kept, steps, sum(len(b) * max(sizes[i] for i in b) for b in batches) / len(batches))
+
+
+def _packed(packs: Sequence[Pack], steps: int, *, tokens: float, pad: int) -> Batch:
+    def batch() -> dict[str, Any]:
+        return PackedCollate(pad, compute_dtype())(packs)
+
+    made = batch()
+    return Batch(1, (made["input_ids"].shape[1],), len(made["logits_to_keep"]), steps, tokens, step=lambda call: call(**batch()).loss)

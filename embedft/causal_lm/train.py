@@ -160,7 +160,7 @@ def build_trainer(
     held_out: list[Any] = list(validation)
     collate: Any = Collate(pad_token(base.tokenizer), base.model.dtype)
     _check_together(model.embedft.method, base.model, settings)
-    install(base.model.dtype, base.model.device.type)
+    install()
     if settings.packing:
         rows, held_out = (pack(part, length=settings.max_length) for part in (rows, held_out))
         collate = PackedCollate(pad_token(base.tokenizer), base.model.dtype)

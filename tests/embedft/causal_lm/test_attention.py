@@ -54,14 +54,3 @@ def test_what_it_does_not_help_is_left_to_transformers(dtype: torch.dtype, lengt
     assert run(attend, None, dtype, length)[0].dtype == dtype
     with torch.no_grad():
         attend(Module(), *(torch.randn(1, heads, 8, 16).bfloat16() for heads in (4, 2, 2)), None)
-
-
-def test_it_is_installed_for_bf16_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
-
-    monkeypatch.setitem(FUNCTIONS._global_mapping, "sdpa", sdpa_attention_forward)
-    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cuda")):
-        attention.install(dtype, device)
-        assert FUNCTIONS["sdpa"] is sdpa_attention_forward
-    attention.install(torch.bfloat16, "cpu")
-    assert FUNCTIONS["sdpa"] is attend

@@ -1,6 +1,7 @@
 """Packing, gradient checkpointing, validation: what changes the cost of a run and must not change what is learnt."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,12 +9,15 @@ import torch
 
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, load_base
-from embedft.causal_lm.batches import Collate, PackedCollate, pack
+from embedft.causal_lm.attention import apart, attend, install
+from embedft.causal_lm.batches import Collate, Pack, PackedCollate, pack, packing_fault
 from embedft.causal_lm.template import IGNORED, Example, template_of
 from embedft.causal_lm.train import best_checkpoint, build_trainer, read_split, tokenized, train
 from embedft.errors import BaseError, MethodUnsupported, RecipeError
 from embedft.methods import METHODS, attach
 from embedft.recipe import AdapterSection
+from tests.embedft.methods.cells import WHOLE
+from tests.families import DECODERS, tiny_decoder
 from tests.fixtures_lm import planted_recipe, planted_rows, write_jsonl
 
 
@@ -22,6 +26,7 @@ def parts(tiny_base: Path, tmp_path: Path) -> Any:
     recipe = planted_recipe(tmp_path, tiny_base, test_rows=0, train={"max_steps": 4, "max_length": 96})
     base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
     examples = tokenized(read_split(recipe).train, template_of(base.tokenizer), recipe)
+    install()
     return recipe, base, examples
 
 
@@ -46,19 +51,17 @@ def test_in_a_pack_each_examples_loss_equals_its_loss_alone(parts: Any, inputs: 
     packs = pack(examples, length=96)
     assert len(packs) < len(examples) / 2
     batch = PackedCollate(base.tokenizer.pad_token_id, dtype)(packs)
-    packed = losses(base.model, batch)
+    packed = losses(base.model, batch)[0]
     alone = Collate(base.tokenizer.pad_token_id, dtype)
-    by_ids = {example.ids: float(losses(base.model, alone([example])).sum()) for example in examples}
-    found = 0
-    for row, made in enumerate(packs):
-        segments = torch.tensor(made.segments)
-        for number in range(int(segments.max()) + 1):
-            places = (segments == number).nonzero()[:, 0]
-            ids = tuple(made.ids[int(place)] for place in places)
-            own = packed[row][(places[1:] - 1).tolist()]  # the loss of token k stands at k − 1
-            assert float(own.sum()) == pytest.approx(by_ids[ids], rel=1e-4, abs=1e-4)
-            found += 1
-    assert found == len(examples)
+    start = 0
+    for length in batch["attention_mask"].flatten().tolist():
+        ids = tuple(batch["input_ids"][0, start : start + length].tolist())
+        example = next(example for example in examples if example.ids == ids)
+        own = packed[start : start + length - 1]  # the loss of a token stands before it
+        assert float(own.sum()) == pytest.approx(float(losses(base.model, alone([example])).sum()), rel=1e-4, abs=1e-4)
+        start += length
+    assert start == sum(len(example.ids) for example in examples)
+    assert float(packed[start - 1 :].sum()) == 0
 
 
 def test_in_a_padded_batch_no_token_is_learnt_from_the_padding_before_it(parts: Any) -> None:
@@ -76,7 +79,7 @@ def test_in_a_padded_batch_no_token_is_learnt_from_the_padding_before_it(parts: 
     ("changes", "fault"),
     [
         ({"sliding_window": 64}, "attends to 64 tokens"),
-        ({"_attn_implementation": "eager"}, "takes no mask"),
+        ({"_attn_implementation": "eager"}, "cannot keep examples apart"),
         ({"layer_types": ["conv"]}, "carry a state"),
     ],
 )
@@ -89,6 +92,39 @@ def test_a_base_that_would_see_past_an_example_is_not_packed(
         monkeypatch.setattr(base.model.config, key, value, raising=False)
     with pytest.raises(BaseError, match=rf"{fault}.* set train\.packing=false"):
         build_trainer(model, base, examples, recipe.train.model_copy(update={"packing": True}), folder=tmp_path)
+
+
+def test_a_base_that_does_as_it_likes_with_its_mask_is_not_packed(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, base, examples = parts
+    forward = base.model.forward
+    settings = recipe.train.model_copy(update={"packing": True})
+
+    def careless(attention_mask: Any, **named: Any) -> Any:
+        size = named["input_ids"].shape[1]
+        return forward(attention_mask=torch.ones(1, 1, size, size, dtype=torch.bool).tril(), **named)
+
+    monkeypatch.setattr(base.model, "forward", careless)
+    with pytest.raises(BaseError, match=r"not those that it gives alone: set train\.packing=false"):
+        build_trainer(attach(base, AdapterSection(r=4), task="causal_lm"), base, examples, settings, folder=tmp_path)
+
+
+UNPACKED = {"gptj", "bloom", "gpt_oss"}  # their attention is no sdpa in transformers
+KINDS = ["gemma3_text", "cohere", "gpt_neox", "gptj", "gpt_bigcode", "opt", "bloom", "mixtral", "lfm2"]
+
+
+@pytest.mark.parametrize("family", list(DECODERS) if WHOLE else KINDS)
+def test_a_familys_examples_lose_in_a_row_what_they_lose_alone(tmp_path: Path, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    install()
+    model = AutoModelForCausalLM.from_pretrained(tiny_decoder(tmp_path, family)).eval()
+    fault = packing_fault(model, length=8)
+    assert (fault is not None) == (family in UNPACKED), fault
+    if fault is None:
+        examples = [Example(ids, ids) for ids in (tuple(range(5, 5 + size)) for size in (3, 6, 8, 8))]
+        packed = losses(model, PackedCollate(0, torch.float32)([Pack(tuple(examples[:2])), Pack(tuple(examples[2:]))]))
+        alone = sum(float(losses(model, Collate(0, torch.float32)([example])).sum()) for example in examples)
+        assert float(packed.sum()) == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_batch_in_bf16_is_a_little_longer_and_no_loss_is_another(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,20 +145,45 @@ def test_a_packed_batch_has_logits_only_before_what_is_learnt_and_the_loss_of_al
     packs = pack(examples[:24], length=96)
     batch = PackedCollate(base.tokenizer.pad_token_id, torch.float32)(packs)
     kept = batch["logits_to_keep"]
-    assert len(kept) < 0.8 * batch["input_ids"].shape[1]
+    learnt = sum(label != IGNORED for example in examples[:24] for label in example.labels)
+    assert len(kept) == learnt < 0.5 * batch["input_ids"].shape[1]
     whole = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
-    labels = torch.tensor([[*made.labels, *[IGNORED] * (batch["input_ids"].shape[1] - len(made.labels))] for made in packs])
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    labels[0, kept + 1] = batch["labels"][0]
     with torch.no_grad():
         loss, every = base.model(**batch).loss, base.model(**whole, labels=labels).loss
     assert float(loss) == pytest.approx(float(every), rel=1e-5)
-    assert (batch["labels"] != IGNORED).sum() == (labels != IGNORED).sum()
 
 
-def test_a_mask_without_segments_would_let_examples_see_each_other(parts: Any) -> None:
+def test_without_their_lengths_examples_would_see_each_other(parts: Any) -> None:
     _, base, examples = parts
-    batch = PackedCollate(base.tokenizer.pad_token_id, base.model.dtype)(pack(examples[:24], length=96))
-    causal = torch.ones_like(batch["attention_mask"]).tril()
+    batch = PackedCollate(base.tokenizer.pad_token_id, torch.float32)(pack(examples[:24], length=96))
+    size = batch["input_ids"].shape[1]
+    causal = torch.ones(1, 1, size, size, dtype=torch.bool).tril()
     assert not torch.allclose(losses(base.model, batch), losses(base.model, batch | {"attention_mask": causal}), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_apart_is_what_a_mask_of_all_the_row_computes_with_its_gradients(dtype: torch.dtype) -> None:
+    """Grouped heads, lengths far from each other, and tokens of no example at the end."""
+    install()
+    lengths, row, module = [1, 3, 5, 17, 18, 40], 96, SimpleNamespace(num_key_value_groups=2, training=True)
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, row, 16).to(dtype) for heads in (4, 2, 2)]
+    owner = torch.tensor([number for number, length in enumerate(lengths) for _ in range(length)] + [-1] * (row - sum(lengths)))
+    seen = (owner[:, None] == owner[None]) & torch.ones(row, row, dtype=torch.bool).tril()
+    weight = torch.randn(1, row, 4, 16).to(dtype)
+    weight[:, sum(lengths) :] = 0
+    found: list[Any] = []
+    for mask in (apart(lengths, row), torch.tensor(lengths, dtype=torch.int32)[None, None, None], seen[None, None]):
+        parts = [x.clone().requires_grad_() for x in given]
+        made, _ = attend(module, *parts, mask)
+        (made * weight).sum().backward()
+        found.append([made[:, : sum(lengths)], *(x.grad for x in parts)])
+    for one, moved, other in zip(*found, strict=True):
+        assert torch.equal(one, moved), "as after a move to a GPU, which takes along the lengths alone"
+        assert torch.allclose(one.float(), other.float(), atol=1e-5 if dtype == torch.float32 else 3e-2)
+    assert all(torch.all(gradient[:, :, sum(lengths) :] == 0) for gradient in found[0][1:])
 
 
 def test_packing_loses_and_repeats_nothing_and_keeps_to_the_length(parts: Any) -> None:
