@@ -12,6 +12,7 @@ from embedft.causal_lm.data import Row, read_rows
 from embedft.causal_lm.scores import TEXT, best_f1, exact_match, text_scores
 from embedft.causal_lm.template import IGNORED, Example, Template, template_with_hash
 from embedft.errors import BaseError
+from embedft.methods.prompts import is_prompted
 from embedft.model_folder import stop_tokens, tokenizer_of
 from embedft.training.statistics import paired_bootstrap
 
@@ -140,8 +141,14 @@ def answer_bits(model: Any, template: Template, rows: Sequence[Row], *, batch: i
 
 def _room(model: Any, max_length: int, answer: int) -> int:
     """Tokens of a prompt that is followed by `answer` tokens: at most `max_length`, and prompt and answer within the base's positions."""
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length + answer
-    return max(1, min(max_length, positions - answer))
+    return max(1, min(max_length, (_positions(model) or max_length + answer) - answer))
+
+
+def _positions(model: Any) -> int | None:
+    """The base's positions, less those of an adapter's virtual tokens; None: any number."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    virtual = int(model.active_peft_config.num_virtual_tokens) if is_prompted(model) else 0
+    return positions - virtual if positions else None
 
 
 def _scored(template: Template, row: Row, model: Any, max_length: int) -> Example:
@@ -152,7 +159,7 @@ def _scored(template: Template, row: Row, model: Any, max_length: int) -> Exampl
 
 def _placed(answer: list[int], model: Any) -> list[int]:
     """What of an answer stands within the base's positions after one token of its prompt."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = _positions(model)
     return answer[: positions - 1] if positions else answer
 
 

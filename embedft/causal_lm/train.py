@@ -10,7 +10,7 @@ from embedft.causal_lm.data import Row, data_hash, read_rows
 from embedft.causal_lm.evaluate import Generation, check_embedded, compare, evaluate_generation, pad_token
 from embedft.causal_lm.template import Example, Template, template_of
 from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError
-from embedft.methods import attach, supported
+from embedft.methods import attach, supported, text_positions
 from embedft.methods.targets import fused_experts
 from embedft.recipe import CausalLMRecipe, CausalLMTrain
 from embedft.records import sample
@@ -117,13 +117,15 @@ def read_split(recipe: CausalLMRecipe) -> Split:
 
 
 def within(recipe: CausalLMRecipe, positions: int) -> CausalLMRecipe:
-    """The recipe with rows no longer than its base can place; where more was asked for, that is told of."""
-    asked = recipe.train.max_length
-    if asked <= positions:
+    """The recipe with rows no longer than its base can place; where more was asked for, that is told of. MethodUnsupported where
+    virtual tokens leave no room for any."""
+    asked, left = recipe.train.max_length, text_positions(recipe.adapter, positions)
+    if asked <= left:
         return recipe
     if "max_length" in recipe.train.model_fields_set:
-        note(f"{recipe.name}: the base has {positions} positions; train.max_length={asked} is cut")
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_length": positions})})
+        virtual = f", {positions - left} of them for virtual tokens" if left < positions else ""
+        note(f"{recipe.name}: the base has {positions} positions{virtual}; train.max_length={asked} is cut")
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_length": left})})
 
 
 def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -> list[Example]:

@@ -149,13 +149,16 @@ def batch_plan(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, padde
 
 def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
     """The base's own pooling, normalisation and length, where the recipe does not say otherwise."""
+    from embedft.methods import text_positions
     from embedft.training.progress import note
 
     given, prompts = recipe.base, recipe.data.prompts.over(base.info.prompts)
     if own := {kind: prompts[kind] for kind in base.info.prompts if getattr(recipe.data.prompts, kind) is None}:
         note(f"{recipe.name}: with the base's own prompts, {json.dumps(own, ensure_ascii=False)}; data.prompts changes them")
-    if "max_length" in recipe.train.model_fields_set and recipe.train.max_length > base.info.positions:
-        note(f"{recipe.name}: the base has {base.info.positions} positions; train.max_length={recipe.train.max_length} is cut")
+    left = text_positions(recipe.adapter, base.info.positions)
+    if "max_length" in recipe.train.model_fields_set and recipe.train.max_length > left:
+        virtual = f", {base.info.positions - left} of them for virtual tokens" if left < base.info.positions else ""
+        note(f"{recipe.name}: the base has {base.info.positions} positions{virtual}; train.max_length={recipe.train.max_length} is cut")
     return EncodeSettings(
         pooling=given.pooling or base.info.pooling,
         normalize=base.info.normalize if given.normalize is None else given.normalize,
@@ -165,8 +168,12 @@ def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
 
 
 def text_length(recipe: EmbeddingRecipe, max_length: int, positions: int) -> int:
-    """Tokens of a text that are read: by default no more than the base does by itself, on request as many as it can place."""
-    return min(recipe.train.max_length, positions if "max_length" in recipe.train.model_fields_set else max_length)
+    """Tokens of a text that are read: by default no more than the base does by itself, on request as many as it can place (beside
+    virtual tokens, in either case)."""
+    from embedft.methods import text_positions
+
+    left = text_positions(recipe.adapter, positions)
+    return min(recipe.train.max_length, left, positions if "max_length" in recipe.train.model_fields_set else max_length)
 
 
 def make_trainer(

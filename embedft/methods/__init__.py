@@ -8,7 +8,7 @@ files.py      saving and loading adapters         precision.py  float32 adapters
 
 from embedft.methods.attach import attach
 from embedft.methods.files import config_of, load_adapter, only_pairs, save_weights
-from embedft.methods.table import METHODS, Method, method_named, supported
+from embedft.methods.table import METHODS, Method, method_named, supported, text_positions
 from embedft.methods.targets import linear_modules, targeted_modules, train_adapters_only
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "save_weights",
     "supported",
     "targeted_modules",
+    "text_positions",
     "train_adapters_only",
 ]

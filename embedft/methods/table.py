@@ -226,6 +226,15 @@ def supported(adapter: AdapterSection, *, task: Task, info: BaseInfo) -> Method:
 _KINDS: Mapping[type, str] = MappingProxyType({int: "a whole number", float: "a number", bool: "true or false", str: "a text"})
 
 
+def text_positions(adapter: AdapterSection, positions: int) -> int:
+    """How many of a base's positions are left for a text: virtual tokens stand before it. MethodUnsupported where they leave none."""
+    left = positions - (adapter.r if method_named(adapter.method).form == "prompt" else 0)
+    if left < 2:  # a language model's text is a token and what comes after it
+        why = f"the base has {positions} positions, for these and the text: lower adapter.r"
+        raise MethodUnsupported(adapter.method, where=f"with {adapter.r} virtual tokens", why=why)
+    return left
+
+
 def option(adapter: AdapterSection, name: str) -> Any:
     """What the recipe sets, or the row's default."""
     return adapter.options.get(name, METHODS[adapter.method].options[name])

@@ -1,10 +1,19 @@
 """Methods whose parameters stand before the input: how they begin, and that padding is nothing to them."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from embedft.adapters.store import AdapterStore
+from embedft.causal_lm.train import train as train_lm
+from embedft.embedding.train import train as train_embedding
+from embedft.errors import MethodUnsupported
+from embedft.recipe import CausalLMRecipe, EmbeddingRecipe, parse_recipe
+from tests import families
 from tests.embedft.methods.cells import cell, trained, weights
+from tests.fixtures_embedding import planted_rows, write_rows
+from tests.fixtures_lm import write_jsonl
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "p_tuning", "prompt_tuning", "multitask_prompt_tuning"])
@@ -60,3 +69,46 @@ def test_a_prefix_begins_as_the_keys_and_values_of_words(llama: Path, tmp_path: 
         first = torch.cat([keys[:, 0], values[:, 0]]).flatten()  # the first virtual token saw nothing before it
         of_words = torch.cat([cache[layer].keys[:, :, 0], cache[layer].values[:, :, 0]], dim=1).flatten(1)
         assert float((of_words - first).norm(dim=1).min() / first.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning"])
+def test_virtual_tokens_and_text_stay_within_the_positions_that_a_base_has_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    """Rows, prompts and answers that would each fill all positions alone. A base that learnt 200 cannot place one more."""
+    monkeypatch.setitem(families.DECODERS, "opt", families.DECODERS["opt"] | {"max_position_embeddings": 200})
+    base = families.tiny_decoder(tmp_path / "base", "opt")
+    rows = [{"prompt": "red", "completion": "stop " * 200}] * 24
+    long = [{"prompt": "what does red mean " * 40, "completion": "stop"}]
+    content: Any = {
+        "task": "causal_lm",
+        "name": "p",
+        "base": {"model": str(base)},
+        "adapter": {"method": method, "r": 8},
+        "data": {"train": str(write_jsonl(tmp_path / "a.jsonl", rows)), "eval": str(write_jsonl(tmp_path / "b.jsonl", rows[:2] + long))},
+        "train": {"max_steps": 2, "max_length": 200, "lr": 0.1},
+        "eval": {"max_new_tokens": 6},
+    }
+    store, recipe = AdapterStore(tmp_path / "store"), cast("CausalLMRecipe", parse_recipe(content))
+    train_lm(recipe, store=store, progress=False)
+    assert store.passport("p").max_length == 192
+    assert "the base has 200 positions, 8 of them for virtual tokens; train.max_length=200 is cut" in capsys.readouterr().err
+    many = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"r": 199})})
+    with pytest.raises(MethodUnsupported, match=r"with 199 virtual tokens: the base has 200 positions.*lower adapter\.r"):
+        train_lm(many, store=store, progress=False)
+
+
+def test_an_encoder_reads_less_of_a_text_behind_virtual_tokens(bases: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{key: f"{value} " * 40 for key, value in row.items()} for row in planted_rows(12)]
+    content: Any = {
+        "task": "embedding",
+        "name": "e",
+        "base": {"model": str(bases["embedding"])},
+        "adapter": {"method": "prompt_tuning", "r": 8},
+        "data": {"train": write_rows(tmp_path / "rows.jsonl", rows)},
+        "train": {"batch": 4, "max_steps": 2, "max_length": 64, "lr": 0.3},
+        "eval": {"guard": None},
+    }
+    store = AdapterStore(tmp_path / "store")
+    train_embedding(cast("EmbeddingRecipe", parse_recipe(content)), store=store, progress=False)
+    assert store.passport("e").max_length == 56, "of 64 positions"
