@@ -2,10 +2,12 @@
 
 Formats, told apart by their columns (or named in the recipe):
   prompt_completion  {"prompt": str, "completion": str}
-  messages           {"messages": [{"role": "system" | "user" | "assistant", "content": str}, …]}, the last by the assistant
+  messages           {"messages": [{"role": "system" | "user" | "assistant", "content": str}, …]}, the last by the assistant;
+                     an answer with "weight": 0 (or "train": false) is read and not learnt, but for the last
   alpaca             {"instruction": str, "input": str (optional), "output": str}
 All three become messages: a prompt is the user's, a completion the assistant's. `references`, a list of texts, are further answers
-that evaluation takes for right. Other columns are ignored.
+that evaluation takes for right. Other columns are ignored, but for those that other trainers render: a row that sets one is refused,
+for here it would teach something else than its file says.
 """
 
 import hashlib
@@ -19,12 +21,18 @@ from embedft.records import read_records
 
 Format = Literal["prompt_completion", "messages", "alpaca"]
 ROLES = ("system", "user", "assistant")
+IN_PROMPT = ("tools", "functions", "system", "history", "chat_template_kwargs")  # columns that others put before the answer
+IN_ANSWER = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what a message says beside its content
+SHARES = ("weight", "train", "training")  # whether a message is learnt
 
 
 @dataclass(frozen=True)
 class Message:
+    """`learnt`: where it is an answer."""
+
     role: str
     content: str
+    learnt: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def read_rows(source: str, *, format: Format | None = None, limit: int | None = 
     for found in read_records(source, problems):
         place, record = found.where, found.values
         format = format or detect(record, place)
-        messages = _reference_fault(record) or PARSERS[format](record)
+        messages = _reference_fault(record) or _unread(record) or PARSERS[format](record)
         if isinstance(messages, str):
             problems.append(f"{place}: {messages}")
         else:
@@ -83,7 +91,7 @@ def data_hash(*parts: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for rows in parts:
         for row in rows:
-            turns: list[list[str]] = [[message.role, message.content] for message in row.messages]
+            turns = [[message.role, message.content] + ([] if message.learnt else [False]) for message in row.messages]
             digest.update(json.dumps([*turns, list(row.references)] if row.references else turns).encode())
         digest.update(b"\n--\n")
     return digest.hexdigest()
@@ -104,6 +112,26 @@ def _reference_fault(record: Mapping[str, Any]) -> str | None:
     if isinstance(texts, list | tuple) and all(isinstance(text, str) and text.strip() for text in cast("list[Any]", texts)):
         return None
     return "'references' is not a text or a list of texts"
+
+
+def _unread(record: Mapping[str, Any]) -> str | None:
+    """What would be left out of the prompt, or None."""
+    if named := next((key for key in IN_PROMPT if record.get(key)), None):
+        return f"{named!r} is not read, and what it says would not be in the prompt: write it into `messages`, or drop the column"
+    return None
+
+
+def _unlearnt(message: Mapping[str, Any]) -> str | None:
+    """What would be left out of a message, or weighed otherwise than it says; None: nothing."""
+    if named := next((key for key in IN_ANSWER if message.get(key)), None):
+        return f"{named!r} is not read, and would not be learnt: write it into the content as the model is to answer, or drop it"
+    if named := next((key for key in SHARES if message.get(key) not in (None, 0, 1)), None):
+        return f"{named!r} is {message[named]!r}, expected 0 or 1: an answer is learnt or not"
+    return None
+
+
+def _is_learnt(message: Mapping[str, Any]) -> bool:
+    return all(message.get(key) in (None, 1) for key in SHARES)
 
 
 def _text(record: Mapping[str, Any], key: str) -> str | None:
@@ -141,11 +169,13 @@ def _messages(record: Mapping[str, Any]) -> tuple[Message, ...] | str:
         message = cast("dict[str, Any]", item)
         if message.get("role") not in ROLES:
             return f"message {number} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}"
-        if fault := _text(message, "content"):
+        if fault := _unlearnt(message) or _text(message, "content"):
             return f"message {number}: {fault}"
-        messages.append(Message(message["role"], message["content"]))
+        messages.append(Message(message["role"], message["content"], _is_learnt(message)))
     if messages[-1].role != "assistant":
         return f"the last message is by the {messages[-1].role}, expected the assistant"
+    if not messages[-1].learnt:
+        return "the last answer is not to be learnt, expected a row to end with one that is"
     return tuple(messages) if len(messages) > 1 else "the only message is the answer, expected one of the user before it"
 
 

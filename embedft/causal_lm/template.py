@@ -69,7 +69,8 @@ class Template:
 
     def _segments(self, row: Row) -> list[tuple[str, bool]]:
         """The rendered row in pieces: (text, is it an answer). Where a template rewrites earlier turns (as reasoning
-        templates do), only the last answer is learnt. What opens a conversation answers nothing, and is not learnt."""
+        templates do), only the last answer is learnt. What opens a conversation answers nothing and is not learnt, nor is an answer
+        that says so."""
         if self.source is None:
             return [(self._plain(row.messages[:-1]), False), (self._ended(row.answer), True)]
         pieces: list[tuple[str, bool]] = []
@@ -85,7 +86,7 @@ class Template:
                 answer = self._closed(answer, row)
             elif not self._trimmed(answer, row.messages[end].content, ended=True):  # what begins the next turn may end this one
                 answer += next((stop for stop in self._stops() if whole.startswith(before + answer + stop)), "")
-            pieces += [(before[len(done) :], False), (answer, True)]
+            pieces += [(before[len(done) :], False), (answer, row.messages[end].learnt)]
             done = before + answer
         return pieces
 

@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,9 @@ def test_all_bad_rows_are_reported_at_once_with_their_lines(tmp_path: Path) -> N
     assert "'prompt' is a NoneType" in problems[4]
 
 
+ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
 @pytest.mark.parametrize(
     ("messages", "fault"),
     [
@@ -69,12 +73,43 @@ def test_all_bad_rows_are_reported_at_once_with_their_lines(tmp_path: Path) -> N
         ([{"role": "robot", "content": "a"}], "expected one of system, user, assistant"),
         ([{"role": "assistant"}], "message 1: no 'content'"),
         ([{"role": "assistant", "content": "a"}], "the only message is the answer"),
+        ([ASKED, ANSWERED | {"tool_calls": [{"id": "1"}]}], "message 2: 'tool_calls' is not read, and would not be learnt"),
+        ([ASKED, ANSWERED | {"reasoning_content": "for it is hot"}], "message 2: 'reasoning_content' is not read"),
+        ([ASKED, ANSWERED | {"weight": 0.5}], "message 2: 'weight' is 0.5, expected 0 or 1"),
+        ([ASKED, ANSWERED | {"train": False}], "the last answer is not to be learnt"),
     ],
 )
-def test_conversations_that_cannot_be_learnt_are_refused(tmp_path: Path, messages: list[dict[str, str]], fault: str) -> None:
+def test_conversations_that_cannot_be_learnt_are_refused(tmp_path: Path, messages: list[dict[str, Any]], fault: str) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     with pytest.raises(DataError, match=fault):
         read_rows(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [ASKED, ANSWERED], "tools": [{"type": "function"}]},
+        PAIR | {"system": "You are a pirate."},
+        {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+    ],
+)
+def test_a_row_that_other_trainers_would_put_more_into_the_prompt_of_is_refused(tmp_path: Path, record: dict[str, Any]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [PAIR if "prompt" in record else {key: record[key] for key in list(record)[:-1]}, record])
+    column = list(record)[-1]
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: '{column}' is not read, and what it says would not be in the prompt"):
+        read_rows(str(path))
+    empty = write_jsonl(tmp_path / "a.jsonl", [record | {column: None}, record | {column: ""}])
+    assert len(read_rows(str(empty))) == 2
+
+
+@pytest.mark.parametrize("marked", [{"weight": 0}, {"train": False}, {"training": False}])
+def test_an_answer_may_say_that_it_is_not_learnt(tmp_path: Path, marked: dict[str, Any]) -> None:
+    plain = [ASKED, ANSWERED, ASKED, ANSWERED | {"weight": 1}]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": plain}, {"messages": [ASKED, ANSWERED | marked, *plain[2:]]}])
+    learnt, unlearnt = read_rows(str(tmp_path / "a.jsonl"))
+    assert [message.learnt for message in learnt.messages] == [True] * 4
+    assert [message.learnt for message in unlearnt.messages] == [True, False, True, True]
+    assert data_hash([learnt]) != data_hash([unlearnt])
 
 
 def test_unknown_columns_and_files_are_refused_with_what_was_expected(tmp_path: Path) -> None:

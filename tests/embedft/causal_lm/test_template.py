@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def test_train_on_inputs_puts_the_loss_on_all_tokens() -> None:
 def test_every_answer_of_a_conversation_is_learnt() -> None:
     tokenizer = tiny_tokenizer()
     assert learnt(template_of(tokenizer).example(TALK, max_length=128), tokenizer) == "stop<|im_end|>go<|im_end|>"
+
+
+def test_an_answer_that_says_so_is_read_and_not_learnt() -> None:
+    tokenizer = tiny_tokenizer()
+    unlearnt = replace(TALK, messages=tuple(replace(each, learnt=each.content != "stop") for each in TALK.messages))
+    example, whole = (template_of(tokenizer).example(row, max_length=128) for row in (unlearnt, TALK))
+    assert learnt(example, tokenizer) == "go<|im_end|>"
+    assert example is not None
+    assert whole is not None
+    assert example.ids == whole.ids
 
 
 def test_a_greeting_that_opens_a_conversation_is_read_and_not_learnt() -> None:
