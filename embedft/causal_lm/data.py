@@ -47,6 +47,10 @@ class Row:
     def answer(self) -> str:
         return self.messages[-1].content
 
+    def answered(self, text: str) -> "Row":
+        """The same conversation with another last answer."""
+        return replace(self, messages=(*self.messages[:-1], replace(self.messages[-1], content=text)))
+
     @property
     def expected(self) -> tuple[str, ...]:
         """The answer and its equals, each once."""

@@ -14,6 +14,7 @@ from embedft.causal_lm.template import IGNORED, Example, Template, template_with
 from embedft.errors import BaseError
 from embedft.methods.prompts import is_prompted
 from embedft.model_folder import stop_tokens, tokenizer_of
+from embedft.training.progress import note
 from embedft.training.statistics import paired_bootstrap
 
 if TYPE_CHECKING:
@@ -95,6 +96,20 @@ def greedy(model: Any, template: Template, rows: Sequence[Row], *, max_new_token
             end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
             answers[i] = str(template.tokenizer.decode(tokens[:end], skip_special_tokens=True))
     return answers
+
+
+def tell_of_cuts(model: Any, template: Template, rows: Sequence[Row], name: str, *, max_new_tokens: int, max_length: int) -> None:
+    """Say how many rows cannot be answered as expected: their prompt loses its beginning, or so long an answer is never written."""
+    room = _room(model, max_length, max_new_tokens)
+    if prompts := sum(len(template.prompt_ids(row)) > room for row in rows):
+        note(f"{name}: {prompts} of {len(rows)} prompts have more than {room} tokens, and are answered from their last {room} alone")
+
+    def written(row: Row) -> int:
+        return len(template.answer_ids(row)) - 1  # the token that ends it need not be
+
+    if answers := sum(min(written(row.answered(text)) for text in row.expected) > max_new_tokens for row in rows):
+        fault = f"{answers} of {len(rows)} expected answers are longer than the {max_new_tokens} tokens that are written"
+        note(f"{name}: {fault}, and are never matched: raise eval.max_new_tokens")
 
 
 def stops_of(model: Any, tokenizer: Any) -> list[int]:
@@ -228,7 +243,9 @@ def evaluate_adapter(
     template = template_with_hash(tokenizer_of(source), passport.template_hash)
     model: Any = load_adapter(load_model(source, task="causal_lm"), folder, name=passport.name)
     metric = str(passport.metrics.get("metric", "exact_match"))
-    limits = {"max_new_tokens": max_new_tokens or _trained_tokens(folder), "batch": batch, "max_length": passport.max_length}
+    limits = {"max_new_tokens": max_new_tokens or _trained_tokens(folder), "max_length": passport.max_length}
+    tell_of_cuts(model, template, rows, passport.name, **limits)
+    limits |= {"batch": batch}
     adapted = evaluate_generation(model, template, rows, metric=metric, **limits)
     with model.disable_adapter():
         plain = evaluate_generation(model, template, rows, metric=metric, **limits)

@@ -23,10 +23,11 @@ OPENING = re.compile(r"<\w+>\s*$")  # a tag
 
 @dataclass(frozen=True)
 class Example:
-    """`labels[i]` is `ids[i]` where the token is learnt, else -100. Equal lengths, in tokens."""
+    """`labels[i]` is `ids[i]` where the token is learnt, else -100. Equal lengths, in tokens; `cut`: tokens of the row beyond them."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Template:
             labels += part if learnt or train_on_inputs else [IGNORED] * len(part)
         if len(ids) - len(part) >= max_length:  # `part` is the last answer now
             return None
-        return Example(tuple(ids[:max_length]), tuple(labels[:max_length]))
+        return Example(tuple(ids[:max_length]), tuple(labels[:max_length]), cut=max(0, len(ids) - max_length))
 
     def _segments(self, row: Row) -> list[tuple[str, bool]]:
         """The rendered row in pieces: (text, is it an answer). Where a template rewrites earlier turns (as reasoning

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.base import Base, BaseSpec, load_base
 from embedft.causal_lm.data import Row, data_hash, read_rows
-from embedft.causal_lm.evaluate import Generation, check_embedded, compare, evaluate_generation, pad_token
+from embedft.causal_lm.evaluate import Generation, check_embedded, compare, evaluate_generation, pad_token, tell_of_cuts
 from embedft.causal_lm.template import Example, Template, template_of
 from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError
 from embedft.methods import attach, supported, text_positions
@@ -60,12 +60,15 @@ def train(
         template = template_of(base.tokenizer, recipe.data.template)
         examples = tokenized(split.train, template, recipe)
         check_embedded(base.model, base.tokenizer, (example.ids for example in examples))
+        _tell_of_shared(split, recipe.name)
         if dry_run:
             report = _dry_run(base, examples, recipe)
             return replace(report, peak_bytes=max(report.peak_bytes, peak.bytes))
         method = supported(recipe.adapter, task="causal_lm", info=base.info)  # all that may be refused, before anything is scored
         _check_together(method, base.model, recipe.train)
         held_out = tokenized(split.validation, template, recipe) if split.validation else []
+        limits = {"max_new_tokens": recipe.eval.max_new_tokens, "max_length": recipe.train.max_length}
+        tell_of_cuts(base.model, template, split.test, recipe.name, **limits)
         run = open_run(recipe, root=Path(store.root), data_hash=split.hash, base_fingerprint=base.info.fingerprint, resume=resume)
         with tracked(recipe.train.trackers, name=recipe.name) as tell:
             before = _evaluate(base.model, template, split.test, recipe)
@@ -116,6 +119,18 @@ def read_split(recipe: CausalLMRecipe) -> Split:
     return Split(train, sample(held_out, recipe.eval.rows, key=lambda row: row.id), validation)
 
 
+def _tell_of_shared(split: Split, name: str) -> None:
+    """Say how many rows that judge were learnt, or judged before: a figure of those is none of held-out rows."""
+    learnt, chosen = ({row.messages for row in rows} for rows in (split.train, split.validation))
+    for rows, judges, others, place in (
+        (split.test, "data.eval", learnt, "data.train"),
+        (split.test, "data.eval", chosen, "data.validation"),
+        (split.validation, "data.validation", learnt, "data.train"),
+    ):
+        if shared := sum(row.messages in others for row in rows):
+            note(f"{name}: {shared} of {len(rows)} rows of {judges} are in {place} too: they say nothing of rows that it has not seen")
+
+
 def within(recipe: CausalLMRecipe, positions: int) -> CausalLMRecipe:
     """The recipe with rows no longer than its base can place; where more was asked for, that is told of. MethodUnsupported where
     virtual tokens leave no room for any."""
@@ -129,7 +144,8 @@ def within(recipe: CausalLMRecipe, positions: int) -> CausalLMRecipe:
 
 
 def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -> list[Example]:
-    """Examples of the rows whose answer begins within max_length; the others are told of. DataError if they are more than one in ten."""
+    """Examples of the rows whose answer begins within max_length; the others are told of, and those whose answer does not end there.
+    DataError if the others are more than one in ten."""
     made: list[Example | None] = []
     problems: list[str] = []
     for row in rows:
@@ -145,6 +161,9 @@ def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -
         if lost > 0.1 * len(rows):
             raise DataError([f"{fault}: raise train.max_length"])
         note(f"{recipe.name}: {fault}: those rows are left out, unless you raise train.max_length")
+    if cut := sum(example.cut > 0 for example in kept):
+        fault = f"{cut} of {len(rows)} rows are cut at {recipe.train.max_length} tokens"
+        note(f"{recipe.name}: {fault}: how their answers end is not learnt, unless you raise train.max_length")
     return kept
 
 

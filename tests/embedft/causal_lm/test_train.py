@@ -12,15 +12,16 @@ from embedft.adapters.passport import BaseIdentity
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, base_folder, load_model
 from embedft.causal_lm.evaluate import evaluate_adapter
-from embedft.causal_lm.train import read_split, train
+from embedft.causal_lm.template import template_of
+from embedft.causal_lm.train import read_split, tokenized, train
 from embedft.errors import DataError
 from embedft.model_folder import describe, own_template, template_hash
-from embedft.recipe import BaseSection
+from embedft.recipe import BaseSection, parse_recipe
 from embedft.recipe_file import load_recipe
 from embedft.training.measure import AdapterResult, DryRunReport
 from embedft.verify import verify
 from tests.families import tiny_decoder
-from tests.fixtures_lm import planted_recipe, planted_rows, tiny_llama, write_jsonl
+from tests.fixtures_lm import planted_recipe, planted_rows, tiny_llama, tiny_tokenizer, write_jsonl
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -134,10 +135,6 @@ def test_an_evaluation_writes_as_long_as_the_recipe_said(trained: Any, tmp_path:
 
 
 def test_rows_that_leave_no_room_for_an_answer_are_told_of(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from embedft.causal_lm.template import template_of
-    from embedft.causal_lm.train import tokenized
-    from tests.fixtures_lm import tiny_tokenizer
-
     recipe = planted_recipe(tmp_path, tiny_base)
     write_jsonl(tmp_path / "train.jsonl", [*planted_rows(20), {"prompt": "red " * 100, "completion": "stop"}])
     assert len(tokenized(read_split(recipe).train, template_of(tiny_tokenizer()), recipe)) == 20
@@ -148,6 +145,51 @@ def test_rows_that_leave_no_room_for_an_answer_are_told_of(tiny_base: Path, tmp_
     write_jsonl(tmp_path / "train.jsonl", rows[1:])
     with pytest.raises(DataError, match="2 of 19 prompts fill all 64 tokens"):
         tokenized(read_split(recipe).train, template_of(tiny_tokenizer()), recipe)
+
+
+def test_rows_whose_answer_does_not_end_within_the_length_are_told_of(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = planted_recipe(tmp_path, tiny_base, test_rows=0)
+    write_jsonl(tmp_path / "train.jsonl", [*planted_rows(20), {"prompt": "red?", "completion": "stop " * 100}])
+    template = template_of(tiny_tokenizer())
+    examples = tokenized(read_split(recipe).train, template, recipe)
+    assert [example.cut > 0 for example in examples] == [False] * 20 + [True]
+    told = "1 of 21 rows are cut at 64 tokens: how their answers end is not learnt, unless you raise train.max_length"
+    assert told in capsys.readouterr().err
+    longest = max(len(example.ids) for example in examples[:20])
+    exactly = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_length": longest})})
+    assert not any(example.cut for example in tokenized(read_split(recipe).train[:20], template, exactly))
+    assert not capsys.readouterr().err
+
+
+def test_rows_that_judge_what_learnt_them_are_told_of(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = planted_recipe(tmp_path, tiny_base, train={"max_steps": 1, "evaluate_every": 1}).model_dump(mode="json")
+    rows = planted_rows(12, start=500)
+    for key, given in (("train", rows[:6]), ("eval", rows[4:10]), ("validation", rows[5:8])):
+        content["data"][key] = str(write_jsonl(tmp_path / f"{key}.jsonl", given))
+    train(parse_recipe(content), store=AdapterStore(tmp_path / "store"), progress=False)  # type: ignore[arg-type]
+    told = capsys.readouterr().err
+    assert "2 of 6 rows of data.eval are in data.train too" in told
+    assert "3 of 6 rows of data.eval are in data.validation too" in told
+    assert "1 of 3 rows of data.validation are in data.train too" in told
+
+
+def test_rows_that_cannot_be_answered_as_expected_are_told_of(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = planted_recipe(tmp_path, tiny_base, train={"max_steps": 1})
+    long = {"prompt": "red?", "completion": "stop " * 9}
+    rows = [*planted_rows(3, start=1000), long, long | {"references": ["stop"]}, {"prompt": "red " * 100, "completion": "stop"}]
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    store = AdapterStore(tmp_path / "store")
+    train(recipe, store=store, progress=False)
+    told = capsys.readouterr().err
+    for fault in (
+        "1 of 6 expected answers are longer than the 4 tokens that are written, and are never matched: raise eval.max_new_tokens",
+        "1 of 6 prompts have more than 64 tokens, and are answered from their last 64 alone",
+    ):
+        assert told.count(fault) == 1
+    evaluate_adapter(recipe.name, str(tmp_path / "test.jsonl"), store, base=tiny_base)
+    assert "1 of 6 expected answers" in capsys.readouterr().err
 
 
 def test_what_the_adapter_leaves_of_a_mixture_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
