@@ -14,7 +14,7 @@ from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, Usag
 from embedft.files import publish_folder, staged_folder
 from embedft.methods import config_of, load_adapter, method_named, only_pairs, save_weights
 from embedft.methods.companion import lora_layers
-from embedft.model_folder import fingerprint, tokenizer_of
+from embedft.model_folder import CHATML, fingerprint, own_template, template_hash, tokenizer_of, write_template
 from embedft.quantize import copy_rest, quantize
 from embedft.verify import as_record, outputs, record, settings_of, trained_base
 
@@ -26,14 +26,17 @@ How = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "ties_
 @dataclass(frozen=True)
 class Merged:
     """`error`: how far the merged model's effect on the adapter's probes is from the adapter's (relative). It is measured against
-    the base that was merged into: an adapter trained on a quantized base meets full-precision weights there."""
+    the base that was merged into: an adapter trained on a quantized base meets full-precision weights there. `quantized_error`: the
+    same of what was then quantized and lies in `path`, so that what the scheme costs counts too; None where nothing was."""
 
     path: str
     error: float
+    quantized_error: float | None = None
 
 
 def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | None = None) -> Merged:
-    """Write base + adapter as one full-precision model folder to `out`, quantized by `scheme` if asked for.
+    """Write base + adapter as one full-precision model folder to `out`, quantized by `scheme` if asked for. It has the chat template
+    that the adapter was trained with.
 
     `base`: the folder to merge into (default: the weights that the passport's base was quantized from); one that came quantized counts as
     the floating-point weights that it stands for. Raises MethodUnsupported where the method cannot be merged, AdapterInvalid,
@@ -60,16 +63,27 @@ def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | No
         why = (str(error) or type(error).__name__).splitlines()[0][:300]
         raise AdapterInvalid(passport.name, f"PEFT cannot write it into the base's weights ({why}): serve it by the peft engine") from error
     adapted = outputs(model, recorded.probes, folder=source, settings=settings)
-    report = compare(recorded, base=plain, adapted=adapted, base_again=plain)
+    error = compare(recorded, base=plain, adapted=adapted, base_again=plain).error
     with staged_folder(out.resolve().parent) as stage:
         model.config.tie_word_embeddings = bool(getattr(model.config, "tie_word_embeddings", False)) and _tied(model)
         model.save_pretrained(stage)
         copy_rest(source, stage)
-        if scheme:
-            quantize(stage, out, scheme=scheme)
-        else:
+        _keep_template(stage, passport)
+        if not scheme:
             publish_folder(stage, out)
-    return Merged(str(out), report.error)
+            return Merged(str(out), error)
+        quantize(stage, out, scheme=scheme)
+    packed = outputs(load_model(out, task=passport.task, dtype=exact_dtype()), recorded.probes, folder=source, settings=settings)
+    return Merged(str(out), error, compare(recorded, base=plain, adapted=packed, base_again=plain).error)
+
+
+def _keep_template(folder: Path, passport: Passport) -> None:
+    """Engines render by the template that the folder has: where the adapter was trained with another, it is that one from now on."""
+    if passport.template_hash in (None, template_hash(own_template(folder))):
+        return
+    for source in (None, CHATML):  # those that a recipe may name
+        if passport.template_hash == template_hash(source):
+            write_template(folder, source)
 
 
 def _in_full(model: Any) -> Any:

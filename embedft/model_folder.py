@@ -202,6 +202,18 @@ def own_template(folder: Path) -> str | None:
     return given or None
 
 
+def write_template(folder: Path, source: str | None) -> None:
+    """Let that be the chat template which a base folder brings; None: it has none."""
+    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if config.is_file() and "chat_template" in (content := read_json(config)):
+        content = {key: value for key, value in content.items() if key != "chat_template"}
+        config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if source is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(source, encoding="utf-8")
+
+
 def check_whole(folder: Path, loading: Mapping[str, Any], *, pooler: bool = False) -> None:
     """`loading`: transformers' own account. What the files do not hold it draws at random: BaseError. Many lack a pooler, on which no
     vector here depends; `pooler`: what is asked for does.

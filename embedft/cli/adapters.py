@@ -175,7 +175,8 @@ def _adapters_merge(arguments: argparse.Namespace) -> None:
 
     folder = store_of(arguments).folder(arguments.adapter)
     made = merge(folder, Path(arguments.place), scheme=arguments.scheme, base=arguments.base)
-    show(arguments, dataclasses.asdict(made), title="merged")
+    shown = {name: value for name, value in dataclasses.asdict(made).items() if value is not None}
+    show(arguments, shown, title="merged")
 
 
 def _adapters_combine(arguments: argparse.Namespace) -> None:

@@ -7,18 +7,22 @@ from typing import Any
 import pytest
 
 from embedft.adapters.passport import read_passport
+from embedft.adapters.probes import read_probes
 from embedft.adapters.store import AdapterStore
 from embedft.base import load_model
+from embedft.causal_lm.train import train
 from embedft.convert import CERTIFICATE, convert
 from embedft.errors import AdapterInvalid, BaseMismatch, MethodUnsupported, ProbesFailed, UsageError
 from embedft.merge import combine, merge
 from embedft.methods import METHODS, load_adapter
 from embedft.methods.companion import lora_layers
-from embedft.verify import verify
+from embedft.model_folder import own_template, template_hash, tokenizer_of
+from embedft.recipe import parse_recipe
+from embedft.verify import outputs, verify
 from serve.proving import import_unproven
 from tests.embedft.methods.cells import QUANTIZED, WHOLE
 from tests.embedft.methods.published import published
-from tests.fixtures_lm import tiny_llama
+from tests.fixtures_lm import planted_recipe, tiny_llama
 from tests.serve.engine_process import featured_adapter
 
 # Methods whose files are laid out alike are one another's tests; with WHOLE every method.
@@ -148,6 +152,42 @@ def test_a_merged_model_can_be_quantized_and_holds_its_tokenizer(adapter: Any, b
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         merge(folder, tmp_path / "file", base=bases["causal_lm"])
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "w8a8"])
+def test_a_merge_that_is_quantized_says_how_far_that_took_it(adapter: Any, bases: dict[str, Path], tmp_path: Path, scheme: str) -> None:
+    """Read off the written folder itself: what it answers on the probes against what the adapter answered there."""
+    folder, base = adapter("lora")
+    made = merge(folder, tmp_path / "out", base=bases["causal_lm"], scheme=scheme)
+    recorded = read_probes(folder)
+    plain, packed = (
+        outputs(load_model(at, task="causal_lm"), recorded.probes, folder=at, settings=None) for at in (base, tmp_path / "out")
+    )
+    lost = [one - other - effect for one, other, effect in zip(packed, plain, recorded.effect, strict=True)]
+    size = sum(float((each**2).sum()) for each in lost) ** 0.5 / recorded.strength
+    assert made.error < 1e-3
+    assert made.quantized_error == pytest.approx(size, rel=0.05)
+    assert size > 10 * made.error
+    assert merge(folder, tmp_path / "whole", base=bases["causal_lm"]).quantized_error is None
+
+
+@pytest.mark.parametrize(("own", "named"), [(True, "plain"), (False, "chatml"), (True, None)])
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_a_merged_model_is_asked_as_the_adapter_was_trained(tmp_path: Path, own: bool, named: str | None, scheme: str | None) -> None:
+    base = tiny_llama(tmp_path / "base", layers=1, template=own)
+    if own and scheme is None:  # as many a base has it, in its tokenizer's config
+        config = json.loads((base / "tokenizer_config.json").read_text())
+        (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": own_template(base)}))
+        (base / "chat_template.jinja").unlink()
+    content = planted_recipe(tmp_path, base, test_rows=0, train={"max_steps": 2}).model_dump(mode="json")
+    content["data"]["template"] = named
+    store = AdapterStore(tmp_path / "store")
+    result: Any = train(parse_recipe(content), store=store, progress=False)  # type: ignore[arg-type]
+    merge(Path(result.path), tmp_path / "out", base=base, scheme=scheme)
+    learnt = store.passport(result.name).template_hash
+    assert template_hash(own_template(tmp_path / "out")) == learnt
+    rendered = tokenizer_of(tmp_path / "out").chat_template
+    assert template_hash(rendered) == learnt, "as transformers reads the folder"
 
 
 def test_nothing_is_merged_into_another_base_of_the_same_shapes(adapter: Any, tmp_path: Path) -> None:
