@@ -123,28 +123,24 @@ def combine(
     weights: Sequence[float],
     how: How = "cat",
     rank: int | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 7,
     base: Path | None = None,
 ) -> Passport:
     """Write the weighted sum of plain LoRA adapters of one base to `out`, with probes of its own.
 
     cat: exact, the ranks add up, weights may be negative; svd: the nearest of `rank`. ties (arXiv 2306.01708) keeps the share `density`
-    of each part, its largest numbers, and of these the mean of those that have the sign of most; dare (arXiv 2311.03099) keeps numbers
-    by chance (`seed`), scaled by 1/density. With _svd they are of the updates, as in their papers, and the nearest of `rank` is written;
-    without it they, and linear, are of A and of B apart, want equal ranks and keep them: quick, and no sum of the updates.
+    (None: half) of each part, its largest numbers, and of these the mean of those that have the sign of most; dare (arXiv 2311.03099)
+    keeps numbers by chance (`seed`), scaled by 1/density. With _svd they are of the updates, as in their papers, and the nearest of `rank`
+    is written; without it they, and linear, are of A and of B apart, want equal ranks and keep them: quick, and no sum of the updates.
 
     Raises UsageError, AdapterInvalid where an adapter is no LoRA or two do not belong together.
     """
     import torch
 
     passports = [read_passport(folder) for folder in folders]
-    if rank is not None and rank < 1:
-        raise UsageError(f"rank {rank}: expected a whole number of at least 1")
-    if not any(weights) or not all(isfinite(weight) for weight in weights):
-        raise UsageError(f"weights {', '.join(f'{weight:g}' for weight in weights)}: expected finite numbers, not all of them 0")
-    if not 0 < density <= 1:
-        raise UsageError(f"density {density:g}: it is a share of the weights that are kept, above 0 and at most 1")
+    _check_options(how, weights, rank=rank, density=density)
+    density = 0.5 if density is None else density
     _check(passports, weights, how)
     first = passports[0]
     base_dir = trained_base(first, base)
@@ -192,9 +188,25 @@ def _like_a_sum(configs: Sequence[Any], layers: Sequence[Sequence[str]]) -> None
 _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-def _check(passports: Sequence[Passport], weights: Sequence[float], how: str) -> None:
+def _check_options(how: str, weights: Sequence[float], *, rank: int | None, density: float | None) -> None:
     if how not in get_args(How):
         raise UsageError(f"no way {how!r} to combine: there are {', '.join(get_args(How))}")
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank {rank}: expected a whole number of at least 1")
+    if rank is not None and not how.endswith("svd"):
+        raise UsageError(f"rank {rank}: {how} gives the rank that its parts come to: use a way that ends in svd, or leave it out")
+    said = ", ".join(f"{weight:g}" for weight in weights)
+    if not any(weights) or not all(isfinite(weight) for weight in weights):
+        raise UsageError(f"weights {said}: expected finite numbers, not all of them 0")
+    if "ties" in how and 0 in weights:
+        raise UsageError(f"weights {said}: ties takes the mean of its parts, one of weight 0 among them: leave that part out")
+    if density is not None and not how.startswith(("ties", "dare")):
+        raise UsageError(f"density {density:g}: {how} keeps all there is: use a way of ties or dare, or leave it out")
+    if density is not None and not 0 < density <= 1:
+        raise UsageError(f"density {density:g}: it is a share of the weights that are kept, above 0 and at most 1")
+
+
+def _check(passports: Sequence[Passport], weights: Sequence[float], how: str) -> None:
     if len(passports) < 2 or len(weights) != len(passports):
         raise UsageError(f"{len(passports)} adapters and {len(weights)} weights: give two adapters or more, and a weight each")
     first = passports[0]

@@ -59,7 +59,7 @@ def add_commands(commands: Any) -> None:
             ways = "cat (exact; the default), svd, linear, ties, dare_linear, dare_ties; the last three with _svd: of the updates"
             action.add_argument("--how", default="cat", help=ways)
             action.add_argument("--rank", type=positive, help="of what ends in svd (default: the largest of the parts)")
-            action.add_argument("--density", type=float, default=0.5, help="the share that ties and dare keep (default: %(default)s)")
+            action.add_argument("--density", type=float, help="the share that ties and dare keep (default: 0.5)")
             action.add_argument("--seed", type=int, default=7, help="of what dare keeps (default: %(default)s)")
         if name in {"export", "push"}:
             action.add_argument("--keep-texts", action="store_true", help="also copy evaluation texts, where the adapter carries them")

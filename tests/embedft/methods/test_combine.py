@@ -74,7 +74,9 @@ def test_combining_adds_the_adapters_updates_as_it_says(adapter: Any, tmp_path: 
     base, of = parts[0][1], how.removesuffix("_svd")
     rank = {"cat": 8, "dare_linear_svd": 64, "dare_ties_svd": 64}.get(how, 4)  # of full rank a matrix is what was drawn
     folders = [*(folder for folder, _ in parts), tmp_path / "out"]
-    given: Any = {"weights": weights, "how": how, "density": 0.3, "rank": rank, "base": base}
+    given: Any = {"weights": weights, "how": how, "base": base}
+    given |= {"rank": rank} if how.endswith("svd") else {}
+    given |= {"density": 0.3} if how.startswith(("ties", "dare")) else {}
     assert combine(folders[:2], folders[2], name="both", **given).r == rank
     assert verify(folders[2], base=base).passed
     models = [load_adapter(load_model(base, task="causal_lm"), folder) for folder in folders]
@@ -157,6 +159,22 @@ def test_weights_and_densities_that_would_leave_no_numbers_are_refused(adapter: 
     folder, base = adapter("lora", r=4)
     with pytest.raises(UsageError, match=r"weights|density|rank 65: the smallest layer that they adapt has 64"):
         combine([folder, folder], tmp_path / "out", name="x", base=base, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"how": "cat", "rank": 3}, r"rank 3: cat gives the rank .* use a way that ends in svd"),
+        ({"how": "linear", "rank": 4}, "rank 4: linear"),
+        ({"how": "svd", "density": 0.3}, "density 0.3: svd keeps all there is"),
+        ({"how": "ties", "weights": [1.0, 0.0]}, "weights 1, 0: .* leave that part out"),
+        ({"how": "dare_ties_svd", "weights": [0.0, 1.0]}, "weights 0, 1"),
+    ],
+)
+def test_a_setting_that_the_way_does_not_heed_is_refused(adapter: Any, tmp_path: Path, given: dict[str, Any], told: str) -> None:
+    folder, base = adapter("lora", r=4)
+    with pytest.raises(UsageError, match=told):
+        combine([folder, folder], tmp_path / "out", name="x", base=base, **{"weights": [1.0, 1.0]} | given)
 
 
 def test_adapters_that_do_not_belong_together_are_not_combined(adapter: Any, tmp_path: Path) -> None:
