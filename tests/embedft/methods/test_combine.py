@@ -173,8 +173,9 @@ def test_weights_and_densities_that_would_leave_no_numbers_are_refused(adapter: 
 )
 def test_a_setting_that_the_way_does_not_heed_is_refused(adapter: Any, tmp_path: Path, given: dict[str, Any], told: str) -> None:
     folder, base = adapter("lora", r=4)
+    given = {"weights": [1.0, 1.0], **given}
     with pytest.raises(UsageError, match=told):
-        combine([folder, folder], tmp_path / "out", name="x", base=base, **{"weights": [1.0, 1.0]} | given)
+        combine([folder, folder], tmp_path / "out", name="x", base=base, **given)
 
 
 def test_adapters_that_do_not_belong_together_are_not_combined(adapter: Any, tmp_path: Path) -> None:
