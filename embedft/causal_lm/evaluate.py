@@ -57,7 +57,8 @@ def evaluate_generation(
 ) -> Generation:
     """Greedy answers to the rows' last turn, and how likely the model holds the true ones.
 
-    A prompt keeps its last `max_length` tokens. bits_per_character: the negative log2-likelihood of answer and end token over
+    A prompt keeps its last `max_length` tokens, and at least half of the base's positions however long an answer may be.
+    bits_per_character: the negative log2-likelihood of answer and end token over
     the answer's characters, as far as the base has positions for it. BLEU and chrF are taken where `metric` is one of them.
     """
     import numpy as np
@@ -81,9 +82,10 @@ def greedy(model: Any, template: Template, rows: Sequence[Row], *, max_new_token
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     stops = stops_of(inner, template.tokenizer)
     pad = pad_token(template.tokenizer)
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": stops, "pad_token_id": pad}
-    room = _room(model, max_length, max_new_tokens)
+    room = _asked(model, max_length, max_new_tokens)
     prompts = [template.prompt_ids(row)[-room:] for row in rows]
+    left = (_positions(model) or room + max_new_tokens) - max(map(len, prompts))
+    settings = {"max_new_tokens": min(max_new_tokens, left), "do_sample": False, "eos_token_id": stops, "pad_token_id": pad}
     check_embedded(inner, template.tokenizer, prompts)
     answers = [""] * len(rows)
     for chosen in _by_length(prompts, batch):
@@ -100,7 +102,7 @@ def greedy(model: Any, template: Template, rows: Sequence[Row], *, max_new_token
 
 def tell_of_cuts(model: Any, template: Template, rows: Sequence[Row], name: str, *, max_new_tokens: int, max_length: int) -> None:
     """Say how many rows cannot be answered as expected: their prompt loses its beginning, or so long an answer is never written."""
-    room = _room(model, max_length, max_new_tokens)
+    room = _asked(model, max_length, max_new_tokens)
     if prompts := sum(len(template.prompt_ids(row)) > room for row in rows):
         note(f"{name}: {prompts} of {len(rows)} prompts have more than {room} tokens, and are answered from their last {room} alone")
 
@@ -157,6 +159,11 @@ def answer_bits(model: Any, template: Template, rows: Sequence[Row], *, batch: i
 def _room(model: Any, max_length: int, answer: int) -> int:
     """Tokens of a prompt that is followed by `answer` tokens: at most `max_length`, and prompt and answer within the base's positions."""
     return max(1, min(max_length, (_positions(model) or max_length + answer) - answer))
+
+
+def _asked(model: Any, max_length: int, answer: int) -> int:
+    """Tokens of a prompt that the model is to answer in at most `answer`."""
+    return _room(model, max_length, min(answer, (_positions(model) or 2 * answer) // 2))
 
 
 def _positions(model: Any) -> int | None:

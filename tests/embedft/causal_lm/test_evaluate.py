@@ -110,6 +110,28 @@ def test_prompt_and_answer_stay_within_the_bases_positions(tiny_base: Path, monk
     assert bits[1] / len(rows[1].answer) < made.scores["bits_per_character"][1] < bits[1]
 
 
+def test_a_prompt_is_read_however_long_its_answer_may_be(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens to write as the base has positions left nothing of a prompt but its last token."""
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    template, seen = template_of(base.tokenizer), list[list[int]]()
+    forward, short, long = base.model.forward, "what does red mean?", "find the note " * 40
+
+    def watched(*given: Any, **named: Any) -> Any:
+        seen.append([int(named["input_ids"].shape[1]), int(named["attention_mask"].sum(1).max())])
+        return forward(*given, **named)
+
+    monkeypatch.setattr(base.model, "forward", watched)
+    monkeypatch.setattr(base.model.config, "max_position_embeddings", 80)
+    rows = [Row(text, (Message("user", text), Message("assistant", "stop"))) for text in (short, long)]
+    asked = len(template.prompt_ids(rows[0]))
+    assert asked < 40
+    for row, read in zip(rows, (asked, 40), strict=True):
+        seen.clear()
+        greedy(base.model, template, [row], max_new_tokens=80, batch=1, max_length=80)
+        assert seen[0][0] == read
+        assert max(size for _, size in seen) <= 80
+
+
 def test_of_a_prompt_that_is_too_long_its_end_is_kept_where_the_question_stands(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
     template, seen = template_of(base.tokenizer), list[list[int]]()
