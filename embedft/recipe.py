@@ -81,7 +81,8 @@ class AlsoTrain(Section):
 class EmbeddingData(Section):
     """`train`, `eval` and `dev`: a file, a BEIR folder or hf://name[:config][@revision][#split]. `limit`: first rows only.
 
-    `dev` chooses the best checkpoint (None: a part of the training queries, held out). `weight` and `also`: several sets in one run.
+    `dev` chooses the best checkpoint: a folder's dev split, or with None a part of the training queries, held out.
+    `weight` and `also`: several sets in one run.
     """
 
     train: str

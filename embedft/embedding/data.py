@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +18,13 @@ HELD_OUT_MOST = 500
 
 @dataclass(frozen=True)
 class Examples:
-    """Training rows without repeats. `relevant`: query text → every document text known to answer it. `hash`: of the rows in order."""
+    """Training rows without repeats. `relevant`: query text → every document text known to answer it. `hash`: of the rows in order.
+    `left_out`: a line for each kind of row that was given and is not used."""
 
     rows: tuple[Example, ...]
     relevant: Mapping[str, frozenset[str]]
     hash: str
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -35,12 +37,19 @@ class Examples:
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """`relevant`: query id → document id → grade above 0. Every query has at least one relevant document here."""
+    """`relevant`: query id → document id → grade above 0. Every query has at least one relevant document here.
+    `capped`: the texts of queries that a cap took out."""
 
     queries: Mapping[str, str]
     documents: Mapping[str, str]
     relevant: Mapping[str, Mapping[str, int]]
     hash: str
+    capped: frozenset[str] = frozenset()
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """Every query text, capped ones too: `embedft eval` asks them all."""
+        return self.capped.union(self.queries.values())
 
 
 def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool, taught: bool = False) -> tuple[Examples, RetrievalSet]:
@@ -61,27 +70,27 @@ def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool, t
         retrieval = load_retrieval(source, problems, format=data.format if source == data.train else None)
     if problems:
         raise DataError(problems)
-    seen = set(retrieval.queries.values())  # all of them: what is capped here is asked by `embedft eval`
+    examples = _unasked(rows, retrieval.asked, by="the evaluation")
     retrieval = reduce_to(retrieval, queries=evaluation.queries, documents=evaluation.documents)
-    examples = make_examples(row for row in rows if row.query not in seen)
     if len(examples) < 2:
         raise DataError([f"{Path(data.train).name}: {len(examples)} usable rows besides the evaluation's queries; expected at least 2"])
     return examples, retrieval
 
 
-def load_retrieval(source: str, problems: list[str] | None = None, *, format: str | None = None) -> RetrievalSet:
-    """Evaluation data: a BEIR folder's test (else dev) split, or pairs, whose documents are the corpus. Raises DataError."""
+def load_retrieval(
+    source: str, problems: list[str] | None = None, *, format: str | None = None, prefer: tuple[str, ...] = ("test", "dev")
+) -> RetrievalSet:
+    """Evaluation data: the split of a BEIR folder that comes first in `prefer`, or pairs, whose documents are the corpus. DataError."""
     faults = [] if problems is None else problems
     before = len(faults)
     if _as_beir(source, format):
         folder = Path(source)
         known = splits(folder)
-        split = next((name for name in ("test", "dev") if name in known), "test")
-        beir = read_beir(folder, split, faults)
+        beir = read_beir(folder, next((name for name in prefer if name in known), prefer[0]), faults)
         queries = {identifier: beir.queries[identifier] for identifier in beir.relevant}
         retrieval = _retrieval(queries, beir.documents, beir.relevant)
     else:
-        rows = list(parse(read_records(source, faults, split="test"), faults, scored=False))
+        rows = list(parse(read_records(source, faults, split=prefer[0]), faults, scored=False))
         retrieval = of_pairs(rows, extra_documents=[text for row in rows for text in row.negatives])
     if not retrieval.queries and len(faults) == before:
         faults.append(f"{Path(source).name}: no query with a relevant document to evaluate on; expected at least 1")
@@ -90,7 +99,7 @@ def load_retrieval(source: str, problems: list[str] | None = None, *, format: st
     return retrieval
 
 
-def make_examples(rows: Iterable[Example]) -> Examples:
+def make_examples(rows: Iterable[Example], *, left_out: tuple[str, ...] = ()) -> Examples:
     """Drop repeated rows and collect each query's relevant documents."""
     kept = tuple(dict.fromkeys(rows))
     relevant: dict[str, set[str]] = {}
@@ -107,7 +116,14 @@ def make_examples(rows: Iterable[Example]) -> Examples:
         ]
         for row in kept
     ]
-    return Examples(kept, {query: frozenset(texts) for query, texts in relevant.items()}, _hash(content))
+    return Examples(kept, {query: frozenset(texts) for query, texts in relevant.items()}, _hash(content), left_out)
+
+
+def _unasked(rows: Sequence[Example], asked: Collection[str], *, by: str, left_out: tuple[str, ...] = ()) -> Examples:
+    """The rows whose query nobody asks who judges by it."""
+    kept = [row for row in rows if row.query not in asked]
+    line = f"{len(rows) - len(kept)} of {len(rows)} training rows are not used: {by} asks their queries"
+    return make_examples(kept, left_out=left_out if len(kept) == len(rows) else (*left_out, line))
 
 
 def answering_negatives(rows: Sequence[Example]) -> list[str]:
@@ -134,7 +150,8 @@ def reduce_to(retrieval: RetrievalSet, *, queries: int | None, documents: int | 
     others = [identifier for identifier in sorted(retrieval.documents, key=_rank) if identifier not in kept]
     kept.update(others if documents is None else others[: max(0, documents - len(kept))])
     texts = {identifier: text for identifier, text in retrieval.documents.items() if identifier in kept}
-    return _retrieval({identifier: retrieval.queries[identifier] for identifier in chosen}, texts, relevant)
+    reduced = _retrieval({identifier: retrieval.queries[identifier] for identifier in chosen}, texts, relevant)
+    return replace(reduced, capped=retrieval.asked.difference(reduced.queries.values()))
 
 
 def data_hash(examples: Examples, *sets: RetrievalSet) -> str:
@@ -159,21 +176,39 @@ def _all_examples(data: EmbeddingData, problems: list[str], *, scored: bool, tau
     return rows
 
 
-def split_dev(examples: Examples, dev: str | None) -> tuple[Examples, RetrievalSet]:
-    """The queries that choose the best checkpoint: `dev`, or a part of the training queries. Training does not see them."""
+def split_dev(examples: Examples, evaluated: RetrievalSet, dev: str | None) -> tuple[Examples, RetrievalSet]:
+    """The queries that choose the best checkpoint: `dev` (a BEIR folder's dev split, else its test split), or a part of the training
+    queries. Training does not see them, and none of them is one that the adapter is judged by."""
     if dev is not None:
-        retrieval = load_retrieval(dev)
-        asked = set(retrieval.queries.values())
-        rest = [row for row in examples.rows if row.query not in asked]
+        given = load_retrieval(dev, prefer=("validation", "dev", "test"))  # "validation" is the hub's word
+        retrieval, told = _unjudged(given, evaluated.asked), examples.left_out
+        if more := len(given.queries) - len(retrieval.queries):
+            told = (*told, f"{more} of {len(given.queries)} dev queries choose no step: the evaluation asks them")
+        kept = _unasked(examples.rows, set(retrieval.queries.values()), by="data.dev", left_out=told)
     else:
         rest, held = _hold_out(examples.rows)
         if any(row.score is not None for row in held):
             raise DataError(["data.dev: a loss of scored pairs needs its own dev data; expected pairs or a BEIR folder"])
         retrieval = of_pairs(held, extra_documents=[row.document for row in rest])
-    kept = make_examples(rest)
+        kept = make_examples(rest, left_out=examples.left_out)
     if len(kept) < 2:
         raise DataError([f"data.dev: {len(kept)} training rows besides the dev queries; expected at least 2"])
     return kept, retrieval
+
+
+def _unjudged(dev: RetrievalSet, asked: Collection[str]) -> RetrievalSet:
+    """Without the evaluation's queries: who chooses the best of many steps by them finds it better than it is."""
+    queries = {identifier: text for identifier, text in dev.queries.items() if text not in asked}
+    if not queries:
+        raise DataError(
+            [
+                f"data.dev: the evaluation asks all of its {len(dev.queries)} queries, so they must not choose the step that it judges; "
+                "expected other queries, or no data.dev: then a part of the training queries is held out"
+            ]
+        )
+    if len(queries) == len(dev.queries):
+        return dev
+    return _retrieval(queries, dev.documents, {identifier: dev.relevant[identifier] for identifier in queries})
 
 
 def _examples(

@@ -42,9 +42,9 @@ def largest_batch(recipe: EmbeddingRecipe, *, packed: bool = False) -> Batch:
         tokens, length = float(2 * settings.batch * settings.max_length), settings.max_length
         step = _packed_step(recipe, loss, [[length] * settings.batch] * 2, _Frozen([], [])) if packed else None
         return Batch(settings.batch, (length, length), 0, settings.max_steps or 0, tokens, step)
-    examples, _ = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
+    examples, retrieval = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
     if settings.evaluate_every is not None:
-        examples, _ = split_dev(examples, recipe.data.dev)
+        examples, _ = split_dev(examples, retrieval, recipe.data.dev)
     spec = BaseSpec(recipe.base.model, "none", recipe.base.revision)
     folder = config_folder(spec)
     folder = folder if (folder / "tokenizer.json").is_file() else source_folder(spec)

@@ -56,8 +56,9 @@ def train(
     _note_negatives(examples, loss, name=recipe.name)
     dev = None
     if recipe.train.evaluate_every is not None:
-        examples, dev = split_dev(examples, recipe.data.dev)
+        examples, dev = split_dev(examples, retrieval, recipe.data.dev)
         dev = reduce_to(dev, queries=recipe.eval.queries, documents=recipe.eval.documents)
+    _note_left_out(examples, name=recipe.name)
     spec = recipe.eval.guard
     general = general_set(spec) if spec else None
     base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision), task="embedding")
@@ -268,6 +269,13 @@ def used_negatives(examples: Examples, loss: Loss) -> int:
 def _check_negatives(examples: Examples, loss: Loss) -> None:
     if loss.takes in {"triplets", "distilled"} and examples.negatives == 0:
         raise DataError([f"loss {loss.name!r} takes triplets, and some rows have no negative; expected a negative in every row"])
+
+
+def _note_left_out(examples: Examples, *, name: str) -> None:
+    from embedft.training.progress import note
+
+    for line in examples.left_out:
+        note(f"{name}: {line}")
 
 
 def _note_negatives(examples: Examples, loss: Loss, *, name: str) -> None:

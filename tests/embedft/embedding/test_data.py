@@ -28,6 +28,7 @@ from embedft.records import read_records
 from tests.fixtures_embedding import planted_rows, write_beir, write_rows
 
 ROWS = planted_rows(40)
+JUDGED = of_pairs([Example("what nobody trains on", "its answer")], extra_documents=())
 
 
 def load(source: str, *, eval: str | None = None, scored: bool = False, **caps: Any) -> tuple[Examples, RetrievalSet]:
@@ -251,12 +252,44 @@ def test_the_same_queries_are_held_out_whatever_the_order_of_the_rows(tmp_path: 
 def test_training_never_sees_the_queries_that_choose_the_best_checkpoint(tmp_path: Path, given: bool) -> None:
     examples = make_examples(Example(row["query"], row["document"]) for row in ROWS)
     dev = write_rows(tmp_path / "dev.jsonl", ROWS[:7]) if given else None
-    kept, retrieval = split_dev(examples, dev)
+    kept, retrieval = split_dev(examples, JUDGED, dev)
     asked = set(retrieval.queries.values())
     assert len(asked) == (7 if given else 4)
     assert {row.query for row in kept.rows} == {row["query"] for row in ROWS} - asked
     with pytest.raises(DataError, match=r"data\.dev: 1 training rows besides the dev queries; expected at least 2"):
-        split_dev(make_examples(examples.rows[:8]), write_rows(tmp_path / "dev.jsonl", ROWS[:7]))
+        split_dev(make_examples(examples.rows[:8]), JUDGED, write_rows(tmp_path / "dev.jsonl", ROWS[:7]))
+
+
+def test_the_dev_queries_of_a_folder_that_is_evaluated_too_are_its_dev_splits(tmp_path: Path) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=32, test=8))
+    lines = (folder / "qrels" / "train.tsv").read_text().splitlines(keepends=True)
+    (folder / "qrels" / "train.tsv").write_text("".join(lines[:25]))
+    (folder / "qrels" / "dev.tsv").write_text("".join([lines[0], *lines[25:]]))
+    examples, judged = load(str(folder))
+    _, dev = split_dev(examples, judged, str(folder))
+    assert (len(dev.queries), len(judged.queries)) == (8, 8)
+    assert judged.asked.isdisjoint(dev.queries.values())
+
+
+def test_no_query_that_an_adapter_is_judged_by_chooses_its_best_step_be_it_capped_or_not(tmp_path: Path) -> None:
+    judged = write_rows(tmp_path / "judged.jsonl", ROWS[:8])
+    examples, retrieval = load(write_rows(tmp_path / "train.jsonl", ROWS[12:]), eval=judged, queries=3)
+    kept, dev = split_dev(examples, retrieval, write_rows(tmp_path / "dev.jsonl", ROWS[4:14]))
+    assert set(dev.queries.values()) == {row["query"] for row in ROWS[8:14]}
+    assert kept.left_out == (
+        "4 of 10 dev queries choose no step: the evaluation asks them",
+        "2 of 28 training rows are not used: data.dev asks their queries",
+    )
+    with pytest.raises(DataError, match=r"data\.dev: the evaluation asks all of its 8 queries"):
+        split_dev(examples, retrieval, judged)
+
+
+def test_training_rows_that_the_evaluation_asks_are_left_out_and_counted(tmp_path: Path) -> None:
+    evaluation = write_rows(tmp_path / "test.jsonl", ROWS[:5])
+    assert load(write_rows(tmp_path / "a.jsonl", ROWS), eval=evaluation)[0].left_out == (
+        "5 of 40 training rows are not used: the evaluation asks their queries",
+    )
+    assert load(write_rows(tmp_path / "b.jsonl", ROWS[5:]), eval=evaluation)[0].left_out == ()
 
 
 def test_one_row_beside_the_evaluations_is_too_few_to_learn_from(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_the_best_weights_on_the_dev_queries_are_published_and_patience_ends_the
     scores = dict(best["history"])
     assert best["score"] == scores[best["step"]] == max(scores.values())
     assert list(scores)[-1] == best["step"] + 10 < 12 * 11, "two evaluations without a better one end it"
-    examples, dev = split_dev(load_data(recipe.data, recipe.eval, scored=False)[0], None)
+    examples, dev = split_dev(*load_data(recipe.data, recipe.eval, scored=False), None)
     assert not set(dev.queries.values()) & {row.query for row in examples.rows}
     folder = base_folder(BaseSpec(recipe.base.model, quantization))
     model = load_adapter(load_model(folder, task="embedding"), Path(result.path))
