@@ -35,8 +35,10 @@ class BatchPlan:
         self._weights: dict[float, list[int]] = {}
         for number, row in enumerate(examples.rows):
             self._weights.setdefault(row.weight, []).append(number)
-        self.shown = len(self._shown(random.Random(0)))  # rows an epoch
-        self._count = len(self._plan(0))
+        self.shown = len(self._shown(0))  # rows an epoch
+        self.never = [weight for weight, rows in self._weights.items() if not _times(weight, len(rows))]  # weights that show no row
+        first = self._plan(0)
+        self._count, self.alone = len(first), self.shown - sum(map(len, first))  # `alone`: rows of an epoch that are in no batch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -55,7 +57,7 @@ class BatchPlan:
     def _plan(self, epoch: int) -> list[list[int]]:
         """Full batches in random order, then those that the last rows fill only in part; a batch of one teaches nothing."""
         generator = random.Random(f"{self.seed}-{epoch}")
-        order = self._shown(generator)
+        order = self._shown(epoch)
         generator.shuffle(order)
         size = self.window * self.batch_size
         full: list[list[int]] = []
@@ -75,13 +77,16 @@ class BatchPlan:
         generator.shuffle(full)
         return [batch for batch in full + rest if len(batch) > 1 or self.batch_size == 1]
 
-    def _shown(self, generator: random.Random) -> list[int]:
-        """The rows of one epoch: as often as their weight says; of a weight's fraction, others every time, but always as many."""
+    def _shown(self, epoch: int) -> list[int]:
+        """The rows of one epoch: as often as their weight says; of a weight's fraction always as many, and those that come next: two
+        epochs of a half show every row."""
         if set(self._weights) == {1.0}:
             return list(range(len(self._documents)))
         order: list[int] = []
         for weight, rows in self._weights.items():
-            order += rows * int(weight) + generator.sample(rows, round((weight - int(weight)) * len(rows)))
+            whole, part = divmod(_times(weight, len(rows)), len(rows))
+            ring = random.Random(f"{self.seed}-{weight}").sample(rows, len(rows))
+            order += rows * whole + [ring[place % len(ring)] for place in range(epoch * part, (epoch + 1) * part)]
         return order
 
     def _fill(self, rows: Sequence[int]) -> tuple[list[list[int]], list[int]]:
@@ -120,3 +125,8 @@ class BatchPlan:
                 answers |= self._answers[row]
         gone = set(taken)
         return [rows[position] for position in taken], [row for position, row in enumerate(rows) if position not in gone]
+
+
+def _times(weight: float, rows: int) -> int:
+    """So many rows of a set are shown in an epoch."""
+    return int(weight) * rows + round((weight - int(weight)) * rows)

@@ -70,7 +70,7 @@ def train(
     shown = start_batches(examples, base, settings, batch=recipe.train.batch, seed=recipe.train.seed)
     model = attach(base, recipe.adapter, task="embedding", batches=shown)
     plan = plan_for(examples, recipe, loss=loss, model=model)
-    _check_batches(plan)
+    _check_batches(plan, name=recipe.name)
     steps = ceil(len(plan) / recipe.train.accumulate)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -292,11 +292,20 @@ def _note_negatives(examples: Examples, loss: Loss, *, name: str) -> None:
         note(f"{name}: {used} of up to {most} negatives a row are used: {why}")
 
 
-def _check_batches(plan: BatchPlan) -> None:
+def _check_batches(plan: BatchPlan, *, name: str) -> None:
+    from embedft.training.progress import note
+
     if not len(plan) and plan.rows > 1 and plan.shown < 2:
         raise DataError([f"the weights of the data show {plan.shown} of {plan.rows} rows an epoch: raise data.weight"])
+    if plan.never:
+        raise DataError([f"a weight of {plan.never[0]:g} shows none of its rows in any epoch: raise it, or leave the set out"])
     if not len(plan):
         raise DataError(["no two training rows may share a batch: all of them have one answer; expected rows with different documents"])
+    if plan.alone > 1:  # one is what batches of a size leave over, another one every epoch
+        note(
+            f"{name}: {plan.alone} of {plan.shown} rows an epoch teach nothing: too many rows have the same documents, and those share no "
+            "batch; a loss of triplets takes them all (`embedft data mine` adds the negatives, loss.name=triplet)"
+        )
 
 
 def _check_dimensions(dimensions: Sequence[int], base: Base) -> None:

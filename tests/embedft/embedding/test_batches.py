@@ -92,14 +92,24 @@ def test_losses_of_scored_pairs_may_compare_a_querys_documents() -> None:
 
 def test_a_weight_says_how_often_a_row_is_shown_and_a_half_is_another_every_epoch() -> None:
     rows = [Example(f"q{i}", f"d{i}", weight=weight) for i, weight in enumerate([2.0] * 20 + [1.0] * 20 + [0.5] * 20)]
-    plan, _ = plan_of(rows, batch=5)
+    plan, _ = plan_of(rows, batch=2)
     epochs = [Counter(i for batch in plan.of_epoch(epoch) for i in batch) for epoch in range(2)]
     for shown in epochs:
         assert {shown[i] for i in range(20)} == {2}
         assert {shown[i] for i in range(20, 40)} == {1}
         assert sum(shown[i] for i in range(40, 60)) == 10
-    assert set(epochs[0]) != set(epochs[1])
+    assert sum(epochs, Counter()) == {i: 2 * row.weight for i, row in enumerate(rows)}, "two epochs of a half show every row"
     assert all(len(set(batch)) == len(batch) for batch in plan), "a row never meets itself"
+
+
+def test_rows_that_share_no_batch_and_weights_that_show_no_row_are_counted() -> None:
+    crowd = [Example(f"q{i}", "the same") for i in range(50)]
+    plan, _ = plan_of([*crowd, *(Example(f"p{i}", f"d{i}") for i in range(20))])
+    assert plan.alone == plan.shown - sum(map(len, plan)) > 20
+    assert plan_of([Example(f"p{i}", f"d{i}") for i in range(16)])[0].alone == 0
+    assert plan.never == []
+    light = [Example(f"w{i}", f"v{i}", weight=0.04) for i in range(10)]
+    assert plan_of([*crowd[:1], *light, Example("p", "d", weight=0.5), Example("r", "e", weight=0.51)])[0].never == [0.04, 0.5]
 
 
 def test_what_is_planned_is_what_the_trainer_will_show(make: Make, root: Path) -> None:
@@ -115,7 +125,7 @@ def test_what_is_planned_is_what_the_trainer_will_show(make: Make, root: Path) -
     data = {"train": write_rows(root / "planned.jsonl", rows)}
     for loss in ("gist", "mnrl"):
         recipe = make(data=data, loss={"name": loss}, adapter={"dropout": 0.1}, train={"evaluate_every": 5, "epochs": 2, "max_length": 500})
-        examples, _ = split_dev(load_data(recipe.data, recipe.eval, scored=False)[0], None)
+        examples, _ = split_dev(*load_data(recipe.data, recipe.eval, scored=False), None)
         model = attach(load_base(BaseSpec(recipe.base.model), task="embedding"), recipe.adapter, task="embedding")
         batches = list(plan_for(examples, recipe, loss=LOSSES[loss], model=model))
         planned = largest_batch(recipe)

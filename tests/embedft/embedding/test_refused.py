@@ -10,7 +10,7 @@ from embedft.adapters.store import AdapterStore
 from embedft.embedding.train import train
 from embedft.errors import AdapterInvalid, BaseError, DataError, MethodUnsupported, RecipeError, UsageError
 from tests.embedft.embedding.runs import PADDED, Make, trained
-from tests.fixtures_embedding import disagree, tiny_encoder, write_rows
+from tests.fixtures_embedding import disagree, planted_rows, tiny_encoder, write_rows
 
 
 def test_faults_of_data_and_loss_are_told_before_a_model_loads(
@@ -40,6 +40,22 @@ def test_rows_of_one_answer_are_refused_for_they_make_no_batch(make: Make, store
     same = [{"query": f"q{i}", "document": "the one answer"} for i in range(8)]
     with pytest.raises(DataError, match="no two training rows may share a batch"):
         train(make(data={"train": write_rows(root / "same.jsonl", same), "eval": beir}), store=store)
+
+
+def test_rows_that_are_given_and_not_learned_from_are_told(
+    make: Make, store: AdapterStore, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crowd = [{"query": f"q{i}", "document": "the one answer"} for i in range(30)]
+    others = [{"query": f"p{i}", "document": f"another answer {i}"} for i in range(6)]
+    train_rows = write_rows(root / "crowd.jsonl", [*crowd, *others])
+    evaluation = write_rows(root / "crowd-test.jsonl", others[:2])
+    train(make(data={"train": train_rows, "eval": evaluation}, train={"max_steps": 1}), store=store, dry_run=True)
+    told = capsys.readouterr().err
+    assert "tiny: 2 of 36 training rows are not used: the evaluation asks their queries" in told
+    assert "of 34 rows an epoch teach nothing: too many rows have the same documents" in told
+    also = [{"train": write_rows(root / "light.jsonl", planted_rows(8)), "weight": 0.05}]
+    with pytest.raises(DataError, match=r"a weight of 0\.05 shows none of its rows in any epoch"):
+        train(make(data={"also": also}), store=store, dry_run=True)
 
 
 def test_a_loss_that_compares_no_rows_takes_rows_of_one_answer(make: Make, store: AdapterStore, root: Path, beir: str) -> None:
