@@ -29,13 +29,14 @@ SMALL = 4096  # elements; 8-bit optimizers keep smaller tensors in 32 bits
 @dataclass(frozen=True)
 class Batch:
     """The largest batch of a run. `lengths`: the padded length of each column (one for a language model); `kept`: positions with
-    logits; `steps`: optimizer steps of the whole run; `tokens`: of an average batch; `step`: what the trainer makes of the batch, where
-    that is not the model's own forward pass over padded columns; `before`: what it computes once, before there is an optimizer."""
+    logits; `steps`: optimizer steps of the whole run (None: the data that says so is not there yet); `tokens`: of an average batch;
+    `step`: what the trainer makes of the batch, where that is not the model's own forward pass over padded columns; `before`: what it
+    computes once, before there is an optimizer."""
 
     rows: int
     lengths: tuple[int, ...]
     kept: int
-    steps: int
+    steps: int | None
     tokens: float
     step: "Step | None" = None
     before: "Step | None" = None
@@ -43,8 +44,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, parameters and seconds. `peak_bytes` is the sum of the parts; `peak_with_checkpointing`: a language model's with
-    gradient checkpointing, whether or not the recipe asks for it (None where the method does not go with it)."""
+    """Bytes, parameters and seconds. `peak_bytes` is the sum of the parts; `steps` and `seconds` (of all of them) are None where the
+    data is not there yet; `peak_with_checkpointing`: a language model's with gradient checkpointing, whether or not the recipe
+    asks for it (None where the method does not go with it)."""
 
     name: str
     parameters: int
@@ -58,10 +60,10 @@ class Plan:
     peak_bytes: int
     peak_with_checkpointing: int | None
     available_bytes: int
-    steps: int
+    steps: int | None
     batch_tokens: int
     seconds_per_step: float
-    seconds: float
+    seconds: float | None
 
     @property
     def memory(self) -> dict[str, int]:
@@ -131,7 +133,7 @@ def plan(recipe: EmbeddingRecipe | CausalLMRecipe, batch: "Batch | Callable[[Any
         steps=batch.steps,
         batch_tokens=batch.rows * sum(batch.lengths),
         seconds_per_step=seconds,
-        seconds=seconds * batch.steps,
+        seconds=None if batch.steps is None else seconds * batch.steps,
     )
 
 

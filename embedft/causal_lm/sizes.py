@@ -25,7 +25,7 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
     settings = recipe.train
     if not recipe.data.train.startswith("hf://") and not Path(recipe.data.train).is_file():
         tokens, length = float(settings.batch * settings.max_length), settings.max_length
-        return Batch(settings.batch, (length,), length, settings.max_steps or 0, tokens)
+        return Batch(settings.batch, (length,), length, settings.max_steps, tokens)
     tokenizer = tokenizer_of(folder if any(folder.glob("tokenizer*")) else source_folder(spec))
     examples = tokenized(read_split(recipe).train, template_of(tokenizer, recipe.data.template), recipe)
     packs = pack(examples, length=settings.max_length) if settings.packing else []

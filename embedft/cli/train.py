@@ -106,7 +106,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         print(f"{made.name}: {made.trainable:,} of {made.parameters:,} parameters train ({made.trainable_percent:.2f} %)")
         show_table([{"memory": part, "MiB": f"{size / 2**20:,.1f}"} for part, size in made.memory.items()])
-        print(f"about {made.seconds_per_step:.2g} s a step, {made.steps} steps: {made.seconds / 60:.1f} min (training alone)")
+        if made.steps is None or made.seconds is None:
+            assumed = f"{recipe.data.train} is not there yet: every text is taken to have train.max_length={recipe.train.max_length} tokens"
+            print(f"about {made.seconds_per_step:.2g} s a step; {assumed}, and how many steps there are is not known")
+        else:
+            print(f"about {made.seconds_per_step:.2g} s a step, {made.steps} steps: {made.seconds / 60:.1f} min (training alone)")
         if not made.fits:
             print(f"only {made.available_bytes / 2**20:,.0f} MiB are free here: {made.advice}")
     return 0 if made.fits else 1

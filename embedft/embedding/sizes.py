@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 from embedft.base import BaseSpec, config_folder, source_folder
 from embedft.embedding.data import load_data, split_dev
 from embedft.embedding.losses import MINI_BATCH, Loss, loss_named
-from embedft.embedding.train import batch_plan, text_length, used_negatives
+from embedft.embedding.train import (
+    batch_plan,
+    check_batches,
+    check_dimensions,
+    check_negatives,
+    check_together,
+    text_length,
+    used_negatives,
+)
 from embedft.encode import EncodeSettings, TextPreparer
+from embedft.model_folder import hidden_size, read_json
 from embedft.model_folder import lengths as lengths_of
-from embedft.model_folder import read_json
 from embedft.plan import Batch
 from embedft.recipe import EmbeddingRecipe
 from embedft.sentence_folder import published
@@ -24,7 +32,10 @@ if TYPE_CHECKING:
 
 
 def batch_for(recipe: EmbeddingRecipe) -> Callable[[Any], Batch]:
-    """For `plan`: the largest batch as the trainer of the model that it is given will see it, packed or padded."""
+    """For `plan`: the largest batch as the trainer of the model that it is given will see it, packed or padded.
+
+    What the trainer refuses before it loads a model is refused here: MethodUnsupported, RecipeError, DataError.
+    """
     from embedft.embedding.packed import unpackable
 
     def of(model: Any) -> Batch:
@@ -37,25 +48,30 @@ def batch_for(recipe: EmbeddingRecipe) -> Callable[[Any], Batch]:
 def largest_batch(recipe: EmbeddingRecipe, *, packed: bool = False) -> Batch:
     """Of the first epoch; two columns of full length where the recipe's data is not there yet."""
     settings, given = recipe.train, recipe.data.train
-    loss = loss_named(recipe.loss.name)
+    check_together(recipe)
+    loss, spec = loss_named(recipe.loss.name), BaseSpec(recipe.base.model, "none", recipe.base.revision)
+    folder = config_folder(spec)
+    config = read_json(folder / "config.json")
+    check_dimensions(recipe.loss.dimensions, hidden_size(folder, config))
     if not given.startswith("hf://") and not Path(given).exists():
         tokens, length = float(2 * settings.batch * settings.max_length), settings.max_length
         step = _packed_step(recipe, loss, [[length] * settings.batch] * 2, _Frozen([], [])) if packed else None
-        return Batch(settings.batch, (length, length), 0, settings.max_steps or 0, tokens, step)
+        return Batch(settings.batch, (length, length), 0, settings.max_steps, tokens, step)
     examples, retrieval = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
+    check_negatives(examples, loss)
     if settings.evaluate_every is not None:
         examples, _ = split_dev(examples, retrieval, recipe.data.dev)
-    spec = BaseSpec(recipe.base.model, "none", recipe.base.revision)
-    folder = config_folder(spec)
     folder = folder if (folder / "tokenizer.json").is_file() else source_folder(spec)
-    length = text_length(recipe, *lengths_of(folder, read_json(folder / "config.json")))
+    length = text_length(recipe, *lengths_of(folder, config))
     prompts = recipe.data.prompts.over(published(folder, decoder=False).prompts)
     preparer = TextPreparer(folder, EncodeSettings("mean", True, length, prompts))
     columns = [[row.query for row in examples.rows], [row.document for row in examples.rows]]
     columns += [[row.negatives[number] for row in examples.rows] for number in range(used_negatives(examples, loss))]
     sides = ["query", *["document"] * (len(columns) - 1)]
     lengths = [[len(ids) for ids in preparer.prepare(texts, side).ids] for texts, side in zip(columns, sides, strict=True)]  # type: ignore[arg-type]
-    batches = list(batch_plan(examples, recipe, loss=loss, padded=not packed))
+    made = batch_plan(examples, recipe, loss=loss, padded=not packed)
+    check_batches(made, name=recipe.name)
+    batches = list(made)
     longest_of = [tuple(max(column[i] for i in batch) for column in lengths) for batch in batches]
     if packed:
         tokens = [sum(column[i] for column in lengths for i in batch) for batch in batches]

@@ -49,10 +49,10 @@ def train(
     from embedft.training.run import open_run
     from embedft.training.trackers import tracked
 
-    _check_together(recipe)
+    check_together(recipe)
     loss = loss_named(recipe.loss.name)
     examples, retrieval = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
-    _check_negatives(examples, loss)
+    check_negatives(examples, loss)
     _note_negatives(examples, loss, name=recipe.name)
     dev = None
     if recipe.train.evaluate_every is not None:
@@ -65,12 +65,12 @@ def train(
     settings = settings_for(recipe, base)
     check_tokenizer(base.folder)
     TextPreparer(base.folder, settings)  # is refused where its length leaves no room for a text
-    _check_dimensions(recipe.loss.dimensions, base)
+    check_dimensions(recipe.loss.dimensions, base.info.hidden_size)
     set_seed(recipe.train.seed)
     shown = start_batches(examples, base, settings, batch=recipe.train.batch, seed=recipe.train.seed)
     model = attach(base, recipe.adapter, task="embedding", batches=shown)
     plan = plan_for(examples, recipe, loss=loss, model=model)
-    _check_batches(plan, name=recipe.name)
+    check_batches(plan, name=recipe.name)
     steps = ceil(len(plan) / recipe.train.accumulate)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -253,7 +253,7 @@ def training_columns(examples: Examples, loss: Loss) -> dict[str, list[Any]]:
     return columns
 
 
-def _check_together(recipe: EmbeddingRecipe) -> None:
+def check_together(recipe: EmbeddingRecipe) -> None:
     from embedft.methods import method_named
     from embedft.training.optimizers import check_optimizer
 
@@ -266,7 +266,7 @@ def used_negatives(examples: Examples, loss: Loss) -> int:
     return examples.negatives if loss.most is None else min(loss.most, examples.negatives)
 
 
-def _check_negatives(examples: Examples, loss: Loss) -> None:
+def check_negatives(examples: Examples, loss: Loss) -> None:
     if loss.takes in {"triplets", "distilled"} and examples.negatives == 0:
         raise DataError([f"loss {loss.name!r} takes triplets, and some rows have no negative; expected a negative in every row"])
 
@@ -292,7 +292,7 @@ def _note_negatives(examples: Examples, loss: Loss, *, name: str) -> None:
         note(f"{name}: {used} of up to {most} negatives a row are used: {why}")
 
 
-def _check_batches(plan: BatchPlan, *, name: str) -> None:
+def check_batches(plan: BatchPlan, *, name: str) -> None:
     from embedft.training.progress import note
 
     if not len(plan) and plan.rows > 1 and plan.shown < 2:
@@ -308,6 +308,6 @@ def _check_batches(plan: BatchPlan, *, name: str) -> None:
         )
 
 
-def _check_dimensions(dimensions: Sequence[int], base: Base) -> None:
-    if too_many := [size for size in dimensions if size >= base.info.hidden_size]:
-        raise RecipeError("recipe", [f"loss.dimensions: {too_many[0]}; expected less than the {base.info.hidden_size} of the base"])
+def check_dimensions(dimensions: Sequence[int], width: int) -> None:
+    if too_many := [size for size in dimensions if size >= width]:
+        raise RecipeError("recipe", [f"loss.dimensions: {too_many[0]}; expected less than the {width} of the base"])
