@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from embedft.errors import DataError
+from embedft.files import write_jsonl
 from embedft.records import lines_of, open_text, read_jsonl
 
 _GRADE = re.compile(r" *-?[0-9]+ *")
@@ -52,7 +54,17 @@ def _file(folder: Path, stem: str) -> Path:
     raise DataError([f"{folder.name}: no {stem}.jsonl; expected a BEIR folder with corpus.jsonl, queries.jsonl and qrels/"])
 
 
-def _texts(path: Path, problems: list[str], *, titled: bool) -> dict[str, str]:
+def drop_unreadable(folder: Path) -> None:
+    """Rewrite corpus and queries without the lines that `read_beir` does not take; a file that it takes whole stays as it is."""
+    for stem in ("corpus", "queries"):
+        path, problems, rows = _file(folder, stem), list[str](), list[Mapping[str, Any]]()
+        _texts(path, problems, titled=stem == "corpus", rows=rows)
+        if problems:
+            write_jsonl(path, rows)
+
+
+def _texts(path: Path, problems: list[str], *, titled: bool, rows: list[Mapping[str, Any]] | None = None) -> dict[str, str]:
+    """Id → text; `rows` collects what it was read from."""
     texts: dict[str, str] = {}
     for row in read_jsonl(path, problems):
         identifier, text = row.values.get("_id"), row.values.get("text")
@@ -65,6 +77,8 @@ def _texts(path: Path, problems: list[str], *, titled: bool) -> dict[str, str]:
             problems.append(f"{row.where}: text is {'empty' if isinstance(text, str) else repr(text)}; expected text")
         else:
             texts[identifier] = f"{title} {text}".strip() if title else text.strip()
+            if rows is not None:
+                rows.append(row.values)
     return texts
 
 

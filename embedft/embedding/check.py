@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from embedft.embedding.beir import is_beir, read_beir, splits
+from embedft.embedding.beir import drop_unreadable, is_beir, read_beir, splits
 from embedft.embedding.near import NearIndex
 from embedft.embedding.pairs import QUERY, as_list, columns_of, no_text
 from embedft.embedding.phrases import phrases_in, without
@@ -83,6 +83,8 @@ def check(train: str, *, eval: str | None = None, max_length: int = 256, base: s
         expect_jsonl(fix)
     if fix is not None and fix.exists():
         raise DataError([f"{fix} exists already: name a new place for the cleaned copy"])
+    if fix is not None and is_beir(train) and fix.resolve().is_relative_to(Path(train).resolve()):
+        raise DataError([f"{fix} lies in {train}, which is copied: name a place beside it"])
     state = _State([])
     state.pairs = _read(train, state)
     rows = len(state.pairs)
@@ -312,4 +314,5 @@ def _write(source: str, out: Path, pairs: Sequence[Pair]) -> None:
         lines = ["query-id\tcorpus-id\tscore", *(f"{pair.ids[0]}\t{pair.ids[1]}\t{pair.grade}" for pair in pairs if pair.ids)]
         (stage / "copy" / "qrels" / "train.tsv").chmod(0o644)
         (stage / "copy" / "qrels" / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        drop_unreadable(stage / "copy")
         (stage / "copy").rename(out)

@@ -1,5 +1,6 @@
 """Faults planted in data are found, and gone from the cleaned copy; clean data has none."""
 
+import gzip
 import json
 import random
 import tracemalloc
@@ -244,6 +245,30 @@ def test_of_a_beir_folder_no_more_is_promised_and_changed_than_its_judgements(tm
     kept = (tmp_path / "fixed" / "qrels" / "train.tsv").read_text().splitlines()
     assert set(kept) <= set(graded.splitlines())
     assert "q1\td1\t3" in kept
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lines_of_a_beir_folder_that_nothing_reads_are_left_out_of_its_copy(tmp_path: Path, packed: bool) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=40, test=12))
+    whole = {stem: (folder / f"{stem}.jsonl").read_text() for stem in ("corpus", "queries")}
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write('not JSON\n{"_id": 5, "text": "a number for an id"}\n{"_id": "d0", "text": "twice"}\n')
+    if packed:
+        (folder / "corpus.jsonl.gz").write_bytes(gzip.compress((folder / "corpus.jsonl").read_bytes()))
+        (folder / "corpus.jsonl").unlink()
+    report = check(str(folder), fix=tmp_path / "fixed")
+    assert (found(report, "unreadable").count, found(report, "unreadable").remedy) == (3, "left out")
+    copied = tmp_path / "fixed" / ("corpus.jsonl.gz" if packed else "corpus.jsonl")
+    rows = (gzip.decompress(copied.read_bytes()) if packed else copied.read_bytes()).decode().splitlines()
+    assert [json.loads(row) for row in rows] == [json.loads(row) for row in whole["corpus"].splitlines()]
+    assert (tmp_path / "fixed" / "queries.jsonl").read_text() == whole["queries"], "what is read whole stays as it is"
+    load_data(EmbeddingData(train=str(tmp_path / "fixed")), EmbeddingEval(), scored=False)
+
+
+def test_a_folder_is_not_copied_into_itself(tmp_path: Path) -> None:
+    folder = write_beir(tmp_path / "beir", train=40, test=12)
+    with pytest.raises(DataError, match="name a place beside it"):
+        check(folder, fix=Path(folder) / "fixed")
 
 
 def test_nothing_is_overwritten_and_nothing_to_read_is_an_error(tmp_path: Path) -> None:
