@@ -11,6 +11,8 @@ from embedft.errors import RecipeError
 from embedft.recipe import CausalLMRecipe, EmbeddingRecipe, data_paths, parse_recipe
 from embedft.strict_yaml import read_yaml
 
+_TEXTS = ("data.prompts.query", "data.prompts.document")
+
 
 def shipped_recipes() -> dict[str, Path]:
     """Name (file stem) → path of each recipe that comes with the package."""
@@ -72,14 +74,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RecipeError(override, ["expected key=value, for example train.lr=1e-4"])
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(override, [f"the value is not readable: {error}"]) from None
-    if isinstance(parsed, str):
-        parsed = _number(parsed)
-    elif isinstance(parsed, dict) and not value.lstrip().startswith("{"):
-        parsed = value  # a prompt such as 'query: ', not a mapping
+    parsed = _value(key, value, override)
     *parents, last = key.split(".")
     for parent in parents:
         inner: Any = content.setdefault(parent, {})
@@ -87,6 +82,19 @@ def _apply(content: dict[str, Any], override: str) -> None:
             raise RecipeError(override, [f"{parent} is not a section"])
         content = cast("dict[str, Any]", inner)
     content[last] = parsed
+
+
+def _value(key: str, value: str, override: str) -> Any:
+    """What stands behind the =: YAML, but for a prompt, which is text to its last blank unless it is quoted or null."""
+    if key in _TEXTS and value != "null" and not (value[:1] in ("'", '"') and value[-1:] == value[:1] != value):
+        return value
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(override, [f"the value is not readable: {error}"]) from None
+    if isinstance(parsed, str):
+        return parsed if key in _TEXTS else _number(parsed)
+    return value if isinstance(parsed, dict) and not value.lstrip().startswith("{") else parsed  # a template such as 'Q: {question}'
 
 
 def _number(text: str) -> Any:

@@ -58,6 +58,29 @@ def test_overrides_are_dotted_and_typed(tmp_path: Path) -> None:
     assert (recipe.train.lr, recipe.adapter.r, recipe.data.prompts.query) == (1e-4, 8, "query: ")
 
 
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        ("Query ", "Query "),
+        ("part #1: ", "part #1: "),
+        ("{query} ", "{query} "),
+        ("[q] ", "[q] "),
+        ("Find: what is asked: ", "Find: what is asked: "),
+        ("Instruct: find\nQuery:", "Instruct: find\nQuery:"),
+        ("سؤال: ", "سؤال: "),
+        ("1e3", "1e3"),
+        ('"in quotes: "', "in quotes: "),
+        ("'1'", "1"),
+        ('"', '"'),
+        ("", ""),
+        ("null", None),
+    ],
+)
+def test_a_prompt_on_the_command_line_is_text_to_its_last_blank(tmp_path: Path, given: str, prompt: str | None) -> None:
+    recipe = load_recipe(written(tmp_path, MINIMAL), [f"data.prompts.query={given}"])
+    assert recipe.data.prompts.query == prompt  # type: ignore[union-attr]
+
+
 def test_an_override_of_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.lr"):
         load_recipe(written(tmp_path, MINIMAL), ["train.lrr=1"])
