@@ -91,7 +91,8 @@ def synthesize(
     generate = from_text(synth) if synth.generator == "text" else from_server(synth)
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = out.with_name(out.name + ".parts")
-    identity = hash_json([asdict(synth), [[p.identifier, p.title, p.text] for p in passages]])
+    asked = {name: value for name, value in asdict(synth).items() if name != "top"}  # which changes no query
+    identity = hash_json([asked, [[p.identifier, p.title, p.text] for p in passages]])
     done = _resume(parts, identity)
     resumed = len(done)
     with parts.open("a", encoding="utf-8") as file:
@@ -105,9 +106,12 @@ def synthesize(
     kept = _round_trip(unique, passages, synth, base, quantization, max_length)
     if kept:
         write_jsonl(out, ({"query": query, "document": document} for query, document, _ in kept))
-    parts.unlink()
+    paid = bool(unique) and synth.generator != "text"
+    if kept or not paid:
+        parts.unlink()
     if not kept:
-        raise DataError([f"{Path(corpus).name}: {_why_none(synth, passages, made=len(pairs), unique=len(unique))}"])
+        why = _why_none(synth, passages, made=len(pairs), unique=len(unique))
+        raise DataError([f"{Path(corpus).name}: {why}" + (f"; {parts.name} keeps the queries for that" if paid else "")])
     return SynthReport(len(passages), len(pairs), len(kept), len(unique) - len(kept), len(pairs) - len(unique), resumed, str(out))
 
 

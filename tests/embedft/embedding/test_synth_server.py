@@ -116,6 +116,19 @@ def test_a_stopped_run_goes_on_and_asks_for_no_passage_twice(tmp_path: Path, ser
     assert whole.read_text() == out.read_text()
 
 
+def test_queries_of_a_server_that_find_nothing_are_kept_for_a_run_that_asks_less_of_them(tmp_path: Path, server: Server) -> None:
+    titles = "Copper kettle prices", "Mountain railway tours"
+    outdone = [{"title": title, "text": f"{other} " * 3} for title, other in zip(titles, titles[::-1], strict=True)]
+    source, out = write_rows(tmp_path / "c.jsonl", outdone), tmp_path / "out.jsonl"
+    once = {"generator": server.url, "count": 1}
+    with pytest.raises(DataError, match=r"none of the 2 queries .* the best 1; expected a larger --top.*; out\.jsonl\.parts keeps"):
+        synthesize(source, out, synth=Synth(**once, top=1), base=None)
+    before = len(server.asked)
+    report = synthesize(source, out, synth=Synth(**once, top=2), base=None)
+    assert (report.kept, report.resumed, len(server.asked)) == (2, 2, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "out.jsonl"]
+
+
 def test_what_was_paid_for_survives_any_line_separator_and_a_kill_inside_a_character(tmp_path: Path, server: Server) -> None:
     settings, out, parts = Synth(generator=server.url, model="m"), tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
     texts = [(title, f"{text} After\u2028two\u2029three\u0085four.") for title, text in FACTS.items()]
