@@ -163,7 +163,7 @@ class CausalLMTrain(TrainSection):
 class GuardSection(Section):
     """A general set that an adapter must not spoil: `data` is pydocs (short functions of the standard library) or a retrieval set.
 
-    `queries` and `documents` cap it; each query of pydocs has one document, so there `queries` alone does.
+    Queries that are trained on are left out. `queries` and `documents` cap it; a query of pydocs has one document, so `queries` alone does.
     An adapter that loses more than `drop` of `eval.metric` there is saved, but its name does not move to it without --force.
     """
 

@@ -178,10 +178,17 @@ def _all_examples(data: EmbeddingData, problems: list[str], *, scored: bool, tau
 
 def split_dev(examples: Examples, evaluated: RetrievalSet, dev: str | None) -> tuple[Examples, RetrievalSet]:
     """The queries that choose the best checkpoint: `dev` (a BEIR folder's dev split, else its test split), or a part of the training
-    queries. Training does not see them, and none of them is one that the adapter is judged by."""
+    queries. Training does not see them, and none is one that the adapter is judged by: the best of many would seem better than it is."""
     if dev is not None:
         given = load_retrieval(dev, prefer=("validation", "dev", "test"))  # "validation" is the hub's word
-        retrieval, told = _unjudged(given, evaluated.asked), examples.left_out
+        retrieval, told = without_queries(given, evaluated.asked), examples.left_out
+        if not retrieval.queries:
+            raise DataError(
+                [
+                    f"data.dev: the evaluation asks all of its {len(given.queries)} queries, so they must not choose the step that it "
+                    "judges; expected other queries, or no data.dev: then a part of the training queries is held out"
+                ]
+            )
         if more := len(given.queries) - len(retrieval.queries):
             told = (*told, f"{more} of {len(given.queries)} dev queries choose no step: the evaluation asks them")
         kept = _unasked(examples.rows, set(retrieval.queries.values()), by="data.dev", left_out=told)
@@ -196,19 +203,12 @@ def split_dev(examples: Examples, evaluated: RetrievalSet, dev: str | None) -> t
     return kept, retrieval
 
 
-def _unjudged(dev: RetrievalSet, asked: Collection[str]) -> RetrievalSet:
-    """Without the evaluation's queries: who chooses the best of many steps by them finds it better than it is."""
-    queries = {identifier: text for identifier, text in dev.queries.items() if text not in asked}
-    if not queries:
-        raise DataError(
-            [
-                f"data.dev: the evaluation asks all of its {len(dev.queries)} queries, so they must not choose the step that it judges; "
-                "expected other queries, or no data.dev: then a part of the training queries is held out"
-            ]
-        )
-    if len(queries) == len(dev.queries):
-        return dev
-    return _retrieval(queries, dev.documents, {identifier: dev.relevant[identifier] for identifier in queries})
+def without_queries(retrieval: RetrievalSet, asked: Collection[str]) -> RetrievalSet:
+    """The same documents, and the queries that are not among `asked`."""
+    queries = {identifier: text for identifier, text in retrieval.queries.items() if text not in asked}
+    if len(queries) == len(retrieval.queries):
+        return retrieval
+    return _retrieval(queries, retrieval.documents, {identifier: retrieval.relevant[identifier] for identifier in queries})
 
 
 def _examples(

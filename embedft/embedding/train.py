@@ -60,7 +60,7 @@ def train(
         dev = reduce_to(dev, queries=recipe.eval.queries, documents=recipe.eval.documents)
     _note_left_out(examples, name=recipe.name)
     spec = recipe.eval.guard
-    general = general_set(spec) if spec else None
+    general = general_set(spec, trained={row.query for row in examples.rows}) if spec else None
     base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision), task="embedding")
     settings = settings_for(recipe, base)
     check_tokenizer(base.folder)

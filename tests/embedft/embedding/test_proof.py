@@ -14,7 +14,7 @@ from embedft.embedding.evaluate import Towers, fuse, score
 from embedft.embedding.guard import general_set
 from embedft.embedding.proof import comparison, evaluate_adapter, overlaps
 from embedft.embedding.train import train
-from embedft.errors import AdapterNotFound, DataError, Forgotten, UsageError
+from embedft.errors import AdapterNotFound, BaseError, DataError, Forgotten, UsageError
 from embedft.recipe import GuardSection, parse_recipe
 from tests.embedft.adapter_fixtures import make_adapter
 from tests.fixtures_embedding import TOPICS, text, tiny_encoder, write_beir, write_rows
@@ -179,3 +179,24 @@ def test_the_general_set_is_made_of_this_pythons_own_library() -> None:
     assert len(data.queries) == len(data.documents) == 200
     assert all(len(found) == 1 for found in data.relevant.values())
     assert general_set(GuardSection()).hash == data.hash
+
+
+def test_what_is_trained_on_does_not_guard(general: str, capsys: pytest.CaptureFixture[str]) -> None:
+    every = set(general_set(GuardSection(queries=10**6)).queries.values())
+    known = set(general_set(GuardSection(queries=50)).queries.values())
+    assert set(general_set(GuardSection(queries=10**6), trained=known).queries.values()) == every - known
+    with pytest.raises(BaseError, match="no other functions than those that are trained on"):
+        general_set(GuardSection(), trained=every)
+    given = general_set(GuardSection(data=general))
+    trained = set(list(given.queries.values())[:4])
+    rest = general_set(GuardSection(data=general), trained=trained)
+    assert set(rest.queries.values()) == set(given.queries.values()) - trained
+    assert rest.documents == given.documents
+    assert f"4 of its {TOPICS} queries are trained on" in capsys.readouterr().err
+
+
+def test_training_tells_the_guard_what_it_trains_on(base: str, beir: str, tmp_path: Path, store: AdapterStore) -> None:
+    asked = [{"query": text("query", topic, topic), "document": text("document", topic, -1)} for topic in range(TOPICS)]  # beir's training
+    spec = {"data": write_rows(tmp_path / "asked.jsonl", asked)}
+    with pytest.raises(DataError, match=f"all of its {TOPICS} queries are trained on"):
+        train(recipe_of(base, beir, "guarded", eval={"guard": spec}), store=store, progress=False)
