@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,8 @@ def train(
             trainer = make_trainer(model, base, settings, examples, short_recipe, plan=plan, output=Path(folder))
             return rehearse(trainer, recipe.train, name=recipe.name, examples=len(examples), steps_per_epoch=steps)
     identity = data_hash(examples, retrieval) if dev is None else data_hash(examples, retrieval, dev)
-    run = open_run(recipe, root=store.root, data_hash=identity, base_fingerprint=base.info.fingerprint, resume=resume)
+    fingerprint = base.info.fingerprint
+    run = open_run(recipe, root=store.root, data_hash=identity, base_fingerprint=fingerprint, resume=resume, reading=asdict(settings))
     options: Any = {"side": recipe.adapter.side, "batch_size": recipe.eval.batch}
     metric = recipe.eval.metric
     with tracked(recipe.train.trackers, name=recipe.name) as tell:

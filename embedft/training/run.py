@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -53,15 +53,25 @@ class Run:
         _own(self.folder)  # which is no more: nothing is held
 
 
-def open_run(recipe: EmbeddingRecipe | CausalLMRecipe, *, root: Path, data_hash: str, base_fingerprint: str, resume: bool) -> Run:
+def open_run(
+    recipe: EmbeddingRecipe | CausalLMRecipe,
+    *,
+    root: Path,
+    data_hash: str,
+    base_fingerprint: str,
+    resume: bool,
+    reading: Mapping[str, Any] | None = None,
+) -> Run:
     """Begin a run afresh under `root`/.training/<name>, or find where the last one stopped. One that could go on is kept beside it.
 
+    `reading`: how texts are read (prompts, pooling, …), also where the recipe leaves that to files of the base, which may change.
     Raises ResumeRefused where there is no complete checkpoint, or naming each setting that is no longer the same; UsageError where
     another process trains that name.
     """
     folder = root / ".training" / recipe.name
     _own(folder)
     facts = {"recipe": recipe.model_dump(mode="json"), "data": data_hash, "base": base_fingerprint, "machine": _machine(recipe.task)}
+    facts["reading"] = dict(reading or {})
     if not resume:
         _set_aside(folder)
         folder.mkdir(parents=True)
@@ -158,6 +168,9 @@ def _refuse_changes(name: str, then: dict[str, Any], now: dict[str, Any]) -> Non
         for key, value in now["machine"].items()
         if then["machine"].get(key) != value
     ]
+    if not changes:  # what a recipe says of this has been told
+        was, reading = _flat(then.get("reading", now["reading"])), _flat(now["reading"])
+        changes = [f"the base's own {key} was {was.get(key)!r}, is now {reading[key]!r}" for key in reading if was.get(key) != reading[key]]
     for what in ("data", "base"):
         if then[what] != now[what]:
             changes.append(f"the {what} changed ({then[what][:12]}… → {now[what][:12]}…)")

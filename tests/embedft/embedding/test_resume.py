@@ -16,6 +16,7 @@ from embedft.errors import AdapterInvalid, ResumeRefused, TrainingInterrupted
 from embedft.recipe import EmbeddingRecipe
 from embedft.recipe_file import load_recipe
 from tests.embedft.embedding.runs import PACKED, PADDED, PART, Make, trained, weights
+from tests.fixtures_embedding import tiny_encoder
 
 RESUMED: list[tuple[str, dict[str, Any], int, dict[str, Any]]] = [
     *((q, adapter, stop, {}) for q in ("none", "nf4") for adapter, stop in ((PADDED, 5), (PACKED, 5), (PART, 17), ({"side": "query"}, 14))),
@@ -163,6 +164,28 @@ def test_a_run_goes_on_only_under_the_versions_that_it_began_with(make: Make, tm
         (run.folder / "run.json").write_text(json.dumps(changed))
         with pytest.raises(ResumeRefused, match=f"the run's {name} was '0.1', is now"):
             open_run(make(), resume=True, **options)
+
+
+def test_a_run_does_not_go_on_under_other_prompts_that_its_base_was_given_meanwhile(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedft.training.interrupt import InterruptGuard
+
+    base = tiny_encoder(tmp_path / "base", pooling="mean")
+    prompts = base / "config_sentence_transformers.json"
+    before = prompts.read_text()
+    recipe, store = make(str(base), train={"max_steps": 4}), AdapterStore(tmp_path / "store")
+    with monkeypatch.context() as patched:
+        patched.setattr(InterruptGuard, "on_step_begin", lambda self, *_, **__: self.stop(), raising=False)
+        with pytest.raises(TrainingInterrupted):
+            trained(recipe, store)
+    prompts.write_text(json.dumps(json.loads(before) | {"prompts": {"query": "find: ", "document": ""}}))
+    with pytest.raises(ResumeRefused, match=r"the base's own prompts\.query was '', is now 'find: '"):
+        trained(recipe, store, resume=True)
+    with pytest.raises(ResumeRefused, match=r"data\.prompts\.query was None, is now 'find: '"):
+        trained(make(str(base), train={"max_steps": 4}, data={"prompts": {"query": "find: "}}), store, resume=True)
+    prompts.write_text(before)
+    trained(recipe, store, resume=True)
 
 
 KILLED = """
