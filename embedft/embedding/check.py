@@ -139,9 +139,11 @@ def _pair(row: Record, problems: list[str]) -> Pair | None:
         problems += (f"{row.where}: {no_text(name, values[name])}" for name in wrong)
         return None
     query, document = ((values[name] or "").strip() for name in sides)
-    negatives = tuple(text.strip() if isinstance(text, str) else "" for name in columns.negatives for text in as_list(values[name]))
+    negatives = tuple(
+        text.strip() if isinstance(text, str) else "" for name in columns.negatives for text in as_list(values[name], column=name)
+    )
     label = values[columns.label] if columns.label else None
-    scores = tuple(as_list(values[columns.scores])) if columns.scores else ()
+    scores = tuple(as_list(values[columns.scores], column=columns.scores)) if columns.scores else ()
     return Pair(row.where, query, document, negatives, label, scores)
 
 

@@ -1,5 +1,7 @@
 """Rows → examples: which column is the query, which the document, and whether a row can be used. Reads no file itself."""
 
+import ast
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,7 +113,7 @@ def _faults(row: Record, columns: Columns) -> Iterator[str]:
         elif not value.strip():
             yield f"{name} is empty; expected text"
     for name in columns.negatives:
-        for value in as_list(row.values[name]):
+        for value in as_list(row.values[name], column=name):
             if not isinstance(value, str) or not value.strip():
                 yield f"{name} holds {_kind(value) if not isinstance(value, str) else 'empty text'}; expected text or a list of texts"
             elif value == row.values[columns.document]:
@@ -119,24 +121,41 @@ def _faults(row: Record, columns: Columns) -> Iterator[str]:
     if columns.label and _number(row.values[columns.label]) is None:
         yield f"{columns.label} is {row.values[columns.label]!r}; expected a number"
     if columns.scores:
-        expected = 1 + sum(len(as_list(row.values[name])) for name in columns.negatives)
-        numbers = [_number(value) for value in as_list(row.values[columns.scores])]
+        expected = 1 + sum(len(as_list(row.values[name], column=name)) for name in columns.negatives)
+        numbers = [_number(value) for value in as_list(row.values[columns.scores], column=columns.scores)]
         if len(numbers) != expected or None in numbers or expected < 2:
             yield f"{columns.scores} is {row.values[columns.scores]!r}; expected {max(2, expected)} numbers: document, then negatives"
 
 
 def _example(values: Mapping[str, Any], columns: Columns) -> Example:
-    negatives = tuple(text for name in columns.negatives for text in as_list(values[name]))
+    negatives = tuple(text for name in columns.negatives for text in as_list(values[name], column=name))
     score = _number(values[columns.label]) if columns.label else None
-    scores = tuple(float(value) for value in as_list(values[columns.scores])) if columns.scores else ()
+    scores = tuple(float(value) for value in as_list(values[columns.scores], column=columns.scores)) if columns.scores else ()
     texts = tuple(text.strip() for text in negatives)
     return Example(values[columns.query].strip(), values[columns.document].strip(), texts, score, scores)
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: Any, *, column: str) -> list[Any]:
+    """What the column holds of a row. A CSV file has no lists: under a plural name it is read as what JSON or Python writes for one."""
     if value is None:
         return []
+    if isinstance(value, str) and column.strip().lower().endswith("s") and (written := _written(value.strip())) is not None:
+        return written
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _written(text: str) -> list[Any] | None:
+    """A list of texts or of numbers that was written as text."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and all(isinstance(part, str | int | float) for part in found):
+            return found
+    return None
 
 
 def _number(value: Any) -> float | None:

@@ -53,6 +53,25 @@ def problems(source: str, **options: Any) -> list[str]:
     return caught.value.problems
 
 
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_lists_that_a_csv_file_holds_as_text_are_lists(tmp_path: Path, write: Any) -> None:
+    """As pandas writes them: one negative, in brackets and quotes, was what a model learned to tell from the answer."""
+    rows = [row | {"negatives": [f"it's no {i}", "none"], "scores": [1.0, 0.5, -2]} for i, row in enumerate(ROWS)]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\r\n")
+        writer.writeheader()
+        writer.writerows(row | {name: write(row[name]) for name in ("negatives", "scores")} for row in rows)
+    found: list[str] = []
+    sources = str(tmp_path / "a.csv"), write_rows(tmp_path / "a.jsonl", rows)
+    one, other = (list(parse(read_records(source, found), found, scored=False, taught=True)) for source in sources)
+    assert one == other
+    assert not found
+    assert one[3].negatives == ("it's no 3", "none")
+    code = ROWS[0] | {"negative": '["x", "y"]', "hard_negatives": "[open"}
+    (kept,) = parse(read_records(write_rows(tmp_path / "b.jsonl", [code]), found), found, scored=False)
+    assert kept.negatives == ('["x", "y"]', "[open"), "a text by itself, and one that is no list, stay texts"
+
+
 def test_every_file_format_gives_the_same_examples(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
