@@ -20,6 +20,7 @@ from embedft.embedding.start import start_batches
 from embedft.encode import EncodeSettings, TextPreparer, check_tokenizer
 from embedft.errors import DataError, Forgotten, RecipeError
 from embedft.recipe import EmbeddingRecipe
+from embedft.records import sample
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
@@ -65,7 +66,7 @@ def train(
     base = load_base(BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision), task="embedding")
     settings = settings_for(recipe, base)
     check_tokenizer(base.folder)
-    TextPreparer(base.folder, settings)  # is refused where its length leaves no room for a text
+    _note_cut(TextPreparer(base.folder, settings), examples, recipe, own=base.info.max_length)
     check_dimensions(recipe.loss.dimensions, base.info.hidden_size)
     set_seed(recipe.train.seed)
     shown = start_batches(examples, base, settings, batch=recipe.train.batch, seed=recipe.train.seed)
@@ -158,6 +159,9 @@ def settings_for(recipe: EmbeddingRecipe, base: Base) -> EncodeSettings:
     given, prompts = recipe.base, recipe.data.prompts.over(base.info.prompts)
     if own := {kind: prompts[kind] for kind in base.info.prompts if getattr(recipe.data.prompts, kind) is None}:
         note(f"{recipe.name}: with the base's own prompts, {json.dumps(own, ensure_ascii=False)}; data.prompts changes them")
+    if changed := {kind: text for kind, text in prompts.items() if text != base.info.prompts.get(kind, "")}:
+        own = json.dumps({kind: base.info.prompts.get(kind, "") for kind in changed}, ensure_ascii=False)
+        note(f"{recipe.name}: what is told of the base, too, is with the recipe's prompts; its own are {own}")
     left = text_positions(recipe.adapter, base.info.positions)
     if "max_length" in recipe.train.model_fields_set and recipe.train.max_length > left:
         virtual = f", {base.info.positions - left} of them for virtual tokens" if left < base.info.positions else ""
@@ -278,6 +282,17 @@ def _note_left_out(examples: Examples, *, name: str) -> None:
 
     for line in examples.left_out:
         note(f"{name}: {line}")
+
+
+def _note_cut(preparer: TextPreparer, examples: Examples, recipe: EmbeddingRecipe, *, own: int) -> None:
+    """Of a thousand documents, how many are not read to their end, by the base neither: a user may think of what it reads by itself."""
+    from embedft.training.progress import note
+
+    length = preparer.settings.max_length
+    documents = sample(list(dict.fromkeys(row.document for row in examples.rows)), 1000, key=str)
+    if cut := preparer.prepare(documents, "document").truncated:
+        more = f" (the base by itself reads {own})" if own > length else ""
+        note(f"{recipe.name}: {cut / len(documents):.0%} of the documents are longer than the {length} tokens that are read of them{more}")
 
 
 def _note_negatives(examples: Examples, loss: Loss, *, name: str) -> None:

@@ -67,7 +67,7 @@ def test_lists_that_a_csv_file_holds_as_text_are_lists(tmp_path: Path, write: An
     assert one == other
     assert not found
     assert one[3].negatives == ("it's no 3", "none")
-    code = ROWS[0] | {"negative": '["x", "y"]', "hard_negatives": "[open"}
+    code = ROWS[0] | {"negative": '["x", "y"]', "hard_negatives": "[open", "negatives": "[]"}
     (kept,) = parse(read_records(write_rows(tmp_path / "b.jsonl", [code]), found), found, scored=False)
     assert kept.negatives == ('["x", "y"]', "[open"), "a text by itself, and one that is no list, stay texts"
 

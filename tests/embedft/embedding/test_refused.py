@@ -58,6 +58,24 @@ def test_rows_that_are_given_and_not_learned_from_are_told(
         train(make(data={"also": also}), store=store, dry_run=True)
 
 
+def test_texts_that_are_not_read_to_their_end_and_prompts_that_are_not_the_bases_own_are_told(
+    make: Make, store: AdapterStore, root: Path, beir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        row | {"document": f"{row['document']} {number} " * (6 if number % 4 == 0 else 1)} for number, row in enumerate(planted_rows(40))
+    ]
+    data = {"train": write_rows(root / "long.jsonl", rows), "eval": beir}
+    train(make(data=data, train={"max_steps": 1, "max_length": 12}), store=store, dry_run=True)
+    told = capsys.readouterr().err
+    assert "tiny: 25% of the documents are longer than the 12 tokens that are read of them (the base by itself reads 32)" in told
+    assert "prompts" not in told
+    prompts = {"query": "find : ", "document": ""}
+    train(make(data=data | {"prompts": prompts}, train={"max_steps": 1, "max_length": 64}), store=store, dry_run=True)
+    told = capsys.readouterr().err
+    assert "are longer than" not in told
+    assert """tiny: what is told of the base, too, is with the recipe's prompts; its own are {"query": ""}""" in told
+
+
 def test_a_loss_that_compares_no_rows_takes_rows_of_one_answer(make: Make, store: AdapterStore, root: Path, beir: str) -> None:
     same = [{"query": f"q{i}", "document": "the one answer", "negative": f"another {i}"} for i in range(8)]
     data = {"train": write_rows(root / "triplets.jsonl", same), "eval": beir}
