@@ -155,7 +155,7 @@ def test_bits_a_character_are_of_the_answers_own_characters(tiny_base: Path) -> 
 def test_a_gain_is_positive_where_fewer_bits_are_better(tiny_base: Path) -> None:
     base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
     template = template_of(base.tokenizer)
-    worse = evaluate_generation(base.model, template, ROWS, max_new_tokens=1)
+    worse = evaluate_generation(base.model, template, ROWS * 6, max_new_tokens=1)
     better = type(worse)(worse.ids, worse.answers, {**worse.scores, "bits_per_character": worse.scores["bits_per_character"] - 1})
     low, high = compare(worse, better, "bits_per_character")["gain_ci95"]
     assert (low, high) == (pytest.approx(1.0), pytest.approx(1.0))

@@ -63,7 +63,7 @@ def test_strata_go_by_the_words_that_a_query_shares_with_its_documents() -> None
         Towers({"base": worst, "bm25": bm25, "adapter": adapter, "fused": fuse(data, bm25, adapter)}, {}), data, metric="mrr@10"
     )
     assert {name: part["queries"] for name, part in made["strata"].items()} == {"low": 1, "middle": 1, "high": 1}
-    assert made["strata"]["low"] == {"queries": 1, "base": 0.0, "bm25": 0.0, "adapter": 1.0, "fused": 1.0, "gain_ci95": [1.0, 1.0]}
+    assert made["strata"]["low"] == {"queries": 1, "base": 0.0, "bm25": 0.0, "adapter": 1.0, "fused": 1.0, "gain_ci95": [0.0, 1.0]}
     assert made["strata"]["middle"]["bm25"] == 0.5
     assert made["intervals"]["adapter - base"] == made["gain_ci95"]
     assert made["intervals"]["adapter - bm25"][1] == 1.0

@@ -41,3 +41,11 @@ def test_it_is_the_same_every_time_and_refuses_unlike_vectors() -> None:
         paired_bootstrap(base, adapted[:3])
     with pytest.raises(ValueError, match="non-empty"):
         paired_bootstrap(base[:0], base[:0])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_five_pairs_prove_nothing_and_six_may(sign: int) -> None:
+    for count in (1, 2, 5):
+        low, high = paired_bootstrap(np.zeros(count), np.full(count, 0.5 * sign))
+        assert (low, high) == ((0.0, 0.5) if sign > 0 else (-0.5, 0.0))
+    assert paired_bootstrap(np.zeros(6), np.full(6, 0.5 * sign)) == (0.5 * sign, 0.5 * sign)
