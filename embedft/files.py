@@ -182,6 +182,15 @@ def expect_jsonl(path: Path) -> None:
         raise DataError([f"{path}: rows are written as JSONL; expected a name that ends in .jsonl or .jsonl.gz"])
 
 
+def expect_room(path: Path) -> None:
+    """Make the folder of a file that is to be written when the work is done. DataError where nothing can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise DataError([f"{path}: nothing can be written there ({error.strerror}): name another place"]) from None
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace `path` by one JSON object a line, through gzip where its name ends in .gz, in one step; the same rows, the same bytes."""
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -14,7 +14,7 @@ from embedft.embedding.near import NearIndex
 from embedft.embedding.pairs import QUERY, as_list, columns_of, no_text
 from embedft.embedding.phrases import phrases_in, without
 from embedft.errors import DataError
-from embedft.files import expect_jsonl, staged_folder, write_jsonl
+from embedft.files import expect_jsonl, expect_room, staged_folder, write_jsonl
 from embedft.records import Record, read_records
 from embedft.words import folded, words
 
@@ -90,6 +90,8 @@ def check(train: str, *, eval: str | None = None, max_length: int = 256, base: s
     rows = len(state.pairs)
     if not rows and not state.findings:
         raise DataError([f"{Path(train).name}: no rows; expected pairs of a query and a document, or a BEIR folder with a train split"])
+    if fix is not None:
+        expect_room(fix)
     for step in (_labels, _swapped, _empty, _negatives, _repeated, _false_negatives, _templates):
         step(state)
     _too_long(state, max_length=max_length, base=base)
@@ -299,7 +301,6 @@ def _short(text: str) -> str:
 
 
 def _write(source: str, out: Path, pairs: Sequence[Pair]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     if not is_beir(source):
         rows: Iterable[dict[str, Any]] = (
             {"query": pair.query, "document": pair.document}

@@ -26,7 +26,7 @@ from embedft.embedding.pairs import Example, parse
 from embedft.embedding.sided import SidedEncoder
 from embedft.encode import Encoder
 from embedft.errors import DataError
-from embedft.files import expect_jsonl, write_jsonl
+from embedft.files import expect_jsonl, expect_room, write_jsonl
 from embedft.ranks import reciprocal
 from embedft.records import read_records
 from embedft.vectors import published_settings, unit
@@ -109,7 +109,7 @@ def mine(
     rows, documents = _read(source)
     for path in (out, review):
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            expect_room(path)
     rankers = _rankers(base, quantization, adapter, store, max_length)
     judge = _judge(cross_encoder)
     queries = _queries(rows, documents, rankers, mining)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.embedding.passages import Passage, read_passages
 from embedft.errors import DataError, EngineFailed, UsageError
-from embedft.files import expect_jsonl, hash_json, write_jsonl, write_text
+from embedft.files import expect_jsonl, expect_room, hash_json, write_jsonl, write_text
 from embedft.records import sample
 from embedft.words import folded, words
 
@@ -89,7 +89,7 @@ def synthesize(
         _settings(base, quantization, max_length)  # it refuses what cannot be, before a query is paid for
     passages = sample(read_passages(corpus), synth.limit, key=lambda passage: passage.identifier)
     generate = from_text(synth) if synth.generator == "text" else from_server(synth)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    expect_room(out)
     parts = out.with_name(out.name + ".parts")
     asked = {name: value for name, value in asdict(synth).items() if name != "top"}  # which changes no query
     identity = hash_json([asked, [[p.identifier, p.title, p.text] for p in passages]])

@@ -126,6 +126,20 @@ def test_check_mine_and_synth_run_from_the_command_line(tmp_path: Path, capsys: 
     assert (tmp_path / "mined.review.jsonl").is_file()
 
 
+def test_a_place_where_nothing_can_be_written_is_told_before_a_model_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told when an hour of ranking was to be written, and by the name of a temporary file."""
+    monkeypatch.setattr("embedft.base.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"query": f"what of {i}", "document": f"number {i}"} for i in range(8)])
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "out.jsonl", Path("/proc/out.jsonl")):
+        for action, source in (("mine", pairs), ("synth", corpus(tmp_path)), ("check", pairs)):
+            given = ["--fix", str(place)] if action == "check" else [str(place)]
+            assert main(["data", action, source, *given]) == 1
+            assert f"{place}: nothing can be written there (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["check", "--fix"], ["mine"], ["synth", "--base", "bm25"]])
 def test_rows_are_written_only_under_a_name_that_is_read_as_rows_again(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
