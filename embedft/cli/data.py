@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedft.cli.options import command, finite, positive, store_of, store_option
-from embedft.cli.show import show
+from embedft.cli.show import Progress, show
 from embedft.errors import UsageError
 
 
@@ -101,6 +101,7 @@ def _data_mine(arguments: argparse.Namespace) -> None:
         store=store_of(arguments),
         max_length=arguments.max_length,
         cross_encoder=arguments.cross_encoder,
+        encoded=None if arguments.json else Progress(),
         review=arguments.review or arguments.out.with_name(re.sub(r"\.jsonl(\.gz)?$", "", arguments.out.name) + ".review.jsonl"),
     )
     show(arguments, dataclasses.asdict(report), title=str(arguments.out))
@@ -124,6 +125,13 @@ def _data_synth(arguments: argparse.Namespace) -> None:
     )
     base = None if arguments.base == "bm25" else arguments.base
     report = synthesize(
-        arguments.data, arguments.out, synth=settings, base=base, quantization=arguments.quantization, max_length=arguments.max_length
+        arguments.data,
+        arguments.out,
+        synth=settings,
+        base=base,
+        quantization=arguments.quantization,
+        max_length=arguments.max_length,
+        asked=None if arguments.json or arguments.generator == "text" else Progress("passages asked about"),
+        encoded=None if arguments.json else Progress(),
     )
     show(arguments, dataclasses.asdict(report), title=str(arguments.out))

@@ -72,18 +72,33 @@ def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 class Progress:
-    """A live line on stderr with the time left; a line every ten seconds where stderr is no terminal."""
+    """A live line on stderr with the time left; a line every ten seconds where stderr is no terminal.
 
-    def __init__(self) -> None:
-        self._began = self._printed = time.monotonic()
-        self._live = sys.stderr.isatty()
+    Good for several runs, one after another: each goes up to its own total, and its pace is measured from its first call.
+    """
+
+    def __init__(self, what: str = "embedding") -> None:
+        self._what, self._live = what, sys.stderr.isatty()
+        self._began = self._printed = 0.0
+        self._first = 0  # done at the run's first call; 0 before it
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if not self._live and done < total and now - self._printed < 10:
-            return
-        self._printed = now
-        left = (now - self._began) / done * (total - done)
-        start, end = ("\r\x1b[K", "\n" if done == total else "") if self._live else ("", "\n")
-        sys.stderr.write(f"{start}embedding {done}/{total}  {int(left) // 60}:{int(left) % 60:02d} left{end}")
-        sys.stderr.flush()
+        if not self._first:
+            self._began = self._printed = now
+            self._first = done
+        last = done == total
+        if self._live or last or now - self._printed >= 10:
+            self._printed = now
+            start, end = ("\r\x1b[K", "\n" if last else "") if self._live else ("", "\n")
+            sys.stderr.write(f"{start}{self._what} {done}/{total}{self._left(done, total, now - self._began)}{end}")
+            sys.stderr.flush()
+        if last:
+            self._first = 0
+
+    def _left(self, done: int, total: int, elapsed: float) -> str:
+        """'' while nothing is known of the pace."""
+        if done == self._first and done < total:
+            return ""
+        left = int(elapsed / max(1, done - self._first) * (total - done))
+        return f"  {left // 60}:{left % 60:02d} left"

@@ -78,10 +78,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _trained(recipe: Any, arguments: argparse.Namespace) -> Any:
-    options = {"resume": arguments.resume, "dry_run": arguments.dry_run, "progress": not arguments.json}
+    options: dict[str, Any] = {"resume": arguments.resume, "dry_run": arguments.dry_run, "progress": not arguments.json}
     if recipe.task == "embedding":
         from embedft.embedding.train import train as train_embedding
 
+        options["encoded"] = None if arguments.json else Progress()
         return train_embedding(recipe, store=store_of(arguments), force=arguments.force, **options)
     from embedft.causal_lm.train import train as train_causal_lm
 

@@ -9,7 +9,7 @@ from typing import Any
 from embedft.embedding.data import RetrievalSet, load_retrieval, of_pairs, reduce_to, without_queries
 from embedft.embedding.evaluate import compare_towers
 from embedft.embedding.pairs import Example
-from embedft.encode import EncodeSettings
+from embedft.encode import EncodeSettings, Progress
 from embedft.errors import BaseError, DataError
 from embedft.recipe import GuardSection
 
@@ -18,12 +18,21 @@ EVERY = 8  # so many of the standard library's files are read: enough functions,
 
 
 def forgetting(
-    model: Any, folder: Path, settings: EncodeSettings, guard: GuardSection, *, data: RetrievalSet, side: str, metric: str, batch_size: int
+    model: Any,
+    folder: Path,
+    settings: EncodeSettings,
+    guard: GuardSection,
+    *,
+    data: RetrievalSet,
+    side: str,
+    metric: str,
+    batch_size: int,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Base and adapter on `data`, the guard's general set. `held`: the fall is beyond the bound."""
+    """Base and adapter on `data`, the guard's general set. `held`: the fall is beyond the bound. `progress`: as in `compare_towers`."""
     from embedft.training.statistics import paired_bootstrap
 
-    results = compare_towers(model, folder, settings, data, side=side, batch_size=batch_size).results
+    results = compare_towers(model, folder, settings, data, side=side, batch_size=batch_size, progress=progress).results
     base, adapter = (results[name].per_query[metric] for name in ("base", "adapter"))
     return {
         "data": guard.data if guard.data == "pydocs" else Path(guard.data).name,

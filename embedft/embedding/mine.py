@@ -24,7 +24,7 @@ from embedft.embedding.near import jaccard
 from embedft.embedding.near import shingles as shingles_of
 from embedft.embedding.pairs import Example, parse
 from embedft.embedding.sided import SidedEncoder
-from embedft.encode import Encoder
+from embedft.encode import Encoder, Progress
 from embedft.errors import DataError
 from embedft.files import expect_jsonl, expect_room, write_jsonl
 from embedft.ranks import reciprocal
@@ -89,6 +89,7 @@ def mine(
     max_length: int = 256,
     cross_encoder: str | None = None,
     review: Path | None = None,
+    encoded: Progress | None = None,
 ) -> MineReport:
     """Write `source`'s training pairs with `mining.negatives` more negatives each to `out` (JSONL: query, document, negatives).
 
@@ -97,7 +98,7 @@ def mine(
     `base`: the model that ranks (default: minilm). `adapter`: also ranks with this adapter of the store, on the base that it was
     trained on (`base`: where its passport's name does not lead there). `cross_encoder`: a model folder; what it
     scores as high as the answer is kept out, and its scores are written (column `scores`: the answer's, then each negative's).
-    Raises DataError, AdapterNotFound, BaseNotFound.
+    `encoded` is told of the texts that each ranker encodes. Raises DataError, AdapterNotFound, BaseNotFound.
     """
     for path in (out, review):
         if path:
@@ -111,6 +112,8 @@ def mine(
         if path:
             expect_room(path)
     rankers = _rankers(base, quantization, adapter, store, max_length)
+    for encoder in rankers.values():
+        encoder.progress = encoded
     judge = _judge(cross_encoder)
     queries = _queries(rows, documents, rankers, mining)
     reasons: Counter[str] = Counter()

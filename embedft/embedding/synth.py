@@ -21,7 +21,7 @@ from embedft.records import sample
 from embedft.words import folded, words
 
 if TYPE_CHECKING:
-    from embedft.encode import EncodeSettings
+    from embedft.encode import EncodeSettings, Progress
 
 PROMPT = (
     "Write {count} different questions, one a line and nothing else, that a person might ask to find the following passage. "
@@ -71,11 +71,20 @@ Generate = Callable[[Passage], list[tuple[str, str]]]
 
 
 def synthesize(
-    corpus: str, out: Path, *, synth: Synth, base: str | None = "minilm", quantization: str = "none", max_length: int = 256
+    corpus: str,
+    out: Path,
+    *,
+    synth: Synth,
+    base: str | None = "minilm",
+    quantization: str = "none",
+    max_length: int = 256,
+    asked: "Progress | None" = None,
+    encoded: "Progress | None" = None,
 ) -> SynthReport:
     """Write `out` (JSONL: query, document) for a BEIR folder, a file with a column `text`, or a folder of .md and .txt files.
 
-    `base`: the model of the round trip; None: BM25. Raises DataError where there is nothing to read or to write, or where `out.parts`
+    `base`: the model of the round trip; None: BM25. `asked` is told of the passages that have queries, `encoded` of the texts that the
+    round trip encodes. Raises DataError where there is nothing to read or to write, or where `out.parts`
     (what a stopped run left) was made under other settings; EngineFailed where the server does not answer.
     """
     expect_jsonl(out)
@@ -96,14 +105,16 @@ def synthesize(
     done = _resume(parts, identity)
     resumed = len(done)
     with parts.open("a", encoding="utf-8") as file:
-        for passage in passages:
+        for place, passage in enumerate(passages, start=1):
             if passage.identifier not in done:
                 done[passage.identifier] = generate(passage)
                 file.write(json.dumps([passage.identifier, done[passage.identifier]], ensure_ascii=False) + "\n")
                 file.flush()
+                if asked:
+                    asked(place, len(passages))
     pairs = [(query, document, place) for place, p in enumerate(passages) for query, document in done[p.identifier]]
     unique = _unrepeated(pairs)
-    kept = _round_trip(unique, passages, synth, base, quantization, max_length)
+    kept = _round_trip(unique, passages, synth, base, quantization, max_length, encoded)
     if kept:
         write_jsonl(out, ({"query": query, "document": document} for query, document, _ in kept))
     paid = bool(unique) and synth.generator != "text"
@@ -258,18 +269,31 @@ def _why_none(synth: Synth, passages: Sequence[Passage], *, made: int, unique: i
 
 
 def _round_trip(
-    pairs: Sequence[tuple[str, str, int]], passages: Sequence[Passage], synth: Synth, base: str | None, quantization: str, max_length: int
+    pairs: Sequence[tuple[str, str, int]],
+    passages: Sequence[Passage],
+    synth: Synth,
+    base: str | None,
+    quantization: str,
+    max_length: int,
+    encoded: "Progress | None",
 ) -> list[tuple[str, str, int]]:
     """The pairs whose query ranks its passage (as it will be trained) among the best `top`, beside all other passages."""
     if not pairs:
         return []
     texts = [f"{p.title} {p.text}".strip() for p in passages]
-    ranked = _ranks(pairs, texts, base, quantization, max_length, depth=synth.top)
+    ranked = _ranks(pairs, texts, base, quantization, max_length, depth=synth.top, encoded=encoded)
     return [pair for pair, place in zip(pairs, ranked, strict=True) if place < synth.top]
 
 
 def _ranks(
-    pairs: Sequence[tuple[str, str, int]], texts: Sequence[str], base: str | None, quantization: str, max_length: int, *, depth: int
+    pairs: Sequence[tuple[str, str, int]],
+    texts: Sequence[str],
+    base: str | None,
+    quantization: str,
+    max_length: int,
+    *,
+    depth: int,
+    encoded: "Progress | None",
 ) -> Iterator[int]:
     """For each pair how many other passages come before its document; all of them where those are `depth` or more.
 
@@ -288,6 +312,7 @@ def _ranks(
 
     folder, settings = _settings(base, quantization, max_length)
     encoder = Encoder(load_model(folder, task="embedding"), folder, settings)
+    encoder.progress = encoded
     corpus = encoder.encode(texts, input_type="document")
     queries = encoder.encode([query for query, _, _ in pairs], input_type="query")
     documents = encoder.encode([document for _, document, _ in pairs], input_type="document")

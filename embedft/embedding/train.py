@@ -17,7 +17,7 @@ from embedft.embedding.losses import Loss, loss_named
 from embedft.embedding.proof import comparison, per_query
 from embedft.embedding.sided import SidedEncoder
 from embedft.embedding.start import start_batches
-from embedft.encode import EncodeSettings, TextPreparer, check_tokenizer
+from embedft.encode import EncodeSettings, Progress, TextPreparer, check_tokenizer
 from embedft.errors import DataError, Forgotten, RecipeError
 from embedft.recipe import EmbeddingRecipe
 from embedft.records import sample
@@ -36,11 +36,13 @@ def train(
     dry_run: bool = False,
     progress: bool = True,
     force: bool = False,
+    encoded: Progress | None = None,
 ) -> "AdapterResult | DryRunReport":
     """Train, evaluate against base and BM25, and put the adapter into the store under `recipe.name`.
 
-    `force`: even if it forgets too much. Raises DataError and MethodUnsupported before a model loads; BaseNotFound, ResumeRefused,
-    TrainingInterrupted, and Forgotten after the adapter was saved.
+    `force`: even if it forgets too much. `encoded` is told of the texts that the evaluations after training encode.
+    Raises DataError and MethodUnsupported before a model loads; BaseNotFound, ResumeRefused, TrainingInterrupted, and Forgotten after
+    the adapter was saved.
     """
     from transformers import set_seed
 
@@ -83,7 +85,7 @@ def train(
     identity = data_hash(examples, retrieval) if dev is None else data_hash(examples, retrieval, dev)
     fingerprint = base.info.fingerprint
     run = open_run(recipe, root=store.root, data_hash=identity, base_fingerprint=fingerprint, resume=resume, reading=asdict(settings))
-    options: Any = {"side": recipe.adapter.side, "batch_size": recipe.eval.batch}
+    options: Any = {"side": recipe.adapter.side, "batch_size": recipe.eval.batch, "progress": encoded}
     metric = recipe.eval.metric
     with tracked(recipe.train.trackers, name=recipe.name) as tell:
         trainer = make_trainer(model, base, settings, examples, recipe, plan=plan, output=run.folder)

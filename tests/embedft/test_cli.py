@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from embedft.cli import main, parse
+from embedft.cli.show import Progress
 from tests.embedft.adapter_fixtures import make_adapter
 
 
@@ -223,6 +224,18 @@ def test_recipes_are_listed_shown_and_copied(in_folder: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert main(["recipes", "show", "mine.yaml", "train.seed=9", "--json"]) == 0
     assert output(capsys)["train"]["seed"] == 9  # type: ignore[index]
+
+
+def test_the_time_left_is_by_the_pace_of_the_run_and_not_by_what_came_before_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([1000.0, 1009.0, 1020.0, 1090.0, 5000.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    progress = Progress()
+    for done, total in ((10, 100), (20, 100), (30, 100), (100, 100), (4, 4)):
+        progress(done, total)
+    told = ["embedding 30/100  1:10 left", "embedding 100/100  0:00 left", "embedding 4/4  0:00 left"]
+    assert capsys.readouterr().err.splitlines() == told
 
 
 def test_the_doctor_finds_this_machine_well(capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,16 @@ def test_a_place_where_nothing_can_be_written_is_told_before_a_model_ranks(
             assert f"{place}: nothing can be written there (" in capsys.readouterr().err
 
 
+def test_what_encodes_says_how_far_it_is_and_nothing_to_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "synth.jsonl"
+    assert main(["data", "synth", corpus(tmp_path), str(out), "--top", "50"]) == 0
+    assert capsys.readouterr().err.count(" 0:00 left\n") == 3  # passages, queries, documents
+    assert main(["data", "mine", str(out), str(tmp_path / "mined.jsonl")]) == 0
+    assert capsys.readouterr().err.count(" 0:00 left\n") == 2
+    assert main(["data", "mine", str(out), str(tmp_path / "again.jsonl"), "--json"]) == 0
+    assert "left" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["check", "--fix"], ["mine"], ["synth", "--base", "bm25"]])
 def test_rows_are_written_only_under_a_name_that_is_read_as_rows_again(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

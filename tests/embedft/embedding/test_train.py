@@ -172,6 +172,14 @@ def test_a_published_adapter_scores_the_same_when_evaluated_again(make: Make, ba
         evaluate_adapter("tiny", recipe.data.train, store, base=bases["cls"])
 
 
+def test_the_evaluations_after_the_last_step_say_how_far_they_are(make: Make, root: Path, store: AdapterStore) -> None:
+    guard = {"data": write_rows(root / "general.jsonl", planted_rows(30)), "drop": 9.0}
+    told: list[tuple[int, int]] = []
+    trained(make("mean", eval={"guard": guard}), store, encoded=lambda done, total: told.append((done, total)))
+    assert [done for done, total in told if done == total] == sorted({total for _, total in told}, reverse=True)
+    assert len({total for _, total in told}) == 2  # the evaluation's texts and the general set's
+
+
 def test_scores_of_every_query_are_kept_and_texts_only_when_asked(make: Make, store: AdapterStore) -> None:
     made = [make(name=f"t{int(texts)}", train={"max_steps": 2, "seed": 7 + texts}, eval={"keep_texts": texts}) for texts in (False, True)]
     folders = [Path(trained(recipe, store).path) / "eval" for recipe in made]
