@@ -69,6 +69,9 @@ async def _start(gateway: Gateway, server: uvicorn.Server, port: int) -> None:
         raise
     served = ", ".join(sorted(gateway.lifecycle.live)) or "none"
     _say(f"ready on http://{gateway.config.host}:{port}: bases {', '.join(gateway.lifecycle.engines)}; adapters {served}")
+    for name, reason in gateway.lifecycle.refused.items():
+        if earlier := gateway.lifecycle.live.get(name):
+            _say(f"{earlier.id} is served, and not the newest generation of that name: {reason}")
     for name, reason in gateway.lifecycle.unserved().items():
         _say(f"not served: {name}: {reason}")
     if gateway.aliases.damaged:

@@ -5,11 +5,14 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from embedft.cli.options import command, positive, store_of, store_option
+from embedft.cli.options import command, positive, put_to_use, store_of, store_option
 from embedft.cli.show import show, show_table
 from embedft.errors import UsageError
+
+if TYPE_CHECKING:
+    from embedft.adapters.store import AdapterStore
 
 
 def add_commands(commands: Any) -> None:
@@ -126,6 +129,12 @@ def _adapters_import(arguments: argparse.Namespace) -> None:
     else:
         identity = import_folder(store, Path(arguments.source), name=arguments.name)
     show(arguments, {"generation": identity}, title="imported")
+    _tell_of_server(arguments, store, arguments.name or store.passport(identity).name)
+
+
+def _tell_of_server(arguments: argparse.Namespace, store: "AdapterStore", name: str) -> None:
+    if store.used and not arguments.json:
+        print(put_to_use(name))
 
 
 def _adapters_export(arguments: argparse.Namespace) -> None:
@@ -139,7 +148,8 @@ def _adapters_remove(arguments: argparse.Namespace) -> None:
     store = store_of(arguments)
     store.remove(arguments.adapter)
     deleted = store.collect()
-    kept = {"kept": "the adapters' files, while a server uses this store; the next removal without one deletes them"} if store.used else {}
+    held = f"the adapters' files, while a server uses this store: it serves until its end or DELETE /v1/adapters/{arguments.adapter}"
+    kept = {"kept": f"{held}; the next removal without one deletes them"} if store.used else {}
     show(arguments, {"removed": arguments.adapter, "deleted": deleted, **kept}, title="removed")
 
 
@@ -153,8 +163,10 @@ def _adapters_push(arguments: argparse.Namespace) -> None:
 def _adapters_pull(arguments: argparse.Namespace) -> None:
     from embedft.adapters.transfer import pull
 
-    name, identity = pull(store_of(arguments), arguments.source, name=arguments.name)
+    store = store_of(arguments)
+    name, identity = pull(store, arguments.source, name=arguments.name)
     show(arguments, {"name": name, "generation": identity}, title="pulled")
+    _tell_of_server(arguments, store, name)
 
 
 def _adapters_convert(arguments: argparse.Namespace) -> None:

@@ -44,6 +44,11 @@ def store_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapters", type=Path, metavar="DIR", help="the adapter store (default: $EMBEDFT_ADAPTERS, or adapters/)")
 
 
+def put_to_use(name: str) -> str:
+    """What to say where the store has a new generation of `name` and a server uses that store: it does not look by itself."""
+    return f"a server uses this store, and goes on with what it has until PUT /v1/adapters/{name}"
+
+
 def store_of(arguments: argparse.Namespace) -> "AdapterStore":
     from embedft.adapters.store import AdapterStore
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from embedft.cli.options import command, store_of, store_option
+from embedft.cli.options import command, put_to_use, store_of, store_option
 from embedft.cli.show import Progress, show, show_scores, show_table
 from embedft.errors import DataError, UsageError
 
@@ -72,6 +72,8 @@ def _train(arguments: argparse.Namespace) -> int:
     print(f"stored in {outcome.path}")
     if reason:
         print(f"this machine's engines may refuse it: {reason}")
+    elif store_of(arguments).used:
+        print(put_to_use(outcome.name))
     else:
         print("serve it with: embedft serve")
     return 0

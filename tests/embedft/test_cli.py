@@ -191,13 +191,34 @@ def test_while_a_server_uses_the_store_files_stay_and_who_removes_is_told(in_fol
     server = store.use()
     assert server is not None
     assert main(["adapters", "remove", "legal"]) == 0
-    assert "while a server uses this store" in capsys.readouterr().out
+    removed = capsys.readouterr().out
+    assert "while a server uses this store" in removed
+    assert "DELETE /v1/adapters/legal" in removed
     assert store.folder(str(generation)).is_dir()
     os.close(server)
     assert main(["adapters", "import", str(made), "--name", "other"]) == 0
     capsys.readouterr()
     assert main(["adapters", "remove", "other", "--json"]) == 0
     assert output(capsys) == {"removed": "other", "deleted": [generation]}
+
+
+def test_who_puts_an_adapter_into_a_store_that_a_server_uses_is_told_that_it_does_not_look_by_itself(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from embedft.adapters.store import AdapterStore
+
+    made = str(make_adapter(in_folder / "made", name="legal"))
+    told = "a server uses this store, and goes on with what it has until PUT /v1/adapters/"
+    assert main(["adapters", "import", made]) == 0
+    assert told not in capsys.readouterr().out
+    server = AdapterStore(in_folder / "adapters").use()
+    assert server is not None
+    for command, name in ((["import", made], "legal"), (["import", made, "--name", "other"], "other"), (["pull", made], "legal")):
+        assert main(["adapters", *command]) == 0
+        assert f"{told}{name}\n" in capsys.readouterr().out
+    assert main(["adapters", "import", made, "--json"]) == 0
+    assert set(output(capsys)) == {"generation"}
+    os.close(server)
 
 
 def test_files_that_are_not_there_or_in_the_way_are_named_without_a_traceback(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,7 @@ def test_at_the_start_a_refused_generation_leaves_the_one_before_it_serving(worl
     (row,) = [row for row in server.client.get("/v1/adapters").json()["data"] if row["name"] == "twice"]
     assert row["generation"] == older
     assert "probes" in row["refused"]
+    assert f"{row['id']} is served, and not the newest generation of that name: {row['refused']}\n" in server.log.read_text()
     refused(server.put("twice"), 422, "probes_failed")
     assert world.store.current("twice") == newest
 

@@ -1,6 +1,7 @@
 """Training end to end on tiny bases: what is learnt, and what is published."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from embedft.adapters.passport import read_passport
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, base_folder, load_base, load_model
+from embedft.cli import main
 from embedft.embedding.proof import evaluate_adapter
 from embedft.embedding.train import train
 from embedft.encode import Encoder, EncodeSettings
@@ -178,6 +180,20 @@ def test_the_evaluations_after_the_last_step_say_how_far_they_are(make: Make, ro
     trained(make("mean", eval={"guard": guard}), store, encoded=lambda done, total: told.append((done, total)))
     assert [done for done, total in told if done == total] == sorted({total for _, total in told}, reverse=True)
     assert len({total for _, total in told}) == 2  # the evaluation's texts and the general set's
+
+
+def test_who_trains_beside_a_server_is_told_how_it_gets_the_new_adapter(
+    make: Make, store: AdapterStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(make("mean").resolved_yaml())
+    command = ["train-embed", str(tmp_path / "tiny.yaml"), "--adapters", str(store.root)]
+    assert main(command) == 0
+    assert "serve it with: embedft serve" in capsys.readouterr().out
+    server = store.use()
+    assert server is not None
+    assert main(command) == 0
+    assert "a server uses this store, and goes on with what it has until PUT /v1/adapters/tiny" in capsys.readouterr().out
+    os.close(server)
 
 
 def test_scores_of_every_query_are_kept_and_texts_only_when_asked(make: Make, store: AdapterStore) -> None:
