@@ -20,6 +20,8 @@ else
 BACKEND := --torch-backend $(if $(GPU),auto,cpu)
 endif
 export HF_HUB_DISABLE_TELEMETRY := 1
+# llama-index is installed twice: nltk, by which it splits documents, reads none of the links to its cache that uv makes of files.
+UV_INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(BACKEND) $(OVERRIDES)
 
 .PHONY: install check test test-matrix demo clean
 install: $(VENV)/.installed
@@ -28,7 +30,8 @@ $(VENV)/.installed: pyproject.toml .ci/cpu-overrides.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "embedft needs Python 3.11 or later: make install PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(BACKEND) $(OVERRIDES) --editable '.[$(EXTRAS)]'
+	$(UV_INSTALL) --editable '.[$(EXTRAS)]'
+	$(UV_INSTALL) --link-mode copy --reinstall-package llama-index-core --editable '.[$(EXTRAS)]'
 	touch $@
 
 check: install

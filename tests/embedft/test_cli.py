@@ -12,6 +12,7 @@ import pytest
 
 from embedft.cli import main, parse
 from embedft.cli.show import Progress
+from embedft.doctor import examine
 from tests.embedft.adapter_fixtures import make_adapter
 
 
@@ -267,3 +268,17 @@ def test_the_doctor_finds_this_machine_well(capsys: pytest.CaptureFixture[str]) 
     assert checks["NF4"]["ok"] is True
     assert checks["C compiler"]["ok"] is True
     assert all(check["mend"] for check in checks.values() if check["ok"] is False)
+
+
+def test_the_doctor_says_whether_llama_index_can_split_a_document() -> None:
+    """uv installs hard links, which nltk refuses: a document of more than one node then ends in a PermissionError."""
+    from llama_index import core
+
+    words = Path(core.__file__).parent / "_static" / "nltk_cache" / "corpora" / "stopwords" / "english"
+    (check,) = [check for check in examine() if check.name == "llama-index splitter"]
+    if words.stat().st_nlink == 1:
+        assert check.ok
+    else:
+        assert check.ok is None
+        assert "refusing multiply-linked file" in check.found
+        assert "--link-mode copy --reinstall-package llama-index-core" in check.mend
