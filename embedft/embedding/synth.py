@@ -100,8 +100,8 @@ def synthesize(
     generate = from_text(synth) if synth.generator == "text" else from_server(synth)
     expect_room(out)
     parts = out.with_name(out.name + ".parts")
-    asked = {name: value for name, value in asdict(synth).items() if name != "top"}  # which changes no query
-    identity = hash_json([asked, [[p.identifier, p.title, p.text] for p in passages]])
+    settings = {name: value for name, value in asdict(synth).items() if name != "top"}  # which changes no query
+    identity = hash_json([settings, [[p.identifier, p.title, p.text] for p in passages]])
     done = _resume(parts, identity)
     resumed = len(done)
     with parts.open("a", encoding="utf-8") as file:
