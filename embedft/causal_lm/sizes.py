@@ -7,7 +7,7 @@ from typing import Any
 from embedft.base import BaseSpec, compute_dtype, config_folder, source_folder
 from embedft.causal_lm.batches import SHAPES, LengthGrouped, Pack, PackedCollate, learnt_tail, pack
 from embedft.causal_lm.evaluate import pad_token
-from embedft.causal_lm.template import template_of
+from embedft.causal_lm.template import Example, template_of
 from embedft.model_folder import lengths, read_json, tokenizer_of
 from embedft.plan import Batch
 from embedft.recipe import CausalLMRecipe
@@ -25,6 +25,9 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
     settings = recipe.train
     if not recipe.data.train.startswith("hf://") and not Path(recipe.data.train).is_file():
         tokens, length = float(settings.batch * settings.max_length), settings.max_length
+        if settings.packing:
+            row = (0,) * length
+            return _packed([Pack((Example(row, row),))] * settings.batch, settings.max_steps, tokens=tokens, pad=0)
         return Batch(settings.batch, (length,), length, settings.max_steps, tokens)
     tokenizer = tokenizer_of(folder if any(folder.glob("tokenizer*")) else source_folder(spec))
     examples = tokenized(read_split(recipe).train, template_of(tokenizer, recipe.data.template), recipe)
@@ -43,7 +46,7 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
     return Batch(len(largest), (length,), kept, steps, sum(len(b) * max(sizes[i] for i in b) for b in batches) / len(batches))
 
 
-def _packed(packs: Sequence[Pack], steps: int, *, tokens: float, pad: int) -> Batch:
+def _packed(packs: Sequence[Pack], steps: int | None, *, tokens: float, pad: int) -> Batch:
     def batch() -> dict[str, Any]:
         return PackedCollate(pad, compute_dtype())(packs)
 

@@ -142,7 +142,7 @@ def test_no_row_is_longer_than_the_base_has_positions(
     forward, evaluate = LlamaModel.forward, training.evaluate_generation
 
     def watched(self: Any, input_ids: Any = None, **given: Any) -> Any:
-        widths.update([input_ids.shape[1]] if torch.is_grad_enabled() else [])
+        widths.update([int(given["position_ids"].max()) + 1] if torch.is_grad_enabled() else [])
         return forward(self, input_ids, **given)
 
     monkeypatch.setattr(LlamaModel, "forward", watched)
@@ -160,7 +160,8 @@ def test_no_row_is_longer_than_the_base_has_positions(
     assert store.passport(recipe.name).max_length == 40
     said = f"note: {recipe.name}: the base has 40 positions; train.max_length=100000 is cut\n"
     assert (said in capsys.readouterr().err) == (asked is not None)
-    assert largest_batch(recipe).lengths == (40,)
+    planned = (40 * recipe.train.batch if packing else 40,)
+    assert largest_batch(recipe).lengths == planned
     (tmp_path / "train.jsonl").unlink()
-    assert largest_batch(recipe).lengths == (40,)
+    assert largest_batch(recipe).lengths == planned
     assert (said in capsys.readouterr().err) == (asked is not None)

@@ -175,7 +175,8 @@ def test_a_published_adapter_scores_the_same_when_evaluated_again(make: Make, ba
 
 
 def test_the_evaluations_after_the_last_step_say_how_far_they_are(make: Make, root: Path, store: AdapterStore) -> None:
-    guard = {"data": write_rows(root / "general.jsonl", planted_rows(30)), "drop": 9.0}
+    rows = [{"query": f"why {i}?", "document": f"because of {i}"} for i in range(30)]
+    guard = {"data": write_rows(root / "general.jsonl", rows), "drop": 9.0}
     told: list[tuple[int, int]] = []
     trained(make("mean", eval={"guard": guard}), store, encoded=lambda done, total: told.append((done, total)))
     assert [done for done, total in told if done == total] == sorted({total for _, total in told}, reverse=True)
