@@ -17,7 +17,7 @@ from embedft.adapters.probes import (
     compare,
     read_probes,
 )
-from embedft.base import BaseSpec, base_folder, compute_dtype, exact_dtype, load_model
+from embedft.base import BaseSpec, base_folder, compute_dtype, exact_dtype, load_model, source_folder
 from embedft.encode import Encoder, EncodeSettings, TextPreparer
 from embedft.errors import AdapterInvalid, BaseMismatch
 from embedft.methods import load_adapter
@@ -110,7 +110,8 @@ def trained_base(passport: Passport, given: str | Path | None = None) -> Path:
     """
     named = passport.base
     source = BaseSpec(named.model, named.quantization, named.revision) if given is None else BaseSpec(str(given), named.quantization)
-    folder = base_folder(source)
+    found = source_folder(source)
+    folder = found if quantization_of(found) != "none" else base_folder(source)  # one that is quantized already is what it is
     if fingerprint(folder) != named.fingerprint:
         raise BaseMismatch(
             passport.name, trained_on=named.said, serving=base_said(source.model, quantization_of(folder), fingerprint(folder))

@@ -14,7 +14,7 @@ from embedft.base import BaseSpec, base_folder, load_model
 from embedft.causal_lm.evaluate import evaluate_adapter
 from embedft.causal_lm.template import template_of
 from embedft.causal_lm.train import read_split, tokenized, train
-from embedft.errors import DataError
+from embedft.errors import BaseMismatch, DataError
 from embedft.model_folder import describe, own_template, template_hash
 from embedft.recipe import BaseSection, parse_recipe
 from embedft.recipe_file import load_recipe
@@ -93,6 +93,14 @@ def test_its_probes_pass_on_a_base_loaded_afresh_and_notice_every_module_type(tr
     assert probes is not None
     assert len(probes.sensitivity) == 7
     assert min(probes.sensitivity.values()) > probes.tolerance
+
+
+def test_a_base_that_is_quantized_otherwise_is_not_the_one_it_was_trained_on(trained: Any, tiny_base: Path) -> None:
+    """Not a base to be quantized once more, which is what was asked for."""
+    result, _, _ = trained("nf4")
+    other = base_folder(BaseSpec(str(tiny_base), "int8"))
+    with pytest.raises(BaseMismatch, match=r"was trained on base tiny in nf4 .* but here is .*int8"):
+        verify(Path(result.path), base=other)
 
 
 def test_plain_peft_loads_the_folder_with_the_same_outputs(trained: Any, tmp_path: Path) -> None:
