@@ -75,7 +75,9 @@ def convert(folder: Path, out: Path, *, name: str, base: Path | None = None, ran
     write_lora(out, padded(pairs), targets=_targets(config, pairs), base_name=config.base_model_name_or_path, task_type=config.task_type)
     _copy_rest(folder, out)
     width = next(iter(padded(pairs).values()))[0].shape[0]
-    note = {"name": name, "method": "lora", "r": width, "alpha": float(width), "probes": passport.probes}
+    first = passport.metrics.get("converted", {"of": passport.name, "method": passport.method})  # whose figures the others are
+    metrics = passport.metrics | {"converted": {**first, "rank": width, "exact_rank": exact}}
+    note = {"name": name, "method": "lora", "r": width, "alpha": float(width), "probes": passport.probes, "metrics": metrics}
     made = passport.model_copy(update=note)
     made.write(out)
     (out / CARD).write_text(model_card(made), encoding="utf-8")

@@ -53,6 +53,9 @@ def _quality(metrics: Mapping[str, Any]) -> list[str]:
     if interval := metrics.get("gain_ci95"):
         low, high = interval
         lines += [f"Gain over the base: 95 % interval {low:+.4f} to {high:+.4f} (paired bootstrap over the evaluation rows).", ""]
+    if made := metrics.get("converted"):
+        need = "an exact copy" if made["rank"] >= made["exact_rank"] else f"an exact copy needs rank {made['exact_rank']}"
+        lines += [f"Measured on {made['of']} ({made['method']}), before it was converted to LoRA of rank {made['rank']}; {need}.", ""]
     return lines
 
 

@@ -88,6 +88,21 @@ def test_a_rank_too_small_fails_the_probes_and_says_what_to_do(adapter: Any, tmp
         convert(folder, tmp_path / "out", name="x", base=base, rank=1)
 
 
+def test_the_figures_of_a_converted_adapter_are_said_to_be_of_the_one_that_was_measured(tmp_path: Path, bases: dict[str, Path]) -> None:
+    content = planted_recipe(tmp_path, bases["causal_lm"], test_rows=6, train={"max_steps": 4}).model_dump(mode="json")
+    content |= {"name": "d", "adapter": {"method": "dora", "r": 4}}
+    result: Any = train(parse_recipe(content), store=AdapterStore(tmp_path / "store"), progress=False)  # type: ignore[arg-type]
+    made = convert(Path(result.path), tmp_path / "whole", name="w", base=bases["causal_lm"], rank=128)
+    low = convert(tmp_path / "whole", tmp_path / "low", name="l", base=bases["causal_lm"], rank=made.exact_rank - 1)
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("whole", "low")]
+    for card, rank, need in zip(
+        cards, (made.rank, low.rank), ("an exact copy.", f"an exact copy needs rank {made.exact_rank}."), strict=True
+    ):
+        assert f"| {result.metrics['adapter']['bits_per_character']:.4f} |" in card
+        assert f"Measured on d (dora), before it was converted to LoRA of rank {rank}; {need}" in card
+    assert "Measured on" not in (Path(result.path) / "README.md").read_text()
+
+
 def test_the_certificate_tells_what_a_smaller_rank_lost(adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, base = adapter("lora", r=8)
     exact = convert(folder, tmp_path / "exact", name="x", base=base)
