@@ -23,11 +23,13 @@ OPENING = re.compile(r"<\w+>\s*$")  # a tag
 
 @dataclass(frozen=True)
 class Example:
-    """`labels[i]` is `ids[i]` where the token is learnt, else -100. Equal lengths, in tokens; `cut`: tokens of the row beyond them."""
+    """`labels[i]` is `ids[i]` where the token is learnt, else -100. Equal lengths, in tokens; `cut`: tokens of the row beyond them.
+    `rewritten`: answers that are read and not learnt, for the template writes them otherwise once a turn follows."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     cut: int = 0
+    rewritten: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Template:
             labels += part if learnt or train_on_inputs else [IGNORED] * len(part)
         if len(ids) - len(part) >= max_length:  # `part` is the last answer now
             return None
-        return Example(tuple(ids[:max_length]), tuple(labels[:max_length]), cut=max(0, len(ids) - max_length))
+        answers = sum(message.role == "assistant" and message.learnt for message in row.messages[1:])
+        rewritten = 0 if train_on_inputs else answers - sum(learnt for _, learnt in segments)
+        return Example(tuple(ids[:max_length]), tuple(labels[:max_length]), cut=max(0, len(ids) - max_length), rewritten=rewritten)
 
     def _segments(self, row: Row) -> list[tuple[str, bool]]:
         """The rendered row in pieces: (text, is it an answer). Where a template rewrites earlier turns (as reasoning

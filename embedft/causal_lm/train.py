@@ -144,7 +144,7 @@ def within(recipe: CausalLMRecipe, positions: int) -> CausalLMRecipe:
 
 
 def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -> list[Example]:
-    """Examples of the rows whose answer begins within max_length; the others are told of, and those whose answer does not end there.
+    """Examples of the rows whose answer begins within max_length; the others are told of, and those of which not all is learnt.
     DataError if the others are more than one in ten."""
     made: list[Example | None] = []
     problems: list[str] = []
@@ -164,6 +164,9 @@ def tokenized(rows: Sequence[Row], template: Template, recipe: CausalLMRecipe) -
     if cut := sum(example.cut > 0 for example in kept):
         fault = f"{cut} of {len(rows)} rows are cut at {recipe.train.max_length} tokens"
         note(f"{recipe.name}: {fault}: how their answers end is not learnt, unless you raise train.max_length")
+    if rewritten := sum(example.rewritten > 0 for example in kept):
+        fault = f"the template writes earlier answers of {rewritten} of {len(rows)} rows otherwise than it asked for them"
+        note(f"{recipe.name}: {fault}: of those rows the last answer alone is learnt; make each answer the end of a row of its own")
     return kept
 
 

@@ -7,7 +7,7 @@ import torch
 
 from embedft.causal_lm.batches import Collate, LengthGrouped
 from embedft.causal_lm.data import Message, Row
-from embedft.causal_lm.template import IGNORED, Example, template_of, template_with_hash
+from embedft.causal_lm.template import IGNORED, Example, Template, template_of, template_with_hash
 from embedft.errors import BaseError, DataError, UsageError
 from embedft.model_folder import CHATML, stop_tokens
 from tests.fixtures_lm import tiny_tokenizer
@@ -23,6 +23,12 @@ THINKING = (  # keeps the reasoning of the last turn alone, as reasoning templat
 def learnt(example: Example | None, tokenizer: object) -> str:
     assert example is not None
     return tokenizer.decode([label for label in example.labels if label != IGNORED])  # type: ignore[attr-defined]
+
+
+def rewritten(template: Template, row: Row) -> int:
+    example = template.example(row, max_length=128)
+    assert example is not None
+    return example.rewritten
 
 
 def test_the_loss_is_on_the_completion_and_its_end_alone() -> None:
@@ -85,8 +91,12 @@ def test_a_base_whose_tokenizer_ends_nothing_is_refused_rather_than_taught_a_wor
 
 def test_a_template_that_rewrites_earlier_turns_teaches_the_last_answer_alone() -> None:
     tokenizer = tiny_tokenizer()
+    assert rewritten(template_of(tokenizer), TALK) == 0
     tokenizer.chat_template = THINKING
     assert learnt(template_of(tokenizer).example(TALK, max_length=128), tokenizer) == "think go<|im_end|>"
+    unlearnt = replace(TALK, messages=tuple(replace(each, learnt=each.content != "stop") for each in TALK.messages))
+    greeted = replace(ROW, messages=(Message("assistant", "night"), *ROW.messages))
+    assert [rewritten(template_of(tokenizer), row) for row in (TALK, ROW, unlearnt, greeted)] == [1, 0, 0, 0]
 
 
 def test_training_sees_exactly_the_prompt_tokens_that_a_server_renders() -> None:

@@ -171,6 +171,29 @@ def test_rows_whose_answer_does_not_end_within_the_length_are_told_of(
     assert not capsys.readouterr().err
 
 
+def test_conversations_of_which_the_last_answer_alone_is_learnt_are_told_of(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = planted_recipe(tmp_path, tiny_base, test_rows=0)
+    asked, answered = {"role": "user", "content": "red?"}, {"role": "assistant", "content": "stop"}
+    write_jsonl(tmp_path / "train.jsonl", [{"messages": [asked, answered] * turns} for turns in (1, 2, 3)])
+    tokenizer, rows = tiny_tokenizer(), read_split(recipe).train
+    tokenized(rows, template_of(tokenizer), recipe)
+    assert not capsys.readouterr().err
+    tokenizer.chat_template = (  # as Qwen3's: thoughts are opened in the last answer alone
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenized(rows, template_of(tokenizer), recipe)
+    told = capsys.readouterr().err
+    assert (
+        "the template writes earlier answers of 2 of 3 rows otherwise than it asked for them: of those rows the last answer alone" in told
+    )
+    on_all = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on_inputs": True})})
+    tokenized(rows, template_of(tokenizer), on_all)
+    assert not capsys.readouterr().err, "all of it is"
+
+
 def test_rows_that_judge_what_learnt_them_are_told_of(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = planted_recipe(tmp_path, tiny_base, train={"max_steps": 1, "evaluate_every": 1}).model_dump(mode="json")
     rows = planted_rows(12, start=500)
