@@ -181,7 +181,9 @@ def _data(given: Mapping[str, Any], made: Translation) -> None:
         made.put(place, _source(one))
         _row_format(one, key, made)
         for part in sorted(set(one) - _DATASET_KEYS):
-            made.left_out[f"{key}[0].{part}"] = "rows are prompt/completion, messages or Alpaca: rename the columns in the file"
+            renamed = "rows are prompt/completion, messages or Alpaca: rename the columns in the file"
+            placed = f"one for all rows here: set {CHOICES[part][0]}" if part in CHOICES else renamed
+            made.left_out[f"{key}[0].{part}"] = REASONS.get(part, placed)
         files = one.get("data_files")
         if isinstance(files, list) and len(cast("list[Any]", files)) > 1:
             made.left_out[f"{key}[0].data_files[1:]"] = "one file or data set a recipe: concatenate them"

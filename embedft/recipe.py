@@ -45,7 +45,7 @@ class AdapterSection(Section):
     r: PositiveInt = 16
     alpha: PositiveInt | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     options: dict[str, bool | int | float | str] = {}
 
     @property

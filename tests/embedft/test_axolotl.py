@@ -158,6 +158,8 @@ def test_steps_and_shares_are_turned_round() -> None:
         ({"datasets": [{"path": "a.jsonl", "type": "sharegpt"}]}, "datasets[0].type", "messages of `role` and `content`"),
         ({"datasets": [{"path": "a.jsonl", "type": "input_output"}]}, "datasets[0].type", "prompt and completion"),
         ({"datasets": [{"path": "a", "data_files": ["a.jsonl", "b.jsonl"]}]}, "datasets[0].data_files[1:]", "concatenate"),
+        ({"datasets": [{"path": "a.jsonl", "roles_to_train": ["assistant"]}]}, "datasets[0].roles_to_train", "every answer is learnt"),
+        ({"datasets": [{"path": "a.jsonl", "chat_template": "chatml"}]}, "datasets[0].chat_template", "set data.template"),
         (
             {"datasets": [{"path": "a.jsonl", "message_property_mappings": {"role": "from"}}]},
             "datasets[0].message_property_mappings",

@@ -90,6 +90,7 @@ def test_an_override_of_an_unknown_key_names_the_nearest(tmp_path: Path) -> None
     ("given", "said"),
     [
         ({"adapter": {"targets": "nosuch"}}, "adapter.targets: expected all-linear, or a list such as [query, value] (got 'nosuch')"),
+        ({"adapter": {"targets": []}}, "adapter.targets: expected all-linear, or a list such as [query, value] (got [])"),
         ({"adapter": {"targets": [1, 2]}}, "adapter.targets: expected all-linear, or a list such as [query, value] (got [1, 2])"),
         ({"adapter": {"options": {"rate": [1]}}}, "adapter.options.rate: expected true, false, a finite number or a text (got [1])"),
         ({"base": "minilm"}, "base: expected a section such as {model: minilm} (got 'minilm')"),
