@@ -25,8 +25,8 @@ class Method:
     least and the most of an option, outside of which it would not be this method;
     quantizations, tasks, kinds: the bases it trains on, `why` says why no others;  mixed_batch: several of its adapters in one forward
     pass;  vllm: vLLM's LoRA kernels serve what is published;  to_lora: how that becomes plain LoRA;  merges: into the base's
-    weights;  neutral_start: attaching changes no output;  checkpointing, packing: goes with either;  start, update, optimizer: what it does
-    differently in training.
+    weights;  neutral_start: attaching changes no output;  dropout, targets, alpha: it heeds that setting;  checkpointing, packing: goes
+    with either;  start, update, optimizer: what it does differently in training.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Method:
     neutral_start: bool = True
     dropout: bool = True
     targets: bool = True
+    alpha: bool = True
     checkpointing: bool = True
     packing: bool = True
     start: Literal["pissa", "olora", "loftq", "eva", "words"] | None = None
@@ -66,7 +67,7 @@ def _lora(name: str, paper: str, **values: Any) -> Method:
 def _prompt(name: str, config: str, paper: str, **values: Any) -> Method:
     """Virtual tokens in front. In a language model they are a key/value prefix, so rows with and without one share a pass."""
     row = Method(name, config, paper, "prompt", mixed_batch=True, merges=False, neutral_start=False, dropout=False, targets=False)
-    return replace(row, packing=False, start="words", **values)
+    return replace(row, alpha=False, packing=False, start="words", **values)
 
 
 _EDITS = "its start is computed from full-precision weights: set base.quantization=none"
@@ -98,7 +99,7 @@ _ROWS = (
     _lora("eva", "arXiv 2410.07170", start="eva", options=_with(rho=1.0), ranges=_with(rho=(1, inf))),
     _lora("lora_plus", "arXiv 2402.12354", optimizer="lora_plus", options=_with(ratio=16.0), ranges=_with(ratio=(1, inf))),
     _lora("lora_fa", "arXiv 2308.03303", optimizer="lora_fa"),
-    Method("vera", "VeraConfig", "arXiv 2310.11454", "vera", options=_with(d_initial=0.1, seed=0), to_lora="exact"),
+    Method("vera", "VeraConfig", "arXiv 2310.11454", "vera", options=_with(d_initial=0.1, seed=0), to_lora="exact", alpha=False),
     Method(
         "adalora",
         "AdaLoraConfig",
@@ -109,7 +110,7 @@ _ROWS = (
         to_lora="exact",
         update="adalora",
     ),
-    Method("ia3", "IA3Config", "arXiv 2205.05638", "ia3", dropout=False),
+    Method("ia3", "IA3Config", "arXiv 2205.05638", "ia3", dropout=False, alpha=False),
     Method(
         "loha",
         "LoHaConfig",
@@ -157,6 +158,7 @@ _ROWS = (
         merges=False,
         dropout=False,
         targets=False,
+        alpha=False,
     ),
     _lora(
         "delta_lora",
@@ -182,6 +184,7 @@ _ROWS = (
         why="quantized weights take no gradient: set base.quantization=none",
         dropout=False,
         targets=False,
+        alpha=False,
     ),
 )
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
@@ -220,6 +223,8 @@ def supported(adapter: AdapterSection, *, task: Task, info: BaseInfo) -> Method:
         raise MethodUnsupported(method.name, where="with dropout", why="it has nothing to drop: set adapter.dropout=0")
     if adapter.targets != "all-linear" and not method.targets:
         raise MethodUnsupported(method.name, where="with targets", why="it does not choose linear layers: leave adapter.targets out")
+    if adapter.alpha is not None and not method.alpha:
+        raise MethodUnsupported(method.name, where="with alpha", why="its update has no such scale: leave adapter.alpha out")
     return method
 
 

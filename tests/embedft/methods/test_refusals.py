@@ -56,7 +56,7 @@ def test_a_decoder_without_linear_layers_is_known_for_one_and_refused_with_what_
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.quantizations[0] == "none"])
-def test_dropout_and_targets_are_there_or_refused_as_the_table_says(llama: Path, method: str) -> None:
+def test_dropout_targets_and_alpha_are_there_or_refused_as_the_table_says(llama: Path, method: str) -> None:
     """The table's columns against what PEFT then holds."""
     from dataclasses import replace
 
@@ -73,14 +73,20 @@ def test_dropout_and_targets_are_there_or_refused_as_the_table_says(llama: Path,
     if not row.targets:
         with pytest.raises(MethodUnsupported, match=r"leave adapter\.targets out"):
             attach(base, plain.model_copy(update={"targets": ("q_proj",)}), task="causal_lm")
+    if not row.alpha:
+        with pytest.raises(MethodUnsupported, match=r"leave adapter\.alpha out"):
+            attach(base, plain.model_copy(update={"alpha": 12}), task="causal_lm")
     chosen: dict[str, Any] = ({"dropout": 0.25} if row.dropout else {}) | ({"targets": ("q_proj",)} if row.targets else {})
+    chosen |= {"alpha": 12} if row.alpha else {}
     model: Any = attach(replace(base), plain.model_copy(update=chosen), task="causal_lm", batches=batch)
     if row.targets:
         trained = [name for name, value in model.named_parameters() if value.requires_grad]
         assert trained
         assert all("q_proj" in name or "vera_" in name for name in trained)
+    config = model.peft_config["default"]
+    if row.alpha:
+        assert 12 in (getattr(config, "lora_alpha", None), getattr(config, "alpha", None))
     if row.dropout:
-        config = model.peft_config["default"]
         given = [getattr(config, name) for name in ("lora_dropout", "vera_dropout", "module_dropout") if hasattr(config, name)]
         assert given == [0.25]
 
