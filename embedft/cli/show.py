@@ -51,7 +51,9 @@ def _further(metrics: Mapping[str, Any]) -> None:
         score, label = against[metrics["metric"]], f"{against['name']} (side {against['side']})"
         print(f"against {label}, {score:.4f}, 95 % interval: {_verdict(against['difference_ci95'], against['name'])}")
     if mteb := metrics.get("mteb"):
-        print("MTEB's own evaluator: " + ", ".join(f"{name} {value:.6f}" for name, value in mteb.items()))
+        ties = any(abs(value - metrics["adapter"][name]) > 1e-6 for name, value in mteb.items())
+        why = " (it ranks documents with equal vectors in another order: are some in the corpus twice?)" if ties else ""
+        print("MTEB's own evaluator: " + ", ".join(f"{name} {value:.6f}" for name, value in mteb.items()) + why)
     if guard := metrics.get("guard"):
         print(f"general set ({guard['data']}, {guard['queries']} queries): base {guard['base']:.4f}, adapter {guard['adapter']:.4f}")
 

@@ -88,6 +88,21 @@ def test_mtebs_own_evaluator_agrees_for_either_side(store: AdapterStore, beir: s
     assert figures["both"] != figures["query"]
 
 
+def test_where_mteb_orders_equal_documents_otherwise_the_reason_stands_beside_its_figures(
+    store: AdapterStore, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mteb")
+    folder = Path(write_beir(tmp_path / "beir", train=16, test=16))
+    given = ["eval", "both", "--data", str(folder), "--base", base, "--adapters", str(store.root), "--mteb"]
+    assert main(given) == 0
+    assert "MTEB's own evaluator: " in (said := capsys.readouterr().out)
+    assert "equal vectors" not in said
+    rows = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    write_rows(folder / "corpus.jsonl", [*rows, *(row | {"_id": f"{row['_id']}-again"} for row in rows)])
+    assert main(given) == 0
+    assert "it ranks documents with equal vectors in another order" in capsys.readouterr().out
+
+
 def test_judgements_that_call_nothing_relevant_are_no_data_to_evaluate_on(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
