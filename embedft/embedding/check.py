@@ -92,7 +92,7 @@ def check(train: str, *, eval: str | None = None, max_length: int = 256, base: s
         raise DataError([f"{Path(train).name}: no rows; expected pairs of a query and a document, or a BEIR folder with a train split"])
     if fix is not None:
         expect_room(fix)
-    for step in (_labels, _swapped, _empty, _negatives, _repeated, _false_negatives, _templates):
+    for step in (_labels, _swapped, _templates, _empty, _negatives, _repeated, _false_negatives):
         step(state)
     _too_long(state, max_length=max_length, base=base)
     source = eval or (train if is_beir(train) and not {"test", "dev"}.isdisjoint(splits(Path(train))) else None)
@@ -213,13 +213,14 @@ def _repeated(state: _State) -> None:
 
 
 def _false_negatives(state: _State) -> None:
-    """A negative that another row calls this query's document."""
+    """A negative that another row calls this query's document, however either is written."""
     relevant: dict[str, set[str]] = {}
     for pair in state.pairs:
-        relevant.setdefault(pair.query, set()).add(pair.document)
-    hits = [(pair, _short(pair.query)) for pair in state.pairs if relevant[pair.query].intersection(pair.negatives)]
+        relevant.setdefault(folded(pair.query), set()).add(folded(pair.document))
+    wrong = [{text for text in pair.negatives if folded(text) in relevant[folded(pair.query)]} for pair in state.pairs]
+    hits = [(pair, _short(pair.query)) for pair, found in zip(state.pairs, wrong, strict=True) if found]
     state.note("false_negatives", hits, "have a negative that is a document of the same query", "those negatives taken out")
-    state.pairs = [_keep_negatives(pair, relevant[pair.query]) for pair in state.pairs]
+    state.pairs = [_keep_negatives(pair, found) for pair, found in zip(state.pairs, wrong, strict=True)]
 
 
 def _templates(state: _State) -> None:

@@ -110,6 +110,18 @@ def test_the_same_phrase_in_many_queries_is_cut_off(tmp_path: Path) -> None:
     assert [row["query"].lower() for row in kept] == [row["query"].lower() for row in rows]
 
 
+def test_queries_that_are_one_without_their_template_are_one_in_the_copy(tmp_path: Path) -> None:
+    plain = clean_rows(12)
+    framed = [{**row, "query": f"according to the passage above {row['query']}"} for row in plain]
+    against = [{**row, "document": f"Another answer, {i}.", "negatives": [plain[i]["document"]]} for i, row in enumerate(framed[:2])]
+    report, kept = fixed(tmp_path, [*plain, *framed, *against])
+    assert found(report, "template").count == 14
+    assert found(report, "duplicates").count == 12
+    assert found(report, "false_negatives").count == 2
+    assert len(kept) == 14
+    assert check(str(tmp_path / "fixed.jsonl")).clean
+
+
 def test_a_phrase_of_chinese_is_longer_than_the_words_of_a_question(tmp_path: Path) -> None:
     subjects = ["锅炉", "小提琴", "冰川", "电车", "蜂箱", "天文台", "面包", "茶叶", "肥皂", "玻璃"]
     rows = [{"query": f"{subject}是什么意思", "document": f"{subject}的说明在这里可以找到"} for subject in subjects]
