@@ -3,15 +3,16 @@
 Each check is a function from the rows to a Finding; `remedy` says what --fix does about it.
 """
 
+import json
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from embedft.embedding.beir import drop_unreadable, is_beir, read_beir, splits
 from embedft.embedding.near import NearIndex
-from embedft.embedding.pairs import QUERY, as_list, columns_of, no_text
+from embedft.embedding.pairs import QUERY, as_list, columns_of, no_text, plays_a_part
 from embedft.embedding.phrases import phrases_in, without
 from embedft.errors import DataError
 from embedft.files import expect_jsonl, expect_room, staged_folder, write_jsonl
@@ -24,7 +25,7 @@ EXAMPLES = 3
 @dataclass(frozen=True)
 class Pair:
     """One row as it stands; `label` None where the file has no such column. `scores`: a teacher's, of the document and each negative.
-    `ids`: query and document id in a BEIR folder, `grade` what its qrels give the pair."""
+    `ids`: query and document id in a BEIR folder, `grade` what its qrels give the pair. `others`: columns that mean nothing here."""
 
     where: str
     query: str
@@ -34,6 +35,7 @@ class Pair:
     scores: tuple[Any, ...] = ()
     ids: tuple[str, str] | None = None
     grade: int = 1
+    others: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def _pair(row: Record, problems: list[str]) -> Pair | None:
     )
     label = values[columns.label] if columns.label else None
     scores = tuple(as_list(values[columns.scores], column=columns.scores)) if columns.scores else ()
-    return Pair(row.where, query, document, negatives, label, scores)
+    others = {name: value for name, value in values.items() if not plays_a_part(name)}
+    return Pair(row.where, query, document, negatives, label, scores, others=others)
 
 
 def _relevant(label: Any) -> bool:
@@ -305,6 +308,7 @@ def _write(source: str, out: Path, pairs: Sequence[Pair]) -> None:
     if not is_beir(source):
         rows: Iterable[dict[str, Any]] = (
             {"query": pair.query, "document": pair.document}
+            | json.loads(json.dumps(pair.others, default=str))  # a Parquet file's may be dates
             | ({"negatives": list(pair.negatives)} if pair.negatives else {})
             | ({"scores": list(pair.scores)} if pair.scores and pair.negatives else {})
             for pair in pairs

@@ -100,6 +100,11 @@ def _matching(names: Sequence[str], known: Sequence[str]) -> list[str]:
     return [name for name in names if name.strip().lower() in known]
 
 
+def plays_a_part(name: str) -> bool:
+    """Whether a column of this name says anything to a training."""
+    return name.strip().lower() in (*QUERY, *DOCUMENT, *SCORES, *LABEL) or _base_name(name) in NEGATIVE
+
+
 def _base_name(name: str) -> str:
     """negative_3 and negative3 are negatives too."""
     return name.strip().lower().rstrip("0123456789").rstrip("_")

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import tracemalloc
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,18 @@ def test_a_negative_that_answers_the_query_elsewhere_is_taken_out(tmp_path: Path
     assert found(report, "false_negatives").count == 1
     assert "negatives" not in kept[-1]
     assert kept[0]["negatives"] == [rows[0]["negative"]]
+
+
+def test_a_cleaned_copy_keeps_the_columns_that_mean_nothing_to_it(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [row | {"id": i, "made": datetime(2026, 1, 1 + i % 28), "label": 1, "score": 1} for i, row in enumerate(clean_rows())]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    check(str(tmp_path / "rows.parquet"), fix=tmp_path / "fixed.jsonl")
+    kept = [json.loads(line) for line in (tmp_path / "fixed.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in kept] == list(range(36))
+    assert kept[3] == {"query": rows[3]["query"], "document": rows[3]["document"], "id": 3, "made": "2026-01-04 00:00:00"}
 
 
 def test_unreadable_rows_are_told_and_left_out(tmp_path: Path) -> None:
