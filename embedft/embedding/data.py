@@ -60,17 +60,19 @@ def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool, t
     problems: list[str] = []
     rows = _all_examples(data, problems, scored=scored, taught=taught)
     problems += [] if taught else answering_negatives(rows)  # a teacher's score says how much one answers
+    told: tuple[str, ...] = ()
     source = data.eval or (data.train if is_beir(data.train) else None)
     if source is None and scored:
         problems.append("data.eval: a loss of scored pairs needs its own evaluation data; expected pairs or a BEIR folder")
     if source is None:
         rows, held = _hold_out(rows)
+        told = (f"without data.eval it is judged by {len({row.query for row in held})} of the training queries, which are held out",)
         retrieval = of_pairs(held, extra_documents=[row.document for row in rows])
     else:
         retrieval = load_retrieval(source, problems, format=data.format if source == data.train else None)
     if problems:
         raise DataError(problems)
-    examples = _unasked(rows, retrieval.asked, by="the evaluation")
+    examples = _unasked(rows, retrieval.asked, by="the evaluation", left_out=told)
     retrieval = reduce_to(retrieval, queries=evaluation.queries, documents=evaluation.documents)
     if len(examples) < 2:
         raise DataError([f"{Path(data.train).name}: {len(examples)} usable rows besides the evaluation's queries; expected at least 2"])
@@ -197,7 +199,8 @@ def split_dev(examples: Examples, evaluated: RetrievalSet, dev: str | None) -> t
         if any(row.score is not None for row in held):
             raise DataError(["data.dev: a loss of scored pairs needs its own dev data; expected pairs or a BEIR folder"])
         retrieval = of_pairs(held, extra_documents=[row.document for row in rest])
-        kept = make_examples(rest, left_out=examples.left_out)
+        told = f"without data.dev its best step is chosen by {len(retrieval.queries)} of the training queries, which are held out"
+        kept = make_examples(rest, left_out=(*examples.left_out, told))
     if len(kept) < 2:
         raise DataError([f"data.dev: {len(kept)} training rows besides the dev queries; expected at least 2"])
     return kept, retrieval

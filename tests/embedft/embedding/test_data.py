@@ -311,6 +311,13 @@ def test_training_rows_that_the_evaluation_asks_are_left_out_and_counted(tmp_pat
     assert load(write_rows(tmp_path / "b.jsonl", ROWS[5:]), eval=evaluation)[0].left_out == ()
 
 
+def test_what_is_held_out_is_told(tmp_path: Path) -> None:
+    examples, judged = load(write_rows(tmp_path / "a.jsonl", ROWS))
+    assert examples.left_out == ("without data.eval it is judged by 4 of the training queries, which are held out",)
+    kept, _ = split_dev(examples, judged, None)
+    assert kept.left_out[1:] == ("without data.dev its best step is chosen by 4 of the training queries, which are held out",)
+
+
 def test_one_row_beside_the_evaluations_is_too_few_to_learn_from(tmp_path: Path) -> None:
     train, evaluation = write_rows(tmp_path / "a.jsonl", ROWS[:3]), write_rows(tmp_path / "b.jsonl", ROWS[:2])
     assert "1 usable rows besides the evaluation's queries; expected at least 2" in problems(train, eval=evaluation)[0]
