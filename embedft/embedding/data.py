@@ -62,6 +62,8 @@ def load_data(data: EmbeddingData, evaluation: EmbeddingEval, *, scored: bool, t
     problems += [] if taught else answering_negatives(rows)  # a teacher's score says how much one answers
     told: tuple[str, ...] = ()
     source = data.eval or (data.train if is_beir(data.train) else None)
+    if data.eval is None and source and {"test", "dev"}.isdisjoint(splits(Path(source))):
+        raise DataError([*problems, f"{Path(source).name}/qrels: neither test.tsv nor dev.tsv to be judged by; expected one, or data.eval"])
     if source is None and scored:
         problems.append("data.eval: a loss of scored pairs needs its own evaluation data; expected pairs or a BEIR folder")
     if source is None:

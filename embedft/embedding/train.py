@@ -276,7 +276,13 @@ def used_negatives(examples: Examples, loss: Loss) -> int:
 
 def check_negatives(examples: Examples, loss: Loss) -> None:
     if loss.takes in {"triplets", "distilled"} and examples.negatives == 0:
-        raise DataError([f"loss {loss.name!r} takes triplets, and some rows have no negative; expected a negative in every row"])
+        bare = [row.query for row in examples.rows if not row.negatives]
+        raise DataError(
+            [
+                f"loss {loss.name!r} takes triplets, and {len(bare)} of {len(examples)} rows have no negative (the first asks "
+                f"{bare[0][:60]!r}); expected a negative in every row: `embedft data mine` adds them"
+            ]
+        )
 
 
 def _note_left_out(examples: Examples, *, name: str) -> None:

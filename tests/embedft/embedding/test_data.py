@@ -311,6 +311,14 @@ def test_training_rows_that_the_evaluation_asks_are_left_out_and_counted(tmp_pat
     assert load(write_rows(tmp_path / "b.jsonl", ROWS[5:]), eval=evaluation)[0].left_out == ()
 
 
+def test_a_folder_without_a_split_to_be_judged_by_is_told_where_to_name_one(tmp_path: Path) -> None:
+    folder = Path(write_beir(tmp_path / "beir", train=32, test=8))
+    (folder / "qrels" / "test.tsv").unlink()
+    (found,) = problems(str(folder))
+    assert found == "beir/qrels: neither test.tsv nor dev.tsv to be judged by; expected one, or data.eval"
+    assert len(load(str(folder), eval=write_rows(tmp_path / "test.jsonl", ROWS[:3]))[1].queries) == 3
+
+
 def test_what_is_held_out_is_told(tmp_path: Path) -> None:
     examples, judged = load(write_rows(tmp_path / "a.jsonl", ROWS))
     assert examples.left_out == ("without data.eval it is judged by 4 of the training queries, which are held out",)

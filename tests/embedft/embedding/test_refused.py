@@ -76,6 +76,14 @@ def test_texts_that_are_not_read_to_their_end_and_prompts_that_are_not_the_bases
     assert """tiny: what is told of the base, too, is with the recipe's prompts; its own are {"query": ""}""" in told
 
 
+def test_a_row_without_the_negative_that_a_loss_needs_is_named_by_its_query(make: Make, store: AdapterStore, root: Path, beir: str) -> None:
+    rows: list[dict[str, Any]] = [row | {"negative": f"no {i}"} for i, row in enumerate(planted_rows(8))]
+    rows[5] |= {"negative": None, "query": "the one that has none"}
+    data = {"train": write_rows(root / "bare.jsonl", rows), "eval": beir}
+    with pytest.raises(DataError, match=r"1 of 8 rows have no negative \(the first asks 'the one that has none'\); .*data mine"):
+        train(make(data=data, loss={"name": "triplet"}), store=store)
+
+
 def test_a_loss_that_compares_no_rows_takes_rows_of_one_answer(make: Make, store: AdapterStore, root: Path, beir: str) -> None:
     same = [{"query": f"q{i}", "document": "the one answer", "negative": f"another {i}"} for i in range(8)]
     data = {"train": write_rows(root / "triplets.jsonl", same), "eval": beir}
