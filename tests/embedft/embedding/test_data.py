@@ -394,6 +394,16 @@ def test_a_hub_dataset_that_cannot_be_had_is_a_data_error(monkeypatch: pytest.Mo
     assert "hub did not give split 'train': no such dataset" in problems("hf://owner/set:small@v1")[0]
 
 
+def test_of_a_hub_dataset_the_validation_split_chooses_and_the_test_split_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    of = {"test": ROWS[:4], "validation": ROWS[4:9]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, *, split, revision: of[split])
+    judged = load_retrieval("hf://owner/set")
+    _, dev = split_dev(make_examples(Example(row["query"], row["document"]) for row in ROWS[9:]), judged, "hf://owner/set")
+    assert [sorted(found.queries.values()) for found in (judged, dev)] == [sorted(row["query"] for row in rows) for rows in of.values()]
+
+
 def test_a_hub_dataset_is_read_by_its_column_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
 
