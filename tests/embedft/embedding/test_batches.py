@@ -99,6 +99,7 @@ def test_a_weight_says_how_often_a_row_is_shown_and_a_half_is_another_every_epoc
         assert {shown[i] for i in range(20, 40)} == {1}
         assert sum(shown[i] for i in range(40, 60)) == 10
     assert sum(epochs, Counter()) == {i: 2 * row.weight for i, row in enumerate(rows)}, "two epochs of a half show every row"
+    assert {i for i in range(40, 60) if epochs[0][i]} != set(range(40, 50)), "a half of a sorted file is no half of its kinds"
     assert all(len(set(batch)) == len(batch) for batch in plan), "a row never meets itself"
 
 
