@@ -275,6 +275,8 @@ def test_of_a_beir_folder_no_more_is_promised_and_changed_than_its_judgements(tm
 @pytest.mark.parametrize("packed", [False, True])
 def test_lines_of_a_beir_folder_that_nothing_reads_are_left_out_of_its_copy(tmp_path: Path, packed: bool) -> None:
     folder = Path(write_beir(tmp_path / "beir", train=40, test=12))
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write("\n  \n")
     whole = {stem: (folder / f"{stem}.jsonl").read_text() for stem in ("corpus", "queries")}
     with (folder / "corpus.jsonl").open("a") as file:
         file.write('not JSON\n{"_id": 5, "text": "a number for an id"}\n{"_id": "d0", "text": "twice"}\n')
