@@ -22,7 +22,7 @@ class AdapterEmbedding(BaseEmbedding):
     url: str | None = Field(default=None, description="A running server; None: in this process.")
     base: str | None = Field(default=None, description="The base; None: the adapter's own, or the server's only one.")
     adapter: str | None = Field(default=None, description="The adapter; None: the base itself.")
-    adapters: str | None = Field(default=None, description="The adapter store's folder, in this process.")
+    adapters: str | None = Field(default=None, description="The store's folder, in this process; None: $EMBEDFT_ADAPTERS, or adapters/.")
     api_key: str | None = Field(default=None, exclude=True, repr=False)
     _engine: Embedder | None = PrivateAttr(default=None)
 

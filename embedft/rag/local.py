@@ -238,11 +238,11 @@ class LocalReader:
         }
 
 
-def store_at(adapters: str | None) -> "AdapterStore | None":
-    """The store in that folder, as the settings of llama-index's classes name it."""
+def store_at(adapters: str | None) -> "AdapterStore":
+    """The store in that folder, as the settings of llama-index's classes name it; None is the command line's own default."""
     from embedft.adapters.store import AdapterStore
 
-    return AdapterStore(Path(adapters)) if adapters else None
+    return AdapterStore(Path(adapters) if adapters else None)
 
 
 def spec_of(adapter: str | None, *, base: str | None, store: "AdapterStore | None") -> BaseSpec:

@@ -1,6 +1,7 @@
 """AdapterEmbedding and AdapterLLM inside llama-index's own classes, over a real server."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,20 @@ def test_in_process_vectors_switch_adapters_and_return_to_the_base(minilm_store:
     assert alone.document_lineage() == embedding.using("two").document_lineage()
     np.testing.assert_allclose(embedding.get_text_embedding_batch(TEXTS, adapter="ask"), base, atol=1e-6)
     np.testing.assert_allclose(embedding.get_query_embedding(TEXTS[0], adapter="ask"), one[0], atol=1e-6)
+
+
+def test_in_process_a_name_is_looked_for_where_the_command_line_looks(
+    minilm_store: AdapterStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    named = AdapterEmbedding(base="minilm", adapters=str(minilm_store.root), adapter="one").document_lineage()
+    monkeypatch.setenv("EMBEDFT_ADAPTERS", str(minilm_store.root))
+    assert AdapterEmbedding(base="minilm", adapter="one").document_lineage() == named
+    monkeypatch.delenv("EMBEDFT_ADAPTERS")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapters").symlink_to(minilm_store.root)
+    assert AdapterEmbedding(base="minilm", adapter="one").document_lineage() == named
+    with pytest.raises(AdapterNotFound, match="'legal': there are"):
+        AdapterLLM(base="seed-lm", adapter="legal").complete("x")
 
 
 def test_in_process_answers_come_from_the_seed_model() -> None:
