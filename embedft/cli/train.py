@@ -54,7 +54,8 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         outcome = _trained(recipe, arguments)
     except DataError as error:
-        if note := data_note(arguments.recipe):
+        own = any(part.partition("=")[0] in {"data", "data.train"} for part in arguments.overrides)
+        if not own and (note := data_note(arguments.recipe)):
             raise DataError([*error.problems, f"{arguments.recipe}'s data: {note}"]) from None
         raise
     from embedft.training.measure import DryRunReport

@@ -11,7 +11,7 @@ from typing import Any
 
 from embedft.errors import DataError
 from embedft.files import write_jsonl
-from embedft.records import lines_of, open_text, read_jsonl
+from embedft.records import READERS, lines_of, open_text, read_jsonl
 
 _GRADE = re.compile(r" *-?[0-9]+ *")
 
@@ -51,7 +51,9 @@ def _file(folder: Path, stem: str) -> Path:
     for name in (f"{stem}.jsonl", f"{stem}.jsonl.gz"):
         if (folder / name).is_file():
             return folder / name
-    raise DataError([f"{folder.name}: no {stem}.jsonl; expected a BEIR folder with corpus.jsonl, queries.jsonl and qrels/"])
+    files = sorted(path.name for path in folder.iterdir() if path.name.endswith(tuple(READERS)))
+    single = f", or one file of rows, such as its {files[0]} (data.also names further ones to train on)" if files else ""
+    raise DataError([f"{folder.name}: no {stem}.jsonl; expected a BEIR folder with corpus.jsonl, queries.jsonl and qrels/{single}"])
 
 
 def drop_unreadable(folder: Path) -> None:

@@ -69,7 +69,7 @@ def columns_of(row: Record, problems: list[str]) -> Columns | None:
         if not matching:
             problems.append(f"{row.where}: no {part} column among {', '.join(names) or 'no columns'}; expected {EXPECTED}")
         elif len(matching) > 1:
-            problems.append(f"{row.where}: columns {', '.join(matching)} all name the {part}; expected one of them")
+            problems.append(f"{row.where}: columns {', '.join(matching)} all name the {part}; expected one: drop or rename the others")
     if len(problems) > before:
         return None
     negatives = tuple(name for name in names if _base_name(name) in NEGATIVE)

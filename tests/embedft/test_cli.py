@@ -139,6 +139,15 @@ def test_settings_may_stand_before_and_after_options(capsys: pytest.CaptureFixtu
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("given", "said"), [("data.limit=9", True), ("data.train=mine", False), ("data={train: mine}", False)])
+def test_where_a_shipped_recipes_data_comes_from_is_said_only_while_it_is_asked_for(
+    in_folder: Path, capsys: pytest.CaptureFixture[str], given: str, said: bool
+) -> None:
+    (in_folder / "mine").mkdir()
+    assert main(["train-embed", "pydocs-code", given]) == 1
+    assert ("pydocs-code's data: embedft data pydocs" in capsys.readouterr().err) is said
+
+
 def test_a_recipe_of_the_other_task_names_the_right_command(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (in_folder / "lm.yaml").write_text("task: causal_lm\nbase: {model: seed-lm}\ndata: {train: x}\n")
     assert main(["train-embed", "lm.yaml"]) == 2

@@ -105,7 +105,7 @@ def test_a_stray_label_column_is_refused_and_says_what_to_do(tmp_path: Path) -> 
 
 def test_a_missing_or_doubled_column_is_named_with_what_was_expected(tmp_path: Path) -> None:
     found = problems(write_rows(tmp_path / "a.jsonl", [{"query": "x", "anchor": "y", "body": "z"}]))
-    assert "columns query, anchor all name the query" in found[0]
+    assert "columns query, anchor all name the query; expected one: drop or rename the others" in found[0]
     assert "no document column among query, anchor, body; expected" in found[1]
 
 
@@ -381,6 +381,10 @@ def test_what_is_absent_or_unknown_says_what_is_read(tmp_path: Path) -> None:
     assert ".txt is not a kind of file that is read here; expected one of .jsonl" in problems(str(tmp_path / "a.txt"))[0]
     (tmp_path / "folder").mkdir()
     assert "no corpus.jsonl" in problems(str(tmp_path / "folder"))[0]
+    assert "one file" not in problems(str(tmp_path / "folder"))[0]
+    for name in ("june.jsonl", "may.csv"):
+        (tmp_path / "folder" / name).touch()
+    assert "or one file of rows, such as its june.jsonl (data.also names" in problems(str(tmp_path / "folder"))[0]
 
 
 def test_a_hub_dataset_that_cannot_be_had_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
