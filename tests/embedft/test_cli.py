@@ -175,6 +175,18 @@ def test_an_adapters_life_on_the_command_line(in_folder: Path, capsys: pytest.Ca
     assert output(capsys) == {"name": "legal", "generation": generation}
 
 
+def test_importing_an_object_of_the_store_rolls_its_name_back(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (1, 2):
+        assert main(["adapters", "import", str(make_adapter(in_folder / f"made{seed}", name="legal", seed=seed))]) == 0
+    capsys.readouterr()
+    assert main(["adapters", "show", "legal", "--json"]) == 0
+    older, newer = output(capsys)["history"]  # type: ignore[misc]
+    assert main(["adapters", "import", f"adapters/objects/{older}", "--name", "legal"]) == 0
+    capsys.readouterr()
+    assert main(["adapters", "show", "legal", "--json"]) == 0
+    assert output(capsys)["history"] == [older, newer, older]
+
+
 def test_what_is_held_back_from_a_name_is_listed_and_can_be_removed(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from embedft.adapters.store import AdapterStore
 
