@@ -211,7 +211,8 @@ def best_checkpoint(trainer: Any, settings: CausalLMTrain, *, folder: Path) -> "
         return -float(trainer.evaluate()["eval_loss"])
 
     assert settings.evaluate_every is not None
-    return BestCheckpoint(trainer, folder, evaluate, every=settings.evaluate_every, patience=settings.patience)
+    metric = "minus the loss on data.validation,"
+    return BestCheckpoint(trainer, folder, evaluate, metric=metric, every=settings.evaluate_every, patience=settings.patience)
 
 
 def _check_together(method: "Method", model: Any, settings: CausalLMTrain) -> None:

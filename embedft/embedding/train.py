@@ -135,7 +135,8 @@ def best_checkpoint(
         return found
 
     assert recipe.train.evaluate_every is not None
-    return BestCheckpoint(trainer, folder, evaluate, every=recipe.train.evaluate_every, patience=recipe.train.patience)
+    metric = f"{recipe.eval.metric} on the dev queries"
+    return BestCheckpoint(trainer, folder, evaluate, metric=metric, every=recipe.train.evaluate_every, patience=recipe.train.patience)
 
 
 def plan_for(examples: Examples, recipe: EmbeddingRecipe, *, loss: Loss, model: Any) -> BatchPlan:

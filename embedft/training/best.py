@@ -19,13 +19,14 @@ from embedft.training.progress import note
 
 
 class BestCheckpoint(TrainerCallback):
-    """`evaluate` gives the metric, more is better; `history` is [step, score] of every evaluation, in order. What is not finite is worst.
+    """`evaluate` gives the metric, which people know as `metric`; more is better. `history` is [step, score] of every evaluation, in order.
 
-    `trainer` has AdapterCheckpoints mixed in. The run ends after `patience` evaluations without a better one.
+    What is not finite is worst. `trainer` has AdapterCheckpoints mixed in. The run ends after `patience` evaluations without a better one.
     """
 
-    def __init__(self, trainer: Any, folder: Path, evaluate: Callable[[], float], *, every: int, patience: int | None) -> None:
+    def __init__(self, trainer: Any, folder: Path, evaluate: Callable[[], float], *, metric: str, every: int, patience: int | None) -> None:
         self._trainer, self.folder, self.evaluate, self.every, self.patience = trainer, folder / "best", evaluate, every, patience
+        self.metric = metric
         trainer.add_callback(self)
         self.history: list[tuple[int, float]] = []
 
@@ -68,7 +69,7 @@ class BestCheckpoint(TrainerCallback):
             reason = f"none of its {len(self.history)} evaluations gave a finite score: its training diverged (lower train.lr)"
             raise AdapterInvalid(name, reason)
         self._trainer._load_from_checkpoint(str(self.folder))
-        note(f"{name}: the best of {len(self.history)} evaluations was at step {step}: {score:.4f}")
+        note(f"{name}: the best of {len(self.history)} evaluations was at step {step}: {self.metric} {score:.4f}")
         return {"step": step, "score": score, "history": [list(entry) for entry in self.history]}
 
 

@@ -55,7 +55,7 @@ def test_the_best_weights_may_be_older_than_the_frozen_pair(
         kept.setdefault("outputs", made.outputs(made.model))
         return next(scores)
 
-    best = BestCheckpoint(made.trainer, tmp_path, worse_each_time, every=1, patience=None)
+    best = BestCheckpoint(made.trainer, tmp_path, worse_each_time, metric="ndcg@10", every=1, patience=None)
     made.trainer.train()
     assert "frozen" in made.model.peft_config
     assert not torch.allclose(made.outputs(made.model), kept["outputs"], atol=1e-3)

@@ -33,11 +33,16 @@ class Trainer:
 
 def run(folder: Path, scores: list[float], *, patience: int | None = None) -> tuple[Trainer, BestCheckpoint]:
     trainer, left, control = Trainer(), iter(scores), SimpleNamespace(should_training_stop=False)
-    best = BestCheckpoint(trainer, folder, lambda: next(left), every=1, patience=patience)
+    best = BestCheckpoint(trainer, folder, lambda: next(left), metric="ndcg@10", every=1, patience=patience)
     while trainer.step < len(scores) and not control.should_training_stop:
         trainer.step += 1
         best.on_step_end(None, SimpleNamespace(global_step=trainer.step, max_steps=len(scores)), control)
     return trainer, best
+
+
+def test_what_was_best_is_told_with_the_name_of_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, [0.1, 0.3, 0.2])[1].restore(name="a")
+    assert capsys.readouterr().err == "note: a: the best of 3 evaluations was at step 2: ndcg@10 0.3000\n"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,7 @@ def test_what_was_measured_after_the_checkpoint_is_forgotten_and_a_run_begun_afr
     trainer, first = run(tmp_path, [0.1, 0.2, 0.9, 0.3])
     assert first.best == (3, 0.9)
     for step, known in ((2, [(1, 0.1), (2, 0.2)]), (0, [])):
-        again = BestCheckpoint(trainer, tmp_path, lambda: 0.5, every=1, patience=None)
+        again = BestCheckpoint(trainer, tmp_path, lambda: 0.5, metric="ndcg@10", every=1, patience=None)
         again.on_train_begin(None, SimpleNamespace(global_step=step), None)
         assert again.history == known
     again.on_train_begin(None, SimpleNamespace(global_step=2), None)
