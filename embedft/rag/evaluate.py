@@ -127,8 +127,15 @@ def evaluate(
 
     `rerank(adapter)`: the reranker to measure; `answered`: how many questions are put to the readers, k = 5 passages each.
     Raises LineageMismatch where `index` was built with vectors that an adapter may not be compared with, DataError where it has none of
-    the documents that the questions name.
+    the documents that the questions name, and where there is nothing to score.
     """
+    if not readers and not any(question.relevant for question in data.questions):
+        raise DataError(
+            [
+                "no question names a document that holds its answer, and there is no reader: nothing can be scored; "
+                "expected a column document, or --lm-base or --lm-adapter"
+            ]
+        )
     retrieval, answers, indexes = list[Cell](), list[Cell](), dict[str, Any]()
     notes: list[str] = []
     if index is not None:

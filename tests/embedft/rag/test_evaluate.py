@@ -45,6 +45,13 @@ def test_questions_whose_documents_are_not_in_the_index_are_refused_or_counted(t
     assert evaluate(EvaluationSet((known,)), engine, **options)["notes"] == []
 
 
+def test_questions_without_documents_and_without_a_reader_are_refused(tmp_path: Path, server: Server) -> None:
+    engine = RemoteEngine(server.url)
+    build_index(tmp_path / "i", [Chunk("tea.md#0", "tea.md", "tea")], engine, adapter="a")
+    with pytest.raises(DataError, match="expected a column document, or --lm-base or --lm-adapter"):
+        evaluate(EvaluationSet((Question("tea", answers=("hot",)),)), engine, adapters=["a"], out=tmp_path, index=tmp_path / "i")
+
+
 def test_an_adapter_of_other_vectors_is_refused_before_the_first_one_is_measured(tmp_path: Path, server: Server) -> None:
     engine, told = RemoteEngine(server.url), list[str]()
     build_index(tmp_path / "i", [Chunk("tea.md#0", "tea.md", "tea")], engine, adapter="a")
