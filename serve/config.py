@@ -114,7 +114,10 @@ class ServerConfig(_Section):
         if len(set(names)) != len(names):
             raise ValueError(f"two bases of one name: {', '.join(names)}")
         if self.host not in LOOPBACK and not self.tenants:
-            raise ValueError(f"host {self.host}: without a keys file the server binds to loopback only; use 127.0.0.1")
+            raise ValueError(
+                f"host {self.host}: without a keys file the server binds to loopback only; use 127.0.0.1, or name one (--keys FILE; "
+                "`embedft key TENANT` makes what goes into it)"
+            )
         return self
 
 

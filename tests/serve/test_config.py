@@ -49,7 +49,9 @@ def test_a_typo_names_the_nearest_setting_of_its_section(world: World, tmp_path:
 
 def test_without_keys_only_loopback_is_bound(world: World, tmp_path: Path) -> None:
     path = write(tmp_path, "bases: [{name: a, model: m, task: embedding}]\nhost: 0.0.0.0\n")
-    with pytest.raises(UsageError, match=r"- server: host 0\.0\.0\.0: without a keys file the server binds to loopback only"):
+    with pytest.raises(
+        UsageError, match=r"- server: host 0\.0\.0\.0: without a keys file .* or name one \(--keys FILE; `embedft key TENANT`"
+    ):
         load_config(path, store=world.store)
 
 
