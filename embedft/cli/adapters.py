@@ -52,7 +52,7 @@ def add_commands(commands: Any) -> None:
         if name == "merge":
             action.add_argument("--scheme", choices=("nf4", "int8", "w4a16", "w8a8"), help="quantize the result")
         if name == "convert":
-            action.add_argument("--to", choices=("lora",), default="lora")
+            action.add_argument("--to", choices=("lora",), default="lora", help="the method of the copy")
             action.add_argument("--rank", type=positive, help="default: what an exact copy needs, at most 64")
             action.add_argument("--name", help="the name to store it under (default: NAME-lora)")
         if name == "combine":

@@ -13,7 +13,7 @@ from embedft.cli.show import show_table
 
 def add_commands(commands: Any) -> None:
     made = command(commands, "demo", _demo, "train four adapters, serve them over two quantized bases, compare")
-    made.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    made.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where everything goes")
     made.add_argument("--engine", choices=("vllm", "peft"), help="default: vllm where it is installed")
     made.add_argument("--quick", action="store_true", help="every step, on a fraction of the data")
     command(commands, "doctor", _doctor, "what is installed, what works, and how to mend what does not")

@@ -10,9 +10,20 @@ if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
 
 
+class _Help(argparse.HelpFormatter):
+    """Tells an option's default where the option's own help does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = action.help or ""
+        bare = action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS)
+        return said if bare or "default" in said or not action.option_strings else f"{said} (default: %(default)s)"
+
+
 def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
     """A parser for a command, or an action of one; `run` gives the exit status, None for 0."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", formatter_class=_Help
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for machines")
     parser.set_defaults(run=run)
     return parser

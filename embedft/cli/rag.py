@@ -31,14 +31,14 @@ def add_commands(commands: Any) -> None:
     index.add_argument(
         "--kind", choices=("auto", "flat", "hnsw", "ivfpq"), default="auto", help="FAISS index (auto: flat, above 20,000 hnsw)"
     )
-    index.add_argument("--chunk-size", type=int, default=180, metavar="TOKENS")
-    index.add_argument("--overlap", type=int, default=20, metavar="TOKENS")
+    index.add_argument("--chunk-size", type=int, default=180, metavar="TOKENS", help="of a chunk at most, counted roughly, as word pieces")
+    index.add_argument("--overlap", type=int, default=20, metavar="TOKENS", help="that a chunk repeats of the one before")
     index.add_argument("--max-mib", type=finite, default=32.0, help="a larger file is refused (default: 32)")
     index.add_argument("--no-bm25", action="store_true", help="vectors only: no hybrid search later")
     index.add_argument("--strict", action="store_true", help="fail where a file cannot be read, instead of naming and skipping it")
     ask = command(group, "ask", _ask, "answer a question from an index, with its sources")
     ask.add_argument("question", metavar="QUESTION")
-    ask.add_argument("--index", type=Path, required=True, metavar="DIR")
+    ask.add_argument("--index", type=Path, required=True, metavar="DIR", help="the index's folder")
     ask.add_argument("--adapter", help="the retriever's adapter (default: the one that the index was built with)")
     ask.add_argument("--lm-adapter", help="the reader's adapter")
     ask.add_argument("-k", type=int, default=5, help="passages (default: 5)")
@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
     ask.add_argument(
         "--map", action="store_true", help="where the adapter's lineage is not the index's: fit a linear map, and say its loss"
     )
-    ask.add_argument("--max-tokens", type=positive, default=128)
+    ask.add_argument("--max-tokens", type=positive, default=128, help="of the answer")
     ask.add_argument("--sources-only", action="store_true", help="no answer, only what was found")
     evaluate = command(group, "eval", _eval, "score retriever adapters and reader adapters against each other")
     evaluate.add_argument("data", metavar="DATA", type=Path, help="a BEIR folder, or a file of questions and answers (then with --index)")
@@ -61,7 +61,7 @@ def add_commands(commands: Any) -> None:
     )
     evaluate.add_argument("--lm-adapter", action="append", help="a reader's adapter; 'base' is the base; may be repeated")
     evaluate.add_argument("--index", type=Path, metavar="DIR", help="an index that there is; else one is made for each lineage")
-    evaluate.add_argument("--out", type=Path, default=Path("runs/rag-eval"), metavar="DIR")
+    evaluate.add_argument("--out", type=Path, default=Path("runs/rag-eval"), metavar="DIR", help="where the report goes")
     evaluate.add_argument("--queries", type=positive, help="at most so many questions")
     evaluate.add_argument("--answers", type=positive, default=100, help="questions put to each reader (default: 100)")
     evaluate.add_argument("--rerank", action="store_true", help="also measure the server's /v1/rerank")
@@ -121,7 +121,8 @@ def _index(arguments: argparse.Namespace) -> int:
     print(f"{report.kind} index {report.version} in {arguments.out}, {report.seconds:.1f} s; lineage {report.lineage[:12]}")
     if report.truncated:
         print(
-            f"{report.truncated} chunks are longer than the adapter reads; their ends are not in the vectors: choose a smaller --chunk-size"
+            f"{report.truncated} chunks are longer than the model reads (an adapter's max_length: `embedft adapters show`), and their ends "
+            f"are not in the vectors: choose a --chunk-size below {arguments.chunk_size}"
         )
     return 0
 

@@ -36,12 +36,12 @@ def add_commands(commands: Any) -> None:
     store_option(made)
     made = command(commands, "quantize", _quantize, "write a quantized base folder that trainer and engine both load")
     made.add_argument("base", metavar="BASE", help="minilm, seed-lm, a model folder or a hub id")
-    made.add_argument("out", metavar="OUT", type=Path)
-    made.add_argument("--scheme", choices=("nf4", "int8", "w4a16", "w8a8"), required=True)
+    made.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    made.add_argument("--scheme", choices=("nf4", "int8", "w4a16", "w8a8"), required=True, help="how its weights are written")
     made.add_argument(
         "--calibrate", type=Path, metavar="TEXTS", help="w4a16 by GPTQ: a file of texts such as the model will see, one a line"
     )
-    made.add_argument("--revision")
+    made.add_argument("--revision", help="of a hub id")
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -1,16 +1,18 @@
 """The command line as a user meets it: exit statuses, messages, --json, and how fast it answers."""
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from embedft.cli import main, parse
+from embedft.cli import _parser, main, parse
 from embedft.cli.show import Progress
 from embedft.doctor import examine
 from tests.embedft.adapter_fixtures import make_adapter
@@ -28,6 +30,20 @@ def test_help_answers_in_under_half_a_second() -> None:
         times.append(time.perf_counter() - start)
     assert "train-embed" in done.stdout
     assert min(times) < 0.5
+
+
+def test_every_option_says_what_it_is_and_what_it_is_by_default() -> None:
+    def told(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, str]]:
+        groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        for group in groups:
+            for inner, made in group.choices.items():
+                yield from told(made, f"{name} {inner}")
+        for action in parser._actions if not groups else ():
+            said = parser._get_formatter()._get_help_string(action) if action.option_strings else "a place"
+            bare = action.default in (None, "", [], argparse.SUPPRESS) or isinstance(action.default, bool)
+            yield f"{name} {action.dest}", said if bare or "default" in (said or "") else ""
+
+    assert [name for name, said in told(_parser(), "embedft") if not said] == []
 
 
 def test_importing_embedft_imports_no_torch() -> None:

@@ -67,6 +67,14 @@ def test_people_get_text_and_a_stream(server: Server, docs: Path, tmp_path: Path
     assert "tea.md" in told.out
 
 
+def test_chunks_that_are_cut_are_counted_and_the_chunk_size_that_cut_them_is_named(
+    server: Server, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = ["rag", "index", str(docs), "--out", str(tmp_path / "i"), "--server", server.url, "--adapter", "b", "--chunk-size", "90"]
+    assert main(index) == 0  # b reads 20 tokens
+    assert "`embedft adapters show`), and their ends are not in the vectors: choose a --chunk-size below 90" in capsys.readouterr().out
+
+
 def test_a_foreign_adapter_is_refused_until_a_map_is_asked_for(run: Run, docs: Path, tmp_path: Path, capsys: Any) -> None:
     run("index", docs, "--out", tmp_path / "i", "--adapter", "a")
     status, refused = run("ask", "x", "--index", tmp_path / "i", "--adapter", "b", "--sources-only")
