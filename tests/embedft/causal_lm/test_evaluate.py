@@ -6,7 +6,7 @@ import pytest
 
 from embedft.base import BaseSpec, load_base
 from embedft.causal_lm.data import Message, Row
-from embedft.causal_lm.evaluate import answer_bits, compare, evaluate_generation, greedy
+from embedft.causal_lm.evaluate import answer_bits, compare, evaluate_generation, greedy, tell_of_cuts
 from embedft.causal_lm.scores import best_f1, exact_match, text_scores, token_f1
 from embedft.causal_lm.template import template_of
 
@@ -130,6 +130,18 @@ def test_a_prompt_is_read_however_long_its_answer_may_be(tiny_base: Path, monkey
         greedy(base.model, template, [row], max_new_tokens=80, batch=1, max_length=80)
         assert seen[0][0] == read
         assert max(size for _, size in seen) <= 80
+
+
+def test_an_answer_may_be_as_long_as_what_is_written_and_a_prompt_as_what_is_read(
+    tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+    template, row = template_of(base.tokenizer), Row("0", (Message("user", "what does red mean?"), Message("assistant", "stop go")))
+    asked, written = len(template.prompt_ids(row)), len(template.answer_ids(row)) - 1
+    tell_of_cuts(base.model, template, [row], "x", max_new_tokens=written, max_length=asked)
+    assert not capsys.readouterr().err
+    tell_of_cuts(base.model, template, [row], "x", max_new_tokens=written - 1, max_length=asked - 1)
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_of_a_prompt_that_is_too_long_its_end_is_kept_where_the_question_stands(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
