@@ -228,3 +228,10 @@ def test_a_length_without_room_for_a_text_is_refused_before_a_query_is_paid_for(
         synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=Synth(generator=server.url), base="minilm", max_length=2)
     assert len(server.asked) == asked
     assert not [*tmp_path.glob("out.jsonl*")]
+
+
+def test_how_many_passages_were_asked_about_is_told(server: Server, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    asked = Synth(generator=server.url, model="m")
+    synthesize(corpus(tmp_path), tmp_path / "out.jsonl", synth=asked, base=None, asked=lambda done, total: told.append((done, total)))
+    assert told == [(number, len(FACTS)) for number in range(1, len(FACTS) + 1)]

@@ -189,7 +189,9 @@ def test_who_trains_beside_a_server_is_told_how_it_gets_the_new_adapter(
     (tmp_path / "tiny.yaml").write_text(make("mean").resolved_yaml())
     command = ["train-embed", str(tmp_path / "tiny.yaml"), "--adapters", str(store.root)]
     assert main(command) == 0
-    assert "serve it with: embedft serve" in capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert "serve it with: embedft serve" in said
+    assert "embedding " in progress  # the evaluation's texts
     server = store.use()
     assert server is not None
     assert main(command) == 0
