@@ -61,11 +61,11 @@ def train(
         examples = tokenized(split.train, template, recipe)
         check_embedded(base.model, base.tokenizer, (example.ids for example in examples))
         _tell_of_shared(split, recipe.name)
+        method = supported(recipe.adapter, task="causal_lm", info=base.info)  # all that may be refused, before anything is scored
+        check_together(method, base.model, recipe.train)
         if dry_run:
             report = _dry_run(base, examples, recipe)
             return replace(report, peak_bytes=max(report.peak_bytes, peak.bytes))
-        method = supported(recipe.adapter, task="causal_lm", info=base.info)  # all that may be refused, before anything is scored
-        _check_together(method, base.model, recipe.train)
         held_out = tokenized(split.validation, template, recipe) if split.validation else []
         limits = {"max_new_tokens": recipe.eval.max_new_tokens, "max_length": recipe.train.max_length}
         tell_of_cuts(base.model, template, split.test, recipe.name, **limits)
@@ -183,7 +183,6 @@ def build_trainer(
     rows: list[Any] = list(examples)
     held_out: list[Any] = list(validation)
     collate: Any = Collate(pad_token(base.tokenizer), base.model.dtype)
-    _check_together(model.embedft.method, base.model, settings)
     install()
     if settings.packing:
         rows, held_out = (pack(part, length=settings.max_length) for part in (rows, held_out))
@@ -215,7 +214,7 @@ def best_checkpoint(trainer: Any, settings: CausalLMTrain, *, folder: Path) -> "
     return BestCheckpoint(trainer, folder, evaluate, metric=metric, every=settings.evaluate_every, patience=settings.patience)
 
 
-def _check_together(method: "Method", model: Any, settings: CausalLMTrain) -> None:
+def check_together(method: "Method", model: Any, settings: CausalLMTrain) -> None:
     """Raises MethodUnsupported, and BaseError where the base (`model`) would see past an example."""
     from embedft.causal_lm.batches import packing_fault
 

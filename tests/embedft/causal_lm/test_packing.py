@@ -12,7 +12,7 @@ from embedft.base import BaseSpec, load_base
 from embedft.causal_lm.attention import apart, attend, install
 from embedft.causal_lm.batches import Collate, Pack, PackedCollate, pack, packing_fault
 from embedft.causal_lm.template import IGNORED, Example, template_of
-from embedft.causal_lm.train import best_checkpoint, build_trainer, read_split, tokenized, train
+from embedft.causal_lm.train import best_checkpoint, build_trainer, check_together, read_split, tokenized, train
 from embedft.errors import BaseError, MethodUnsupported, RecipeError
 from embedft.methods import METHODS, attach
 from embedft.recipe import AdapterSection
@@ -84,18 +84,17 @@ def test_in_a_padded_batch_no_token_is_learnt_from_the_padding_before_it(parts: 
     ],
 )
 def test_a_base_that_would_see_past_an_example_is_not_packed(
-    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], fault: str
+    parts: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], fault: str
 ) -> None:
-    recipe, base, examples = parts
-    model = attach(base, AdapterSection(r=4), task="causal_lm")
+    recipe, base, _ = parts
     for key, value in changes.items():
         monkeypatch.setattr(base.model.config, key, value, raising=False)
     with pytest.raises(BaseError, match=rf"{fault}.* set train\.packing=false"):
-        build_trainer(model, base, examples, recipe.train.model_copy(update={"packing": True}), folder=tmp_path)
+        check_together(METHODS["lora"], base.model, recipe.train.model_copy(update={"packing": True}))
 
 
-def test_a_base_that_does_as_it_likes_with_its_mask_is_not_packed(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, base, examples = parts
+def test_a_base_that_does_as_it_likes_with_its_mask_is_not_packed(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, base, _ = parts
     forward = base.model.forward
     settings = recipe.train.model_copy(update={"packing": True})
 
@@ -105,7 +104,7 @@ def test_a_base_that_does_as_it_likes_with_its_mask_is_not_packed(parts: Any, tm
 
     monkeypatch.setattr(base.model, "forward", careless)
     with pytest.raises(BaseError, match=r"not those that it gives alone: set train\.packing=false"):
-        build_trainer(attach(base, AdapterSection(r=4), task="causal_lm"), base, examples, settings, folder=tmp_path)
+        check_together(METHODS["lora"], base.model, settings)
 
 
 UNPACKED = {"gptj", "bloom", "gpt_oss"}  # their attention is no sdpa in transformers
@@ -197,11 +196,10 @@ def test_packing_loses_and_repeats_nothing_and_keeps_to_the_length(parts: Any) -
 @pytest.mark.parametrize(
     ("method", "setting"), [("prompt_tuning", "packing"), ("prefix_tuning", "packing"), ("prefix_tuning", "gradient_checkpointing")]
 )
-def test_what_does_not_go_together_is_refused(parts: Any, tmp_path: Path, method: str, setting: str) -> None:
-    recipe, base, examples = parts
-    model = attach(base, AdapterSection(method=method, r=4), task="causal_lm")
+def test_what_does_not_go_together_is_refused(parts: Any, method: str, setting: str) -> None:
+    recipe, base, _ = parts
     with pytest.raises(MethodUnsupported, match=rf"set train\.{setting}=false"):
-        build_trainer(model, base, examples, recipe.train.model_copy(update={setting: True}), folder=tmp_path)
+        check_together(METHODS[method], base.model, recipe.train.model_copy(update={setting: True}))
 
 
 @pytest.mark.parametrize(
@@ -211,14 +209,15 @@ def test_what_does_not_go_together_is_refused(parts: Any, tmp_path: Path, method
         ("lora_fa", {"optimizer": "adamw_8bit"}, r"leave train\.optimizer out"),
     ],
 )
-def test_what_does_not_go_together_is_told_before_the_base_is_scored(
+def test_what_does_not_go_together_is_told_before_the_base_is_scored_and_before_a_dry_run(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, given: dict[str, Any], remedy: str
 ) -> None:
     monkeypatch.delattr("embedft.causal_lm.train.evaluate_generation")
     recipe = planted_recipe(tmp_path, tiny_base, train=given)
     recipe = recipe.model_copy(update={"adapter": AdapterSection(method=method)})
-    with pytest.raises(MethodUnsupported, match=remedy):
-        train(recipe, store=AdapterStore(tmp_path / "s"), progress=False)
+    for dry_run in (False, True):
+        with pytest.raises(MethodUnsupported, match=remedy):
+            train(recipe, store=AdapterStore(tmp_path / "s"), progress=False, dry_run=dry_run)
 
 
 def test_a_packed_run_learns_the_task(tiny_base: Path, tmp_path: Path) -> None:
