@@ -16,9 +16,10 @@ from embedft.training.arguments import steps_an_epoch, total_steps
 
 
 def largest_batch(recipe: CausalLMRecipe) -> Batch:
-    """Of the first epoch; each row of full length where the recipe's data is not there yet."""
-    from embedft.causal_lm.train import read_split, tokenized, within
+    """Of the first epoch; each row of full length where the recipe's data is not there yet. Raises MethodUnsupported."""
+    from embedft.causal_lm.train import check_together, read_split, tokenized, within
 
+    check_together(recipe)
     spec = BaseSpec(recipe.base.model, "none", recipe.base.revision)
     folder = config_folder(spec)
     recipe = within(recipe, lengths(folder, read_json(folder / "config.json"))[1])

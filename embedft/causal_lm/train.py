@@ -10,7 +10,7 @@ from embedft.causal_lm.data import Row, data_hash, read_rows
 from embedft.causal_lm.evaluate import Generation, check_embedded, compare, evaluate_generation, pad_token, tell_of_cuts
 from embedft.causal_lm.template import Example, Template, template_of
 from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError
-from embedft.methods import attach, supported, text_positions
+from embedft.methods import attach, method_named, supported, text_positions
 from embedft.methods.targets import fused_experts
 from embedft.recipe import CausalLMRecipe, CausalLMTrain
 from embedft.records import sample
@@ -25,7 +25,6 @@ from embedft.training.trackers import tracked
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
-    from embedft.methods import Method
     from embedft.training.best import BestCheckpoint
 
 START_BATCHES = 8  # what EVA's first vectors are computed from
@@ -49,9 +48,10 @@ def train(
 ) -> AdapterResult | DryRunReport:
     """Train, judge against the base and publish under `recipe.name`; with `dry_run` take two steps and report their cost.
 
-    Raises DataError (bad rows, before any model loads), ResumeRefused, TrainingInterrupted (after a signal), or what
-    loading the base raises. The base's tensors never change.
+    Raises DataError (bad rows, before any model loads), MethodUnsupported, ResumeRefused, TrainingInterrupted (after a signal),
+    or what loading the base raises. The base's tensors never change.
     """
+    check_together(recipe)
     split = read_split(recipe)
     spec = BaseSpec(recipe.base.model, recipe.base.quantization, recipe.base.revision)
     with PeakMemory() as peak:
@@ -61,8 +61,8 @@ def train(
         examples = tokenized(split.train, template, recipe)
         check_embedded(base.model, base.tokenizer, (example.ids for example in examples))
         _tell_of_shared(split, recipe.name)
-        method = supported(recipe.adapter, task="causal_lm", info=base.info)  # all that may be refused, before anything is scored
-        check_together(method, base.model, recipe.train)
+        supported(recipe.adapter, task="causal_lm", info=base.info)  # all that may be refused, before anything is scored
+        check_packing(base.model, recipe.train)
         if dry_run:
             report = _dry_run(base, examples, recipe)
             return replace(report, peak_bytes=max(report.peak_bytes, peak.bytes))
@@ -214,19 +214,24 @@ def best_checkpoint(trainer: Any, settings: CausalLMTrain, *, folder: Path) -> "
     return BestCheckpoint(trainer, folder, evaluate, metric=metric, every=settings.evaluate_every, patience=settings.patience)
 
 
-def check_together(method: "Method", model: Any, settings: CausalLMTrain) -> None:
-    """Raises MethodUnsupported, and BaseError where the base (`model`) would see past an example."""
-    from embedft.causal_lm.batches import packing_fault
-
+def check_together(recipe: CausalLMRecipe) -> None:
+    """Raises MethodUnsupported."""
+    method, settings = method_named(recipe.adapter.method), recipe.train
     check_optimizer(method, settings)
     if settings.packing and not method.packing:
         why = "its virtual tokens stand before a row, not each example: set train.packing=false"
         raise MethodUnsupported(method.name, where="with packing", why=why)
-    if settings.packing and (fault := packing_fault(model, length=settings.max_length)):
-        raise BaseError(f"examples cannot be packed on {type(model).__name__}: {fault}: set train.packing=false")
     if settings.gradient_checkpointing and not method.checkpointing:
         why = "a block that is computed again finds its prefix already used: set train.gradient_checkpointing=false"
         raise MethodUnsupported(method.name, where="with gradient checkpointing", why=why)
+
+
+def check_packing(model: Any, settings: CausalLMTrain) -> None:
+    """Raises BaseError where the base (`model`) would see past an example."""
+    from embedft.causal_lm.batches import packing_fault
+
+    if settings.packing and (fault := packing_fault(model, length=settings.max_length)):
+        raise BaseError(f"examples cannot be packed on {type(model).__name__}: {fault}: set train.packing=false")
 
 
 def _seeded_adapter(base: Base, examples: Sequence[Example], recipe: CausalLMRecipe) -> Any:

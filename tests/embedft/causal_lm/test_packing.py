@@ -11,8 +11,9 @@ from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, load_base
 from embedft.causal_lm.attention import apart, attend, install
 from embedft.causal_lm.batches import Collate, Pack, PackedCollate, pack, packing_fault
+from embedft.causal_lm.sizes import largest_batch
 from embedft.causal_lm.template import IGNORED, Example, template_of
-from embedft.causal_lm.train import best_checkpoint, build_trainer, check_together, read_split, tokenized, train
+from embedft.causal_lm.train import best_checkpoint, build_trainer, check_packing, read_split, tokenized, train
 from embedft.errors import BaseError, MethodUnsupported, RecipeError
 from embedft.methods import METHODS, attach
 from embedft.recipe import AdapterSection
@@ -90,7 +91,7 @@ def test_a_base_that_would_see_past_an_example_is_not_packed(
     for key, value in changes.items():
         monkeypatch.setattr(base.model.config, key, value, raising=False)
     with pytest.raises(BaseError, match=rf"{fault}.* set train\.packing=false"):
-        check_together(METHODS["lora"], base.model, recipe.train.model_copy(update={"packing": True}))
+        check_packing(base.model, recipe.train.model_copy(update={"packing": True}))
 
 
 def test_a_base_that_does_as_it_likes_with_its_mask_is_not_packed(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +105,7 @@ def test_a_base_that_does_as_it_likes_with_its_mask_is_not_packed(parts: Any, mo
 
     monkeypatch.setattr(base.model, "forward", careless)
     with pytest.raises(BaseError, match=r"not those that it gives alone: set train\.packing=false"):
-        check_together(METHODS["lora"], base.model, settings)
+        check_packing(base.model, settings)
 
 
 UNPACKED = {"gptj", "bloom", "gpt_oss"}  # their attention is no sdpa in transformers
@@ -194,30 +195,24 @@ def test_packing_loses_and_repeats_nothing_and_keeps_to_the_length(parts: Any) -
 
 
 @pytest.mark.parametrize(
-    ("method", "setting"), [("prompt_tuning", "packing"), ("prefix_tuning", "packing"), ("prefix_tuning", "gradient_checkpointing")]
-)
-def test_what_does_not_go_together_is_refused(parts: Any, method: str, setting: str) -> None:
-    recipe, base, _ = parts
-    with pytest.raises(MethodUnsupported, match=rf"set train\.{setting}=false"):
-        check_together(METHODS[method], base.model, recipe.train.model_copy(update={setting: True}))
-
-
-@pytest.mark.parametrize(
     ("method", "given", "remedy"),
     [
+        ("prompt_tuning", {"packing": True}, r"set train\.packing=false"),
         ("prefix_tuning", {"packing": True}, r"set train\.packing=false"),
+        ("prefix_tuning", {"gradient_checkpointing": True}, r"set train\.gradient_checkpointing=false"),
         ("lora_fa", {"optimizer": "adamw_8bit"}, r"leave train\.optimizer out"),
     ],
 )
-def test_what_does_not_go_together_is_told_before_the_base_is_scored_and_before_a_dry_run(
+def test_what_does_not_go_together_is_told_before_the_base_is_loaded(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, given: dict[str, Any], remedy: str
 ) -> None:
-    monkeypatch.delattr("embedft.causal_lm.train.evaluate_generation")
+    monkeypatch.delattr("embedft.causal_lm.train.load_base")
     recipe = planted_recipe(tmp_path, tiny_base, train=given)
     recipe = recipe.model_copy(update={"adapter": AdapterSection(method=method)})
-    for dry_run in (False, True):
-        with pytest.raises(MethodUnsupported, match=remedy):
-            train(recipe, store=AdapterStore(tmp_path / "s"), progress=False, dry_run=dry_run)
+    with pytest.raises(MethodUnsupported, match=remedy):
+        train(recipe, store=AdapterStore(tmp_path / "s"), progress=False)
+    with pytest.raises(MethodUnsupported, match=remedy):
+        largest_batch(recipe)
 
 
 def test_a_packed_run_learns_the_task(tiny_base: Path, tmp_path: Path) -> None:
