@@ -20,8 +20,7 @@ else
 BACKEND := --torch-backend $(if $(GPU),auto,cpu)
 endif
 export HF_HUB_DISABLE_TELEMETRY := 1
-# llama-index is installed twice: nltk, by which it splits documents, reads none of the links to its cache that uv makes of files.
-UV_INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(BACKEND) $(OVERRIDES)
+UV_INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
 .PHONY: install check test test-matrix demo clean
 install: $(VENV)/.installed
@@ -30,8 +29,9 @@ $(VENV)/.installed: pyproject.toml .ci/cpu-overrides.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "embedft needs Python 3.11 or later: make install PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(UV_INSTALL) --editable '.[$(EXTRAS)]'
-	$(UV_INSTALL) --link-mode copy --reinstall-package llama-index-core --editable '.[$(EXTRAS)]'
+	$(UV_INSTALL) $(BACKEND) $(OVERRIDES) --editable '.[$(EXTRAS)]'
+	@# again, as a copy: nltk, by which llama-index splits documents, reads none of the links to its cache that uv makes of files
+	$(BIN)/uv pip freeze --python $(BIN)/python | grep ^llama-index-core= | $(UV_INSTALL) --no-deps --link-mode copy --reinstall -r -
 	touch $@
 
 check: install

