@@ -1,6 +1,5 @@
 """Faults planted in data are found, and gone from the cleaned copy; clean data has none."""
 
-import gzip
 import json
 import random
 import tracemalloc
@@ -10,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from embedft.embedding.check import CheckReport, Finding, check
+from embedft.embedding.check import CheckReport, check
 from embedft.embedding.data import load_data
-from embedft.embedding.near import NearIndex, jaccard, shingles
 from embedft.errors import DataError
 from embedft.recipe import EmbeddingData, EmbeddingEval
+from tests.embedft.embedding.reading import found
 from tests.fixtures_embedding import write_beir, write_rows
 
 SUBJECTS = ("boiler", "tram", "violin", "glacier", "invoice", "beehive", "turbine", "passport", "orchard", "modem", "ferry", "kiln")
@@ -29,12 +28,6 @@ def clean_rows(count: int = 36) -> list[dict[str, Any]]:
         }
         for i in range(count)
     ]
-
-
-def found(report: CheckReport, kind: str) -> Finding:
-    matching = [finding for finding in report.findings if finding.kind == kind]
-    assert len(matching) == 1, [finding.kind for finding in report.findings]
-    return matching[0]
 
 
 def fixed(tmp_path: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[CheckReport, list[dict[str, Any]]]:
@@ -224,114 +217,12 @@ def test_an_evaluation_needs_queries_alone_and_one_without_any_is_an_error(tmp_p
     assert check(beir).rows == 4  # it has nothing to leak from, and nobody said that it has
 
 
-def test_a_cleaned_beir_folder_keeps_its_grades(tmp_path: Path) -> None:
-    folder = Path(write_beir(tmp_path / "beir", train=8, test=4))
-    lines = (folder / "qrels" / "train.tsv").read_text().splitlines()
-    graded = [lines[0], *(f"{line.rpartition(chr(9))[0]}\t{2 + number % 2}" for number, line in enumerate(lines[1:]))]
-    (folder / "qrels" / "train.tsv").write_text("\n".join(graded) + "\n")
-    check(str(folder), fix=tmp_path / "fixed")
-    assert (tmp_path / "fixed" / "qrels" / "train.tsv").read_text().splitlines()[1:] == graded[1:]
-
-
-def test_a_beir_folder_is_checked_against_its_own_test_split_and_copied_clean(tmp_path: Path) -> None:
-    folder = Path(write_beir(tmp_path / "beir", train=40, test=12))
-    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
-    queries[1]["text"] = queries[45]["text"].upper() + "!"
-    write_rows(folder / "queries.jsonl", queries)
-    report = check(str(folder), fix=tmp_path / "fixed")
-    assert found(report, "leakage").count >= 1
-    assert "q1/d1" in found(report, "leakage").examples[0]
-    kept = (tmp_path / "fixed" / "qrels" / "train.tsv").read_text().splitlines()[1:]
-    assert "q1\td1\t1" not in kept
-    assert len(kept) == report.kept
-    assert (tmp_path / "fixed" / "qrels" / "test.tsv").read_text() == (folder / "qrels" / "test.tsv").read_text()
-
-
-def test_a_beir_folder_with_a_dev_split_alone_is_checked_against_that(tmp_path: Path) -> None:
-    folder = Path(write_beir(tmp_path / "beir", train=40, test=12))
-    (folder / "qrels" / "test.tsv").rename(folder / "qrels" / "dev.tsv")
-    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
-    queries[1]["text"] = queries[45]["text"]
-    write_rows(folder / "queries.jsonl", queries)
-    assert "q1/d1" in found(check(str(folder)), "leakage").examples[0]
-
-
-def test_of_a_beir_folder_no_more_is_promised_and_changed_than_its_judgements(tmp_path: Path) -> None:
-    folder = Path(write_beir(tmp_path / "beir", train=40, test=12))
-    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
-    for query in queries:
-        query["text"] = f"according to the passage above {query['text']}"
-    write_rows(folder / "queries.jsonl", queries)
-    graded = (folder / "qrels" / "train.tsv").read_text().replace("q1\td1\t1", "q1\td1\t3")
-    (folder / "qrels" / "train.tsv").write_text(graded)
-    report = check(str(folder), fix=tmp_path / "fixed")
-    assert found(report, "template").remedy == "", "queries are copied as they stand"
-    assert (tmp_path / "fixed" / "queries.jsonl").read_text() == (folder / "queries.jsonl").read_text()
-    kept = (tmp_path / "fixed" / "qrels" / "train.tsv").read_text().splitlines()
-    assert set(kept) <= set(graded.splitlines())
-    assert "q1\td1\t3" in kept
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_lines_of_a_beir_folder_that_nothing_reads_are_left_out_of_its_copy(tmp_path: Path, packed: bool) -> None:
-    folder = Path(write_beir(tmp_path / "beir", train=40, test=12))
-    with (folder / "queries.jsonl").open("a") as file:
-        file.write("\n  \n")
-    whole = {stem: (folder / f"{stem}.jsonl").read_text() for stem in ("corpus", "queries")}
-    with (folder / "corpus.jsonl").open("a") as file:
-        file.write('not JSON\n{"_id": 5, "text": "a number for an id"}\n{"_id": "d0", "text": "twice"}\n')
-    if packed:
-        (folder / "corpus.jsonl.gz").write_bytes(gzip.compress((folder / "corpus.jsonl").read_bytes()))
-        (folder / "corpus.jsonl").unlink()
-    report = check(str(folder), fix=tmp_path / "fixed")
-    assert (found(report, "unreadable").count, found(report, "unreadable").remedy) == (3, "left out")
-    copied = tmp_path / "fixed" / ("corpus.jsonl.gz" if packed else "corpus.jsonl")
-    rows = (gzip.decompress(copied.read_bytes()) if packed else copied.read_bytes()).decode().splitlines()
-    assert [json.loads(row) for row in rows] == [json.loads(row) for row in whole["corpus"].splitlines()]
-    assert (tmp_path / "fixed" / "queries.jsonl").read_text() == whole["queries"], "what is read whole stays as it is"
-    load_data(EmbeddingData(train=str(tmp_path / "fixed")), EmbeddingEval(), scored=False)
-
-
-def test_a_folder_is_not_copied_into_itself(tmp_path: Path) -> None:
-    folder = write_beir(tmp_path / "beir", train=40, test=12)
-    with pytest.raises(DataError, match="name a place beside it"):
-        check(folder, fix=Path(folder) / "fixed")
-
-
 def test_nothing_is_overwritten_and_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", clean_rows())
     with pytest.raises(DataError, match="exists already"):
         check(rows, fix=Path(rows))
     with pytest.raises(DataError, match="no rows"):
         check(write_rows(tmp_path / "none.jsonl", []))
-
-
-def test_near_texts_are_found_at_the_threshold_and_not_below_it() -> None:
-    texts = [f"one two three four five six seven eight nine {word}" for word in SUBJECTS]
-    index = NearIndex(texts, threshold=0.8)
-    best, similarity = next(index.like("One two three, four five six seven eight nine TRAM."))
-    assert (best, similarity) == (1, 1.0)
-    assert sum(1 for _ in index.like(texts[0])) == len(texts)
-    assert not list(index.like("one two three and then all other words entirely"))
-
-
-def test_near_texts_are_those_that_comparing_all_would_find() -> None:
-    generator = random.Random(7)
-    texts = [" ".join(generator.choices("abcdefghijklmnop", k=generator.randint(0, 14))) for _ in range(200)]
-    asked = [text.replace(generator.choice("abcdefgh"), "z") for text in texts]
-    for threshold in (0.5, 0.8, 1.0):
-        index = NearIndex(texts, threshold=threshold)
-        every = [[i for i, other in enumerate(texts) if jaccard(shingles(text), shingles(other)) >= threshold] for text in asked]
-        assert [sorted(number for number, _ in index.like(text)) for text in asked] == every
-        assert any(every)
-
-
-def test_queries_of_one_template_are_not_all_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared: list[object] = []
-    monkeypatch.setattr("embedft.embedding.near.jaccard", lambda *sets: compared.append(sets) or jaccard(*sets))
-    index = NearIndex([f"what are the treatments for illness{number}" for number in range(500)])
-    assert [number for number, _ in index.like("what are the treatments for ILLNESS7?")] == [7]
-    assert len(compared) < 5
 
 
 def test_columns_are_read_as_the_trainer_reads_them(tmp_path: Path) -> None:
