@@ -82,7 +82,8 @@ def one(data: Path, side: str, scheme: str, *, steps: int) -> dict[str, Any]:
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()
-    seconds, timed = clock.ended - clock.began, seen.batches[WARM:steps]
+    passes = trainer.args.gradient_accumulation_steps
+    seconds, timed = clock.ended - clock.began, seen.batches[WARM * passes : steps * passes]
     return {
         "tokens_per_second": sum(tokens for tokens, _ in timed) / seconds,
         "examples_per_second": sum(examples for _, examples in timed) / seconds,

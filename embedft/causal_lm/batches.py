@@ -13,6 +13,7 @@ from embedft.shapes import rounded
 
 SHAPES = 8  # lengths of a batch between one power of two and the next, in bf16
 ROWS = 32  # the same of a row that holds all examples of a batch
+PASS = 2048  # tokens of packs that go through a model at once on a CPU: with more no quicker, and the memory of more
 
 
 class Collate:
@@ -71,6 +72,14 @@ def pack(examples: Sequence[Example], *, length: int) -> list[Pack]:
 
 
 MIN_ROOM = 4  # tokens; a bin with less left is not looked at again
+
+
+def at_once(batch: int, *, length: int) -> int:
+    """Packs of `length` tokens that go through a model together: all of a batch, or on a CPU the largest part that divides it and has no
+    more than PASS tokens."""
+    if torch.cuda.is_available():
+        return batch
+    return max(part for part in range(1, batch + 1) if batch % part == 0 and (part == 1 or part * length <= PASS))
 
 
 def packing_fault(base: Any, *, length: int) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from embedft.base import BaseSpec, compute_dtype, config_folder, source_folder
-from embedft.causal_lm.batches import SHAPES, LengthGrouped, Pack, PackedCollate, learnt_tail, pack
+from embedft.causal_lm.batches import SHAPES, LengthGrouped, Pack, PackedCollate, at_once, learnt_tail, pack
 from embedft.causal_lm.evaluate import pad_token
 from embedft.causal_lm.template import Example, template_of
 from embedft.model_folder import lengths, read_json, tokenizer_of
@@ -16,7 +16,8 @@ from embedft.training.arguments import steps_an_epoch, total_steps
 
 
 def largest_batch(recipe: CausalLMRecipe) -> Batch:
-    """Of the first epoch; each row of full length where the recipe's data is not there yet. Raises MethodUnsupported."""
+    """Of the first epoch, or as much of it as goes through the model at once; each row of full length where the recipe's data is not
+    there yet. Raises MethodUnsupported."""
     from embedft.causal_lm.train import check_together, read_split, tokenized, within
 
     check_together(recipe)
@@ -28,7 +29,8 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
         tokens, length = float(settings.batch * settings.max_length), settings.max_length
         if settings.packing:
             row = (0,) * length
-            return _packed([Pack((Example(row, row),))] * settings.batch, settings.max_steps, tokens=tokens, pad=0)
+            together = at_once(settings.batch, length=length)
+            return _packed([Pack((Example(row, row),))] * together, settings.max_steps, tokens=tokens, pad=0)
         return Batch(settings.batch, (length,), length, settings.max_steps, tokens)
     tokenizer = tokenizer_of(folder if any(folder.glob("tokenizer*")) else source_folder(spec))
     examples = tokenized(read_split(recipe).train, template_of(tokenizer, recipe.data.template), recipe)
@@ -39,7 +41,9 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
     batches = [order[i : i + settings.batch] for i in range(0, len(order), settings.batch)]
     steps = total_steps(settings, steps_an_epoch(len(rows), settings))
     if packs:
-        most = max(batches, key=lambda batch: sum(sizes[i] for i in batch))
+        together = at_once(settings.batch, length=settings.max_length)
+        parts = [order[i : i + together] for i in range(0, len(order), together)]
+        most = max(parts, key=lambda part: sum(sizes[i] for i in part))
         return _packed([packs[i] for i in most], steps, tokens=sum(sizes) / len(batches), pad=pad_token(tokenizer))
     largest = max(batches, key=lambda batch: len(batch) * max(sizes[i] for i in batch))
     length = rounded(max(sizes[i] for i in largest), compute_dtype(), steps=SHAPES)

@@ -177,7 +177,7 @@ def build_trainer(
     from transformers import Trainer, TrainingArguments
 
     from embedft.causal_lm.attention import install
-    from embedft.causal_lm.batches import Collate, LengthGrouped, PackedCollate, pack
+    from embedft.causal_lm.batches import Collate, LengthGrouped, PackedCollate, at_once, pack
     from embedft.training.interrupt import AdapterCheckpoints
 
     rows: list[Any] = list(examples)
@@ -194,7 +194,9 @@ def build_trainer(
 
     steps = steps_an_epoch(len(rows), settings)
     common = hf_arguments(settings, output_dir=folder, steps_per_epoch=steps)
-    common |= {"prediction_loss_only": True, "per_device_eval_batch_size": settings.batch}
+    together = at_once(settings.batch, length=settings.max_length) if settings.packing else settings.batch
+    common |= {"prediction_loss_only": True, "per_device_train_batch_size": together, "per_device_eval_batch_size": together}
+    common |= {"gradient_accumulation_steps": settings.accumulate * (settings.batch // together)}
     if settings.gradient_checkpointing:
         common |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(**common, remove_unused_columns=False, use_cache=False)

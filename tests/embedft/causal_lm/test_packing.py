@@ -9,8 +9,9 @@ import torch
 
 from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, load_base
+from embedft.causal_lm import batches
 from embedft.causal_lm.attention import apart, attend, install
-from embedft.causal_lm.batches import Collate, Pack, PackedCollate, pack, packing_fault
+from embedft.causal_lm.batches import Collate, Pack, PackedCollate, at_once, pack, packing_fault
 from embedft.causal_lm.sizes import largest_batch
 from embedft.causal_lm.template import IGNORED, Example, template_of
 from embedft.causal_lm.train import best_checkpoint, build_trainer, check_packing, read_split, tokenized, train
@@ -213,6 +214,44 @@ def test_what_does_not_go_together_is_told_before_the_base_is_loaded(
         train(recipe, store=AdapterStore(tmp_path / "s"), progress=False)
     with pytest.raises(MethodUnsupported, match=remedy):
         largest_batch(recipe)
+
+
+@pytest.mark.parametrize(("batch", "length", "together"), [(16, 256, 8), (12, 256, 6), (7, 256, 7), (7, 512, 1), (2, 4096, 1), (4, 96, 4)])
+def test_on_a_cpu_packs_go_through_a_model_by_a_part_that_divides_their_batch(
+    monkeypatch: pytest.MonkeyPatch, batch: int, length: int, together: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert at_once(batch, length=length) == together
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert at_once(batch, length=length) == batch
+
+
+def test_a_batch_of_packs_in_many_passes_is_one_step(parts: Any, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three packs learn every token, and three a few."""
+    recipe, base, examples = parts
+    examples = [*examples[:15], *(Example(example.ids * 5, example.ids * 5) for example in examples[:3])]
+    assert len(pack(examples, length=96)) == 6
+    trained: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = recipe.train.model_copy(update={"packing": True, "batch": 6, "max_steps": 3})
+    for most in (6 * 96, 2 * 96):
+        monkeypatch.setattr(batches, "PASS", most)
+        base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
+        torch.manual_seed(0)
+        model: Any = attach(base, recipe.adapter, task="causal_lm")
+        trainer = build_trainer(model, base, examples, settings, folder=tmp_path)
+        seen: list[int] = []
+        hook = model.get_base_model().register_forward_pre_hook(
+            lambda _, __, given, seen=seen: seen.append(given["input_ids"].shape[1]), with_kwargs=True
+        )
+        trainer.train()
+        hook.remove()
+        assert max(seen) <= most
+        assert trainer.state.global_step == 3
+        assert len(seen) == 3 * 6 * 96 // most
+        trained.append([value.detach() for value in model.parameters() if value.requires_grad])
+    whole, parted = trained
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(whole, parted, strict=True))
 
 
 def test_a_packed_run_learns_the_task(tiny_base: Path, tmp_path: Path) -> None:
