@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from embedft.adapters.store import AdapterStore
+from embedft.causal_lm import batches
 from embedft.causal_lm.train import train
 from embedft.errors import AdapterInvalid, ResumeRefused, TrainingInterrupted, UsageError
 from embedft.files import hold
@@ -130,12 +132,12 @@ def unbroken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return weights(train(recipe_in(folder, base), store=AdapterStore(folder / "store"), progress=False))
 
 
-def interrupted(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch, *, at: int) -> TrainingInterrupted:
+def interrupted(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch, *, at: int, **settings: Any) -> TrainingInterrupted:
     def press(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == at:
             signal.raise_signal(signal.SIGINT)
 
-    recipe, store = recipe_in(folder, base), AdapterStore(folder / "store")
+    recipe, store = recipe_in(folder, base, **settings), AdapterStore(folder / "store")
     with monkeypatch.context() as patch:
         patch.setattr(ProgressETA, "on_step_end", press)
         with pytest.raises(TrainingInterrupted) as caught:
@@ -158,6 +160,21 @@ def test_a_run_stopped_in_its_second_epoch_resumes_to_bitwise_the_same_adapter(
     store = AdapterStore(tmp_path / "store")
     assert weights(train(recipe_in(tmp_path, base), store=store, resume=True, progress=False)) == unbroken
     assert not (store.root / ".training" / "colours-nf4").exists()
+
+
+def test_a_packed_run_whose_batches_take_several_passes_resumes_to_bitwise_the_same_adapter(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(batches, "PASS", 2 * 64)
+    packed = {"packing": True, "batch": 6, "accumulate": 2}
+    whole, broken = (tmp_path / name for name in ("whole", "broken"))
+    for folder in (whole, broken):
+        folder.mkdir()
+    unbroken = weights(train(recipe_in(whole, base, **packed), store=AdapterStore(whole / "store"), progress=False))
+    assert interrupted(broken, base, monkeypatch, at=9, **packed).checkpoint.endswith("checkpoint-9")
+    resumed = train(recipe_in(broken, base, **packed), store=AdapterStore(broken / "store"), resume=True, progress=False)
+    assert weights(resumed) == unbroken
 
 
 def test_a_killed_run_resumes_from_its_last_whole_checkpoint_to_bitwise_the_same_adapter(
