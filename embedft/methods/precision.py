@@ -4,6 +4,7 @@ PEFT keeps LoRA so by itself; AdaLoRA and (IA)³ would make all layers after the
 in the base's own dtype.
 """
 
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 def settle(model: Any, dtype: "torch.dtype") -> None:
     """Adapter tensors of a PeftModel become float32, and what its adapted layers give the base's `dtype`."""
     import torch
+    from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if dtype is torch.float32:
@@ -27,9 +29,22 @@ def settle(model: Any, dtype: "torch.dtype") -> None:
             for name in layer.adapter_layer_names:
                 _float32(getattr(layer, name))
             layer.register_forward_hook(answer)
+            if isinstance(module, LoraLayer):
+                layer._cast_input_dtype = MethodType(_input, layer)
         elif hasattr(module, "adaption_prompt"):
             _float32(module.adaption_prompt)
             _float32(module.adaption_gate)
+
+
+def _input(layer: Any, x: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+    """What a LoRA layer multiplies. PEFT makes it float32, as the adapter is, and autocast makes that bf16 again: two copies of each
+    layer's input and two of its gradient, for the same bits. DoRA, and a frozen pair beside the trained one, do more with it."""
+    import torch
+
+    plain = len(layer.lora_A) == 1 and not layer.lora_variant
+    if plain and torch.is_autocast_enabled(x.device.type):
+        return x
+    return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
 def _float32(tensors: Any) -> None:
