@@ -44,13 +44,6 @@ def test_lora_fa_never_moves_a(llama: Path, tmp_path: Path) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_lora_fa_has_an_optimizer_of_its_own_and_says_so(llama: Path, tmp_path: Path) -> None:
-    from embedft.errors import MethodUnsupported
-
-    with pytest.raises(MethodUnsupported, match=r"leave train\.optimizer out"):
-        trained(cell(tmp_path, llama, "causal_lm", "lora_fa", "none", optimizer="adamw_8bit"))
-
-
 def test_lora_plus_learns_b_sixteen_times_as_fast(llama: Path, tmp_path: Path) -> None:
     made = cell(tmp_path, llama, "causal_lm", "lora_plus", "none")
     trained(made)
