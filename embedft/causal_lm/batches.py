@@ -9,6 +9,7 @@ from torch.utils.data import Sampler
 
 from embedft.causal_lm.attention import apart, install
 from embedft.causal_lm.template import IGNORED, Example
+from embedft.recipe import CausalLMTrain
 from embedft.shapes import rounded
 
 SHAPES = 8  # lengths of a batch between one power of two and the next, in bf16
@@ -74,12 +75,14 @@ def pack(examples: Sequence[Example], *, length: int) -> list[Pack]:
 MIN_ROOM = 4  # tokens; a bin with less left is not looked at again
 
 
-def at_once(batch: int, *, length: int) -> int:
-    """Packs of `length` tokens that go through a model together: all of a batch, or on a CPU the largest part that divides it and has no
-    more than PASS tokens."""
-    if torch.cuda.is_available():
-        return batch
-    return max(part for part in range(1, batch + 1) if batch % part == 0 and (part == 1 or part * length <= PASS))
+def in_passes(settings: CausalLMTrain) -> CausalLMTrain:
+    """The same steps, where a batch of packs goes through a model in parts: on a CPU in the largest that divide it and have no more than
+    PASS tokens each."""
+    if not settings.packing or torch.cuda.is_available():
+        return settings
+    parts = (part for part in range(1, settings.batch + 1) if settings.batch % part == 0)
+    together = max(part for part in parts if part == 1 or part * settings.max_length <= PASS)
+    return settings.model_copy(update={"batch": together, "accumulate": settings.accumulate * (settings.batch // together)})
 
 
 def packing_fault(base: Any, *, length: int) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from embedft.base import BaseSpec, compute_dtype, config_folder, source_folder
-from embedft.causal_lm.batches import SHAPES, LengthGrouped, Pack, PackedCollate, at_once, learnt_tail, pack
+from embedft.causal_lm.batches import SHAPES, LengthGrouped, Pack, PackedCollate, in_passes, learnt_tail, pack
 from embedft.causal_lm.evaluate import pad_token
 from embedft.causal_lm.template import Example, template_of
 from embedft.model_folder import lengths, read_json, tokenizer_of
@@ -24,12 +24,11 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
     spec = BaseSpec(recipe.base.model, "none", recipe.base.revision)
     folder = config_folder(spec)
     recipe = within(recipe, lengths(folder, read_json(folder / "config.json"))[1])
-    settings = recipe.train
+    settings, together = recipe.train, in_passes(recipe.train).batch
     if not recipe.data.train.startswith("hf://") and not Path(recipe.data.train).is_file():
         tokens, length = float(settings.batch * settings.max_length), settings.max_length
         if settings.packing:
             row = (0,) * length
-            together = at_once(settings.batch, length=length)
             return _packed([Pack((Example(row, row),))] * together, settings.max_steps, tokens=tokens, pad=0)
         return Batch(settings.batch, (length,), length, settings.max_steps, tokens)
     tokenizer = tokenizer_of(folder if any(folder.glob("tokenizer*")) else source_folder(spec))
@@ -41,7 +40,6 @@ def largest_batch(recipe: CausalLMRecipe) -> Batch:
     batches = [order[i : i + settings.batch] for i in range(0, len(order), settings.batch)]
     steps = total_steps(settings, steps_an_epoch(len(rows), settings))
     if packs:
-        together = at_once(settings.batch, length=settings.max_length)
         parts = [order[i : i + together] for i in range(0, len(order), together)]
         most = max(parts, key=lambda part: sum(sizes[i] for i in part))
         return _packed([packs[i] for i in most], steps, tokens=sum(sizes) / len(batches), pad=pad_token(tokenizer))

@@ -177,7 +177,7 @@ def build_trainer(
     from transformers import Trainer, TrainingArguments
 
     from embedft.causal_lm.attention import install
-    from embedft.causal_lm.batches import Collate, LengthGrouped, PackedCollate, at_once, pack
+    from embedft.causal_lm.batches import Collate, LengthGrouped, PackedCollate, in_passes, pack
     from embedft.training.interrupt import AdapterCheckpoints
 
     rows: list[Any] = list(examples)
@@ -192,11 +192,9 @@ def build_trainer(
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002
             return LengthGrouped([len(row.ids) for row in rows], batch=settings.batch, seed=settings.seed)
 
-    steps = steps_an_epoch(len(rows), settings)
-    common = hf_arguments(settings, output_dir=folder, steps_per_epoch=steps)
-    together = at_once(settings.batch, length=settings.max_length) if settings.packing else settings.batch
-    common |= {"prediction_loss_only": True, "per_device_train_batch_size": together, "per_device_eval_batch_size": together}
-    common |= {"gradient_accumulation_steps": settings.accumulate * (settings.batch // together)}
+    parted = in_passes(settings)
+    common = hf_arguments(parted, output_dir=folder, steps_per_epoch=steps_an_epoch(len(rows), parted))
+    common |= {"prediction_loss_only": True, "per_device_eval_batch_size": parted.batch}
     if settings.gradient_checkpointing:
         common |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(**common, remove_unused_columns=False, use_cache=False)

@@ -11,13 +11,13 @@ from embedft.adapters.store import AdapterStore
 from embedft.base import BaseSpec, load_base
 from embedft.causal_lm import batches
 from embedft.causal_lm.attention import apart, attend, install
-from embedft.causal_lm.batches import Collate, Pack, PackedCollate, at_once, pack, packing_fault
+from embedft.causal_lm.batches import Collate, Pack, PackedCollate, in_passes, pack, packing_fault
 from embedft.causal_lm.sizes import largest_batch
 from embedft.causal_lm.template import IGNORED, Example, template_of
 from embedft.causal_lm.train import best_checkpoint, build_trainer, check_packing, read_split, tokenized, train
 from embedft.errors import BaseError, MethodUnsupported, RecipeError
 from embedft.methods import METHODS, attach
-from embedft.recipe import AdapterSection
+from embedft.recipe import AdapterSection, CausalLMTrain
 from tests.embedft.methods.cells import WHOLE
 from tests.families import DECODERS, tiny_decoder
 from tests.fixtures_lm import planted_recipe, planted_rows, write_jsonl
@@ -220,10 +220,13 @@ def test_what_does_not_go_together_is_told_before_the_base_is_loaded(
 def test_on_a_cpu_packs_go_through_a_model_by_a_part_that_divides_their_batch(
     monkeypatch: pytest.MonkeyPatch, batch: int, length: int, together: int
 ) -> None:
+    settings = CausalLMTrain(batch=batch, max_length=length, accumulate=3, packing=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert at_once(batch, length=length) == together
+    assert (in_passes(settings).batch, in_passes(settings).accumulate) == (together, 3 * batch // together)
+    whole = settings.model_copy(update={"packing": False})
+    assert in_passes(whole) == whole
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert at_once(batch, length=length) == batch
+    assert in_passes(settings) == settings
 
 
 def test_a_batch_of_packs_in_many_passes_is_one_step(parts: Any, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
