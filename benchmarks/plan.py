@@ -65,9 +65,9 @@ def compared(path: Path, settings: tuple[str, ...], folder: Path) -> dict[str, A
 
     recipe: Any = load_recipe(path, settings)
     if recipe.task == "causal_lm":
-        from embedft.causal_lm.sizes import largest_batch
+        from embedft.causal_lm.sizes import batch_for
 
-        made = plan(recipe, largest_batch(recipe))
+        made = plan(recipe, batch_for(recipe))
         model, make = language(recipe, folder)
     else:
         from embedft.embedding.sizes import batch_for

@@ -109,10 +109,12 @@ def _method(given: Mapping[str, Any], made: Translation) -> None:
         _relora(given, made)
     made.put("adapter.method", method)
     if method in {"full", "llama_adapter"}:
-        for key in ("dropout", "targets", "alpha"):
+        for key in ("dropout", "targets", "alpha", *(["r"] if method == "full" else [])):
             made.recipe["adapter"].pop(key, None)
     elif given.get("lora_target_linear") or isinstance(given.get("lora_target_modules"), str):
-        made.recipe["adapter"].pop("targets", None)  # all linear layers: the default
+        asked = made.recipe["adapter"].pop("targets", None)  # all linear layers: the default
+        if isinstance(asked, list) and "lm_head" in asked:
+            made.left_out["lora_target_modules"] = "all linear layers are taken, but lm_head: name them all in adapter.targets to have it"
         if given.get("lora_target_modules") not in (None, "all-linear") and not given.get("lora_target_linear"):
             made.left_out["lora_target_modules"] = "a list of layer names is wanted: set adapter.targets"
 

@@ -11,7 +11,7 @@ CARD = "README.md"
 
 def model_card(passport: Passport) -> str:
     """Markdown with the front matter that model hubs read."""
-    base = passport.base
+    base, settings = passport.base, {"r": passport.r, "alpha": passport.alpha}
     library = "sentence-transformers" if passport.task == "embedding" else "peft"
     front = [
         "---",
@@ -25,7 +25,7 @@ def model_card(passport: Passport) -> str:
         ("Base", f"`{base.model}`" + (f" at `{base.revision}`" if base.revision else "")),
         ("Base's quantization", base.quantization),
         ("Base's fingerprint", f"`{base.fingerprint}`"),
-        ("Method", f"{passport.method}, r={passport.r}, alpha={passport.alpha:g}"),
+        ("Method", ", ".join([passport.method, *(f"{key}={value:g}" for key, value in settings.items() if value)])),
         ("Longest input", f"{passport.max_length} tokens"),
         ("Made", passport.created),
     ]

@@ -46,6 +46,8 @@ class ProbeRecord(_Part):
 
 
 class Passport(_Part):
+    """`r` and `alpha` are 0 where the method has none."""
+
     schema_: Literal[1] = Field(default=1, alias="schema")
     name: str
     task: Literal["embedding", "causal_lm"]

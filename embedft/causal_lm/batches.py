@@ -85,8 +85,11 @@ def in_passes(settings: CausalLMTrain) -> CausalLMTrain:
     return settings.model_copy(update={"batch": together, "accumulate": settings.accumulate * (settings.batch // together)})
 
 
-def packing_fault(base: Any, *, length: int) -> str | None:
-    """Why examples in one row of `length` tokens would see each other, or too much of themselves, in this model; None: they would not."""
+def packing_fault(base: Any, *, length: int, weights: bool = True) -> str | None:
+    """Why examples in one row of `length` tokens would see each other, or too much of themselves, in this model; None: they would not.
+
+    `weights` False: it has none, so what it answers is not looked at.
+    """
     config = base.config.get_text_config()
     if base.config._attn_implementation != "sdpa":
         return "its attention cannot keep examples apart"
@@ -95,7 +98,7 @@ def packing_fault(base: Any, *, length: int) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window and window < length:
         return f"it attends to {window} tokens, and a row has up to {length}"
-    return None if _keeps_apart(base) else "after another example its answers are not those that it gives alone"
+    return None if not weights or _keeps_apart(base) else "after another example its answers are not those that it gives alone"
 
 
 def _keeps_apart(base: Any) -> bool:

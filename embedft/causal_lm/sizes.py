@@ -1,6 +1,6 @@
 """The largest batch that a language-model recipe will meet, from its rows and tokenizer alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,41 @@ from embedft.plan import Batch
 from embedft.recipe import CausalLMRecipe
 from embedft.shapes import rounded
 from embedft.training.arguments import steps_an_epoch, total_steps
+from embedft.training.together import check_together
+
+
+def batch_for(recipe: CausalLMRecipe) -> Callable[[Any], Batch]:
+    """For `plan`: the largest batch, if the model that it is given can be trained on it so. What the trainer refuses before it loads a
+    model is refused at once: MethodUnsupported, RecipeError, DataError; of the model itself BaseError."""
+    from embedft.causal_lm.train import check_packing
+
+    recipe = placed(recipe)
+    batch = largest_batch(recipe)
+
+    def of(model: Any) -> Batch:
+        check_packing(model.get_base_model(), recipe.train, weights=False)
+        return batch
+
+    return of
+
+
+def placed(recipe: CausalLMRecipe) -> CausalLMRecipe:
+    """The recipe as it will be trained: its rows no longer than the base can place. Raises MethodUnsupported, RecipeError."""
+    from embedft.causal_lm.train import within
+
+    check_together(recipe)
+    folder = config_folder(BaseSpec(recipe.base.model, "none", recipe.base.revision))
+    return within(recipe, lengths(folder, read_json(folder / "config.json"))[1])
 
 
 def largest_batch(recipe: CausalLMRecipe) -> Batch:
     """Of the first epoch, or as much of it as goes through the model at once; each row of full length where the recipe's data is not
     there yet. Raises MethodUnsupported."""
-    from embedft.causal_lm.train import check_together, read_split, tokenized, within
+    from embedft.causal_lm.train import read_split, tokenized
 
-    check_together(recipe)
+    recipe = placed(recipe)
     spec = BaseSpec(recipe.base.model, "none", recipe.base.revision)
     folder = config_folder(spec)
-    recipe = within(recipe, lengths(folder, read_json(folder / "config.json"))[1])
     settings, together = recipe.train, in_passes(recipe.train).batch
     if not recipe.data.train.startswith("hf://") and not Path(recipe.data.train).is_file():
         tokens, length = float(settings.batch * settings.max_length), settings.max_length

@@ -9,18 +9,18 @@ from embedft.base import Base, BaseSpec, load_base
 from embedft.causal_lm.data import Row, data_hash, read_rows
 from embedft.causal_lm.evaluate import Generation, check_embedded, compare, evaluate_generation, pad_token, tell_of_cuts
 from embedft.causal_lm.template import Example, Template, template_of
-from embedft.errors import BaseError, DataError, MethodUnsupported, RecipeError
-from embedft.methods import attach, method_named, supported, text_positions
+from embedft.errors import BaseError, DataError
+from embedft.methods import attach, supported, text_positions
 from embedft.methods.targets import fused_experts
 from embedft.recipe import CausalLMRecipe, CausalLMTrain
 from embedft.records import sample
 from embedft.training.arguments import hf_arguments, steps_an_epoch
 from embedft.training.loop import fit, rehearse
 from embedft.training.measure import AdapterResult, DryRunReport, PeakMemory
-from embedft.training.optimizers import check_optimizer
 from embedft.training.progress import note
 from embedft.training.publish import Published, publish
 from embedft.training.run import open_run
+from embedft.training.together import check_together
 from embedft.training.trackers import tracked
 
 if TYPE_CHECKING:
@@ -100,9 +100,6 @@ def train(
 
 def read_split(recipe: CausalLMRecipe) -> Split:
     """All files' rows; DataError with the faults of all at once."""
-    wanted, given_rows = recipe.train.evaluate_every is not None, recipe.data.validation is not None
-    if wanted != given_rows or (recipe.train.patience and not wanted):
-        raise RecipeError(recipe.name, ["data.validation and train.evaluate_every go together, and train.patience with them: set both"])
     problems: list[str] = []
     parts: list[list[Row]] = [[], [], []]
     given = [(recipe.data.train, recipe.data.limit), (recipe.data.eval, None), (recipe.data.validation, None)]
@@ -214,23 +211,11 @@ def best_checkpoint(trainer: Any, settings: CausalLMTrain, *, folder: Path) -> "
     return BestCheckpoint(trainer, folder, evaluate, metric=metric, every=settings.evaluate_every, patience=settings.patience)
 
 
-def check_together(recipe: CausalLMRecipe) -> None:
-    """Raises MethodUnsupported."""
-    method, settings = method_named(recipe.adapter.method), recipe.train
-    check_optimizer(method, settings)
-    if settings.packing and not method.packing:
-        why = "its virtual tokens stand before a row, not each example: set train.packing=false"
-        raise MethodUnsupported(method.name, where="with packing", why=why)
-    if settings.gradient_checkpointing and not method.checkpointing:
-        why = "a block that is computed again finds its prefix already used: set train.gradient_checkpointing=false"
-        raise MethodUnsupported(method.name, where="with gradient checkpointing", why=why)
-
-
-def check_packing(model: Any, settings: CausalLMTrain) -> None:
-    """Raises BaseError where the base (`model`) would see past an example."""
+def check_packing(model: Any, settings: CausalLMTrain, *, weights: bool = True) -> None:
+    """Raises BaseError where the base (`model`), with or without its weights, would see past an example."""
     from embedft.causal_lm.batches import packing_fault
 
-    if settings.packing and (fault := packing_fault(model, length=settings.max_length)):
+    if settings.packing and (fault := packing_fault(model, length=settings.max_length, weights=weights)):
         raise BaseError(f"examples cannot be packed on {type(model).__name__}: {fault}: set train.packing=false")
 
 

@@ -34,7 +34,8 @@ def add_commands(commands: Any) -> None:
         action = command(actions, name, run, help)
         store_option(action)
         if name in {"show", "verify", "export", "remove", "push", "convert", "merge"}:
-            action.add_argument("adapter", metavar="NAME")
+            folder_too = "a name in the store, or an adapter folder" if name in {"verify", "convert", "merge"} else None
+            action.add_argument("adapter", metavar="NAME", help=folder_too)
         if name == "verify":
             action.add_argument("--base", metavar="FOLDER", help="the base, where it was trained on a folder of yours")
         if name in {"import", "pull"}:
@@ -95,21 +96,25 @@ def _adapters_list(arguments: argparse.Namespace) -> None:
 
 
 def _adapters_show(arguments: argparse.Namespace) -> None:
-    store = store_of(arguments)
+    from embedft.convert import MAX_RANK
     from embedft.methods.table import METHODS
+
+    store = store_of(arguments)
 
     passport = store.passport(arguments.adapter)
     row = METHODS.get(passport.method)
     remedy = f"after: embedft adapters convert {arguments.adapter} --to lora" if row and row.to_lora != "no" else "no"
-    engines = {"peft": "yes" if row else "no", "vllm": "yes" if row and row.vllm else remedy}
+    served = "yes" if passport.r <= MAX_RANK else f"yes, with max_lora_rank of {passport.r} or more in the server's config"
+    engines = {"peft": "yes" if row else "no", "vllm": served if row and row.vllm else remedy}
     content = {"path": str(store.folder(arguments.adapter)), "history": store.history(arguments.adapter), "served by": engines}
     show(arguments, {**content, **passport.model_dump(mode="json", by_alias=True)}, title=arguments.adapter)
 
 
 def _adapters_verify(arguments: argparse.Namespace) -> int:
+    from embedft.adapters.store import adapter_folder
     from embedft.verify import refused_here, verify
 
-    folder = store_of(arguments).folder(arguments.adapter)
+    folder = adapter_folder(arguments.adapter, store_of(arguments))
     report = verify(folder, base=arguments.base)
     served = {"served here": refused_here(folder, base=arguments.base) or "yes"} if report.passed else {}
     show(arguments, dataclasses.asdict(report) | served, title=arguments.adapter)
@@ -170,11 +175,12 @@ def _adapters_pull(arguments: argparse.Namespace) -> None:
 
 
 def _adapters_convert(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.store import adapter_folder
     from embedft.convert import convert
 
-    store, name = store_of(arguments), arguments.name or f"{arguments.adapter}-{arguments.to}"
+    store, name = store_of(arguments), arguments.name or f"{Path(arguments.adapter).name}-{arguments.to}"
     with store.stage() as stage:
-        made = convert(store.folder(arguments.adapter), stage, name=name, base=arguments.base, rank=arguments.rank)
+        made = convert(adapter_folder(arguments.adapter, store), stage, name=name, base=arguments.base, rank=arguments.rank)
         identity = store.put(stage, name)
     shown: dict[str, Any] = {"name": name, "generation": identity, "exact": made.exact, **dataclasses.asdict(made)}
     if not arguments.json:  # a figure for each of hundreds of layers is for machines
@@ -183,9 +189,10 @@ def _adapters_convert(arguments: argparse.Namespace) -> None:
 
 
 def _adapters_merge(arguments: argparse.Namespace) -> None:
+    from embedft.adapters.store import adapter_folder
     from embedft.merge import merge
 
-    folder = store_of(arguments).folder(arguments.adapter)
+    folder = adapter_folder(arguments.adapter, store_of(arguments))
     made = merge(folder, Path(arguments.place), scheme=arguments.scheme, base=arguments.base)
     shown = {name: value for name, value in dataclasses.asdict(made).items() if value is not None}
     show(arguments, shown, title="merged")

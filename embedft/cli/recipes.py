@@ -39,9 +39,14 @@ def _recipes_list(arguments: argparse.Namespace) -> None:
 
 
 def _recipes_show(arguments: argparse.Namespace) -> None:
+    from embedft.embedding.losses import loss_named
     from embedft.recipe_file import load_recipe
+    from embedft.training.together import check_together
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_together(recipe)
+    if recipe.task == "embedding":
+        loss_named(recipe.loss.name)
     print(json.dumps(recipe.model_dump(mode="json")) if arguments.json else recipe.resolved_yaml().rstrip())
 
 

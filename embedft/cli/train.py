@@ -102,9 +102,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 
         made = plan(recipe, batch_for(recipe))
     else:
-        from embedft.causal_lm.sizes import largest_batch
+        from embedft.causal_lm.sizes import batch_for as rows_for
 
-        made = plan(recipe, largest_batch(recipe))
+        made = plan(recipe, rows_for(recipe))
     if arguments.json:
         print(json.dumps(dataclasses.asdict(made)))
     else:

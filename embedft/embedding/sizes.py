@@ -13,7 +13,6 @@ from embedft.embedding.train import (
     check_batches,
     check_dimensions,
     check_negatives,
-    check_together,
     text_length,
     used_negatives,
 )
@@ -24,6 +23,7 @@ from embedft.plan import Batch
 from embedft.recipe import EmbeddingRecipe
 from embedft.sentence_folder import published
 from embedft.training.arguments import steps_an_epoch, total_steps
+from embedft.training.together import check_together
 
 if TYPE_CHECKING:
     import torch

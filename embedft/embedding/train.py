@@ -21,6 +21,7 @@ from embedft.encode import EncodeSettings, Progress, TextPreparer, check_tokeniz
 from embedft.errors import DataError, Forgotten, RecipeError
 from embedft.recipe import EmbeddingRecipe
 from embedft.records import sample
+from embedft.training.together import check_together
 
 if TYPE_CHECKING:
     from embedft.adapters.store import AdapterStore
@@ -260,15 +261,6 @@ def training_columns(examples: Examples, loss: Loss) -> dict[str, list[Any]]:
     if loss.takes == "distilled":
         columns["label"] = [list(row.scores[: 1 + examples.negatives]) for row in rows]
     return columns
-
-
-def check_together(recipe: EmbeddingRecipe) -> None:
-    from embedft.methods import method_named
-    from embedft.training.optimizers import check_optimizer
-
-    check_optimizer(method_named(recipe.adapter.method), recipe.train)
-    if recipe.train.evaluate_every is None and (recipe.train.patience or recipe.data.dev):
-        raise RecipeError(recipe.name, ["train.patience and data.dev go with train.evaluate_every: set it too"])
 
 
 def used_negatives(examples: Examples, loss: Loss) -> int:

@@ -8,7 +8,7 @@ files.py      saving and loading adapters         precision.py  float32 adapters
 
 from embedft.methods.attach import attach
 from embedft.methods.files import config_of, load_adapter, only_pairs, save_weights
-from embedft.methods.table import METHODS, Method, method_named, supported, text_positions
+from embedft.methods.table import METHODS, Method, method_named, settled, supported, text_positions
 from embedft.methods.targets import linear_modules, targeted_modules, train_adapters_only
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "method_named",
     "only_pairs",
     "save_weights",
+    "settled",
     "supported",
     "targeted_modules",
     "text_positions",

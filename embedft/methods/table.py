@@ -25,8 +25,8 @@ class Method:
     least and the most of an option, outside of which it would not be this method;
     quantizations, tasks, kinds: the bases it trains on, `why` says why no others;  mixed_batch: several of its adapters in one forward
     pass;  vllm: vLLM's LoRA kernels serve what is published;  to_lora: how that becomes plain LoRA;  merges: into the base's
-    weights;  neutral_start: attaching changes no output;  dropout, targets, alpha: it heeds that setting;  checkpointing, packing: goes
-    with either;  start, update, optimizer: what it does differently in training.
+    weights;  neutral_start: attaching changes no output;  rank, dropout, targets, alpha: it heeds that setting;  checkpointing, packing:
+    goes with either;  start, update, optimizer: what it does differently in training.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Method:
     to_lora: Literal["is", "exact", "approximate", "no"] = "no"
     merges: bool = True
     neutral_start: bool = True
+    rank: bool = True
     dropout: bool = True
     targets: bool = True
     alpha: bool = True
@@ -110,7 +111,7 @@ _ROWS = (
         to_lora="exact",
         update="adalora",
     ),
-    Method("ia3", "IA3Config", "arXiv 2205.05638", "ia3", dropout=False, alpha=False),
+    Method("ia3", "IA3Config", "arXiv 2205.05638", "ia3", rank=False, dropout=False, alpha=False),
     Method(
         "loha",
         "LoHaConfig",
@@ -182,6 +183,7 @@ _ROWS = (
         "weights",
         quantizations=(NONE,),
         why="quantized weights take no gradient: set base.quantization=none",
+        rank=False,
         dropout=False,
         targets=False,
         alpha=False,
@@ -200,13 +202,19 @@ def method_named(name: str) -> Method:
 
 def supported(adapter: AdapterSection, *, task: Task, info: BaseInfo) -> Method:
     """The adapter's row, if it can be trained so on that base; else MethodUnsupported says why and what to do."""
-    method = method_named(adapter.method)
+    method = settled(adapter)
     if info.quantization not in method.quantizations:
         why = method.why or f"take its unquantized weights, or those in {', '.join(method.quantizations[1:])}"
         raise MethodUnsupported(method.name, where=f"on a base in {info.quantization}", why=why)
     if task not in method.tasks or info.kind not in method.kinds:
         where = f"on {info.architecture}" if task in method.tasks else "for embeddings"
         raise MethodUnsupported(method.name, where=where, why=method.why)
+    return method
+
+
+def settled(adapter: AdapterSection) -> Method:
+    """The adapter's row, if it heeds all that is set, whatever the base; else MethodUnsupported."""
+    method = method_named(adapter.method)
     unknown = sorted(set(adapter.options) - set(method.options))
     if unknown:
         known = ", ".join(method.options) or "none"
@@ -223,8 +231,12 @@ def supported(adapter: AdapterSection, *, task: Task, info: BaseInfo) -> Method:
         raise MethodUnsupported(method.name, where="with dropout", why="it has nothing to drop: set adapter.dropout=0")
     if adapter.targets != "all-linear" and not method.targets:
         raise MethodUnsupported(method.name, where="with targets", why="it does not choose linear layers: leave adapter.targets out")
+    if getattr(adapter, "layers", None) and not method.targets:
+        raise MethodUnsupported(method.name, where="with layers", why="it does not choose layers: leave adapter.layers out")
     if adapter.alpha is not None and not method.alpha:
         raise MethodUnsupported(method.name, where="with alpha", why="its update has no such scale: leave adapter.alpha out")
+    if adapter.r != AdapterSection().r and not method.rank:
+        raise MethodUnsupported(method.name, where=f"with r={adapter.r}", why="it has no rank: leave adapter.r out")
     return method
 
 

@@ -2,16 +2,8 @@
 
 from typing import Any
 
-from embedft.errors import MethodUnsupported
-from embedft.methods.table import Method, option
-from embedft.recipe import TrainSection
+from embedft.methods.table import option
 from embedft.training.method_steps import adapted_model
-
-
-def check_optimizer(method: Method, train: TrainSection) -> None:
-    """MethodUnsupported where the recipe names an optimizer and the method has its own."""
-    if method.optimizer == "lora_fa" and train.optimizer != "adamw":
-        raise MethodUnsupported(method.name, where=f"with {train.optimizer}", why="its optimizer is its own: leave train.optimizer out")
 
 
 def method_optimizer(model: Any, arguments: Any) -> Any:

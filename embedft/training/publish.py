@@ -13,7 +13,7 @@ from embedft.adapters.passport import CONFIG, TEXTS, BaseIdentity, Passport
 from embedft.adapters.probes import RecordedProbes, write_probes
 from embedft.adapters.transfer import check_weights
 from embedft.base import Base
-from embedft.methods import save_weights
+from embedft.methods import method_named, save_weights
 from embedft.recipe import AdapterSection, CausalLMRecipe, EmbeddingRecipe
 from embedft.training.measure import AdapterResult, trainable
 from embedft.training.progress import note
@@ -63,7 +63,7 @@ def publish(
             write_sentence_files(folder, base.tokenizer, published.settings, dimension=base.info.hidden_size)
         settings, tokenizer = published.settings, base.tokenizer
         recorded = record(folder, base=base.folder, tokenizer=tokenizer, task=recipe.task, settings=settings, name=recipe.name)
-        _note_unnoticed(recipe.name, recorded)
+        _note_unnoticed(recipe, recorded)
         write_probes(folder, recorded)
         passport = _passport(folder, base, recipe, published, recorded)
         passport.write(folder)
@@ -90,11 +90,13 @@ def public_name(model: str) -> str:
 
 
 def published_rank(folder: Path, adapter: AdapterSection) -> tuple[int, float]:
-    """(rank, alpha) of the files in `folder`: more than the recipe's where a method publishes what it kept beside the trained pair."""
+    """(rank, alpha) of the files in `folder`: more than the recipe's where a method publishes what it kept beside the trained pair, 0
+    where it has none."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if config.get("peft_type") == "LORA":
         return int(config["r"]), float(config["lora_alpha"])
-    return adapter.r, float(adapter.scale_alpha)
+    method = method_named(adapter.method)
+    return adapter.r if method.rank else 0, float(adapter.scale_alpha) if method.alpha else 0.0
 
 
 def _passport(
@@ -131,12 +133,10 @@ def _passport(
     )
 
 
-def _note_unnoticed(name: str, recorded: RecordedProbes) -> None:
+def _note_unnoticed(recipe: EmbeddingRecipe | CausalLMRecipe, recorded: RecordedProbes) -> None:
     if kinds := unnoticed(recorded):
-        note(
-            f"{name!r} hardly uses {', '.join(kinds)}: its probes would not notice their loss; train longer or leave them"
-            " out of adapter.targets"
-        )
+        remedy = "train longer" + (" or leave them out of adapter.targets" if method_named(recipe.adapter.method).targets else "")
+        note(f"{recipe.name!r} hardly uses {', '.join(kinds)}: its probes would not notice their loss; {remedy}")
 
 
 def _write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from embedft.axolotl import translate
 from embedft.axolotl_keys import CHOICES, KEYS, REASONS, TOGETHER
 from embedft.cli import main
 from embedft.errors import RecipeError
+from embedft.methods import settled
 from embedft.recipe import CausalLMRecipe, parse_recipe
 from embedft.recipe_file import load_recipe
 
@@ -105,12 +106,13 @@ def test_where_a_file_says_nothing_axolotls_own_defaults_stand() -> None:
             "relora",
             {"restarts": 3, "prune": 0.9},
         ),
-        ({"adapter": None}, "full", {}),
+        ({"adapter": None, "lora_r": 8, "lora_alpha": 4}, "full", {}),
         ({"adapter": "llama-adapter"}, "llama_adapter", {}),
     ],
 )
 def test_each_way_to_name_a_method_is_understood(given: dict[str, Any], method: str, options: dict[str, Any]) -> None:
     adapter = recipe_of(**given).adapter
+    assert settled(adapter)
     assert (adapter.method, adapter.options) == (method, options)
 
 
@@ -151,6 +153,7 @@ def test_steps_and_shares_are_turned_round() -> None:
         ({"eval_steps": 0.2}, "eval_steps", "number of steps"),
         ({"deepspeed": "zero3.json"}, "deepspeed", "one process"),
         ({"lora_target_modules": ".*proj"}, "lora_target_modules", "list of layer names"),
+        ({"lora_target_modules": ["q_proj", "lm_head"], "lora_target_linear": True}, "lora_target_modules", "but lm_head: name them all"),
         ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}, {"path": "b.jsonl"}]}, "datasets[1:]", "concatenate"),
         ({"wandb_project": "foo"}, "wandb_project", "in the environment, as WANDB_PROJECT"),
         ({"mlflow_tracking_uri": "http://m"}, "mlflow_tracking_uri", "in the environment, as MLFLOW_TRACKING_URI"),

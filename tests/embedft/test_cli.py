@@ -182,14 +182,28 @@ def test_an_adapters_life_on_the_command_line(in_folder: Path, capsys: pytest.Ca
     generation = output(capsys)["generation"]
     assert main(["adapters", "list", "--json"]) == 0
     assert [row["name"] for row in output(capsys)["adapters"]] == ["legal"]  # type: ignore[attr-defined, index]
-    assert main(["adapters", "verify", "legal", "--json"]) == 0
-    assert output(capsys)["passed"] is True
+    for given in ("legal", str(made)):
+        assert main(["adapters", "verify", given, "--json"]) == 0
+        assert output(capsys)["passed"] is True
     assert main(["adapters", "export", "legal", "out"]) == 0
     assert main(["adapters", "push", "legal", "elsewhere"]) == 0
     assert main(["adapters", "remove", "legal"]) == 0
     capsys.readouterr()
     assert main(["adapters", "pull", "elsewhere", "--json"]) == 0
     assert output(capsys) == {"name": "legal", "generation": generation}
+
+
+def test_what_vllm_needs_to_serve_a_great_rank_is_shown(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_adapter(in_folder / "made", name="legal")
+    told: list[str] = []
+    for rank in (64, 128):
+        passport = json.loads((made / "passport.json").read_text()) | {"r": rank}
+        (made / "passport.json").write_text(json.dumps(passport))
+        assert main(["adapters", "import", str(made), "--name", f"of-{rank}"]) == 0
+        capsys.readouterr()
+        assert main(["adapters", "show", f"of-{rank}", "--json"]) == 0
+        told.append(output(capsys)["served by"]["vllm"])  # type: ignore[index, call-overload]
+    assert told == ["yes", "yes, with max_lora_rank of 128 or more in the server's config"]
 
 
 def test_importing_an_object_of_the_store_rolls_its_name_back(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,6 +298,23 @@ def test_recipes_are_listed_shown_and_copied(in_folder: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert main(["recipes", "show", "mine.yaml", "train.seed=9", "--json"]) == 0
     assert output(capsys)["train"]["seed"] == 9  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "expected"),
+    [
+        ("pydocs-code", "loss.name=mnlr", "the losses are mnrl"),
+        ("pydocs-code", "adapter.method=dorra", "did you mean 'dora'"),
+        ("pydocs-code", "adapter.options={rate: 2}", "its options are"),
+        ("pydocs-code", "train.patience=2", "train.evaluate_every"),
+        ("method-ia3", "adapter.r=8", "leave adapter.r out"),
+    ],
+)
+def test_a_recipe_is_shown_only_if_training_would_not_refuse_it_by_itself(
+    in_folder: Path, capsys: pytest.CaptureFixture[str], recipe: str, given: str, expected: str
+) -> None:
+    assert main(["recipes", "show", recipe, given]) != 0
+    assert expected in capsys.readouterr().err
 
 
 def test_the_time_left_is_by_the_pace_of_the_run_and_not_by_what_came_before_it(

@@ -9,7 +9,7 @@ import pytest
 
 from embedft.base import BaseSpec, load_base
 from embedft.causal_lm.evaluate import check_embedded, pad_token
-from embedft.causal_lm.sizes import largest_batch
+from embedft.causal_lm.sizes import batch_for
 from embedft.errors import BaseError, BaseNotFound, MethodUnsupported
 from embedft.methods import supported
 from embedft.plan import plan
@@ -96,7 +96,7 @@ def test_a_plan_refuses_what_training_would(tmp_path: Path) -> None:
     for base, words in ((tiny_embedder(tmp_path / "encoder", "bert"), "it writes nothing"), (seeing, "no model of text alone")):
         recipe = planted_recipe(tmp_path, base)
         with pytest.raises(BaseError, match=words):
-            plan(recipe, largest_batch(recipe))
+            plan(recipe, batch_for(recipe))
 
 
 def test_an_adapter_that_is_named_as_a_base_is_called_one(tmp_path: Path) -> None:

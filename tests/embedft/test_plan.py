@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from embedft.base import BaseSpec, load_base
-from embedft.causal_lm.sizes import largest_batch
+from embedft.causal_lm.sizes import batch_for
 from embedft.causal_lm.template import template_of
 from embedft.causal_lm.train import build_trainer, read_split, tokenized
 from embedft.cli import main
@@ -66,7 +66,7 @@ def measured(recipe: Any, folder: Path) -> int:
 )
 def test_the_peak_is_within_15_percent_of_what_training_allocates(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     recipe = recipe_of(tmp_path, base, **settings)
-    made = plan(recipe, largest_batch(recipe))
+    made = plan(recipe, batch_for(recipe))
     assert made.peak_bytes == pytest.approx(measured(recipe, tmp_path), rel=0.15)
     parts = made.memory
     assert sum(parts[name] for name in ("weights", "adapter", "optimizer", "gradients", "activations")) == parts["peak"]
@@ -77,7 +77,7 @@ def test_the_peak_is_within_15_percent_of_what_training_allocates(base: Path, tm
 def test_a_mixture_is_planned_as_large_as_it_is_whatever_its_dtype(tmp_path: Path, family: str, quantization: str) -> None:
     base = tiny_decoder(tmp_path / "base", family)
     recipe = recipe_of(tmp_path, base, quantization=quantization)
-    made = plan(recipe, largest_batch(recipe))
+    made = plan(recipe, batch_for(recipe))
     loaded = load_base(BaseSpec(str(base), quantization), task="causal_lm")
     assert made.weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.05)
     assert made.peak_bytes == pytest.approx(measured(recipe, tmp_path), rel=0.15)
@@ -95,14 +95,14 @@ def test_a_base_that_others_quantized_is_planned_by_what_they_left_out_and_how_t
     AutoModelForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(tmp_path / "theirs")
     recipe = recipe_of(tmp_path, tmp_path / "theirs")
     loaded = load_base(BaseSpec(str(tmp_path / "theirs")), task="causal_lm")
-    assert plan(recipe, largest_batch(recipe)).weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.02)
+    assert plan(recipe, batch_for(recipe)).weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.02)
 
 
 def test_it_counts_parameters_as_training_does(base: Path, tmp_path: Path) -> None:
     from embedft.training.measure import trainable
 
     recipe = recipe_of(tmp_path, base)
-    made = plan(recipe, largest_batch(recipe))
+    made = plan(recipe, batch_for(recipe))
     loaded = load_base(BaseSpec(str(base)), task="causal_lm")
     assert made.parameters == sum(value.numel() for value in loaded.model.parameters())
     assert made.weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.01)
@@ -121,21 +121,21 @@ def test_an_optimizers_moments_are_planned_as_large_as_they_are(base: Path, tmp_
     trainer.train()
     states = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state.values()
     moments = [value for state in states for name, value in state.items() if name in {"exp_avg", "exp_avg_sq", "state1", "state2"}]
-    assert plan(recipe, largest_batch(recipe)).optimizer_bytes == sum(moment.nbytes for moment in moments)
+    assert plan(recipe, batch_for(recipe)).optimizer_bytes == sum(moment.nbytes for moment in moments)
 
 
 def test_a_run_takes_its_steps_and_a_step_all_the_batches_that_it_accumulates(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embedft.plan._speed", lambda _: (1e9, 1e9, 0.0))
-    one, four = (plan(recipe, largest_batch(recipe)) for recipe in (recipe_of(tmp_path, base, accumulate=n) for n in (1, 4)))
+    one, four = (plan(recipe, batch_for(recipe)) for recipe in (recipe_of(tmp_path, base, accumulate=n) for n in (1, 4)))
     assert four.seconds_per_step == pytest.approx(4 * one.seconds_per_step)
     assert (one.steps, one.seconds) == (3, pytest.approx(3 * one.seconds_per_step))
 
 
 def test_what_does_not_fit_is_advised_what_helps(base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, base)
-    made = plan(recipe, largest_batch(recipe))
+    made = plan(recipe, batch_for(recipe))
     cheaper = made.peak_with_checkpointing
     assert cheaper is not None
     assert cheaper < made.peak_bytes
@@ -151,7 +151,7 @@ def test_a_quantized_base_is_planned_as_large_as_it_is(base: Path, tmp_path: Pat
     for scheme in ("nf4", "int8"):
         recipe = recipe_of(tmp_path, base, quantization=scheme)
         loaded = load_base(BaseSpec(str(base), scheme), task="causal_lm")  # type: ignore[arg-type]
-        assert plan(recipe, largest_batch(recipe)).weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.05)
+        assert plan(recipe, batch_for(recipe)).weights_bytes == pytest.approx(tensor_bytes(loaded.model), rel=0.05)
 
 
 def test_the_command_plans_both_kinds_without_data_or_weights(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

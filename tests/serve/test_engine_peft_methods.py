@@ -14,7 +14,7 @@ from embedft.methods import METHODS, attach, save_weights
 from embedft.model_folder import describe
 from embedft.quantize import quantize
 from embedft.recipe import AdapterSection
-from tests.embedft.methods.cells import WHOLE
+from tests.embedft.methods.cells import WHOLE, small
 from tests.fixtures_embedding import text, tiny_encoder
 from tests.fixtures_lm import tiny_llama
 from tests.serve.engine_process import assert_tokens, assert_vectors, engine, greedy, prompt_logprobs, reported_logprobs, solo
@@ -29,7 +29,7 @@ def adapter_of(folder: Path, base: Path, task: Any, method: str, seed: int) -> P
     torch.manual_seed(seed)
     ids = torch.randint(5, 100, (4, 12))
     try:
-        model = attach(load_base(BaseSpec(str(base)), task=task), AdapterSection(method=method, r=4), task=task,
+        model = attach(load_base(BaseSpec(str(base)), task=task), AdapterSection(**small(method)), task=task,
                        batches=[{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])  # fmt: skip
     except MethodUnsupported:
         return None

@@ -12,13 +12,15 @@ from embedft.base import BaseSpec, load_base
 from embedft.causal_lm import batches
 from embedft.causal_lm.attention import apart, attend, install
 from embedft.causal_lm.batches import Collate, Pack, PackedCollate, in_passes, pack, packing_fault
-from embedft.causal_lm.sizes import largest_batch
+from embedft.causal_lm.sizes import batch_for
 from embedft.causal_lm.template import IGNORED, Example, template_of
 from embedft.causal_lm.train import best_checkpoint, build_trainer, check_packing, read_split, tokenized, train
 from embedft.errors import BaseError, MethodUnsupported, RecipeError
 from embedft.methods import METHODS, attach
+from embedft.plan import plan
 from embedft.recipe import AdapterSection, CausalLMTrain
-from tests.embedft.methods.cells import WHOLE
+from embedft.training.together import check_together
+from tests.embedft.methods.cells import WHOLE, small
 from tests.families import DECODERS, tiny_decoder
 from tests.fixtures_lm import planted_recipe, planted_rows, write_jsonl
 
@@ -93,6 +95,13 @@ def test_a_base_that_would_see_past_an_example_is_not_packed(
         monkeypatch.setattr(base.model.config, key, value, raising=False)
     with pytest.raises(BaseError, match=rf"{fault}.* set train\.packing=false"):
         check_packing(base.model, recipe.train.model_copy(update={"packing": True}))
+
+
+def test_the_plan_of_a_base_that_is_not_packed_says_so(tmp_path: Path) -> None:
+    base = tiny_decoder(tmp_path / "base", "gpt_oss")
+    recipe = planted_recipe(tmp_path, base, train={"packing": True})
+    with pytest.raises(BaseError, match=r"cannot keep examples apart: set train\.packing=false"):
+        plan(recipe, batch_for(recipe))
 
 
 def test_a_base_that_does_as_it_likes_with_its_mask_is_not_packed(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +222,7 @@ def test_what_does_not_go_together_is_told_before_the_base_is_loaded(
     with pytest.raises(MethodUnsupported, match=remedy):
         train(recipe, store=AdapterStore(tmp_path / "s"), progress=False)
     with pytest.raises(MethodUnsupported, match=remedy):
-        largest_batch(recipe)
+        batch_for(recipe)
 
 
 @pytest.mark.parametrize(("batch", "length", "together"), [(16, 256, 8), (12, 256, 6), (7, 256, 7), (7, 512, 1), (2, 4096, 1), (4, 96, 4)])
@@ -282,7 +291,7 @@ OF_EACH_FORM = [name for name, row in METHODS.items() if row.form != "lora" or n
 @pytest.mark.parametrize("method", [name for name in OF_EACH_FORM if METHODS[name].packing])
 def test_what_the_table_says_can_be_packed_loses_in_a_pack_what_it_loses_alone(parts: Any, method: str) -> None:
     _, base, examples = parts
-    model: Any = attach(base, AdapterSection(method=method, r=4), task="causal_lm")
+    model: Any = attach(base, AdapterSection(**small(method)), task="causal_lm")
     stir(model)
     packs = pack(examples[:24], length=96)
     packed = losses(model, PackedCollate(base.tokenizer.pad_token_id, torch.float32)(packs)).sum()
@@ -301,7 +310,7 @@ def test_what_the_table_says_can_be_checkpointed_learns_the_same(parts: Any, tmp
     for checkpointing in (False, True):
         base = load_base(BaseSpec(str(tiny_base)), task="causal_lm")
         torch.manual_seed(0)
-        model: Any = attach(base, AdapterSection(method=method, r=4), task="causal_lm")
+        model: Any = attach(base, AdapterSection(**small(method)), task="causal_lm")
         stir(model)
         settings = recipe.train.model_copy(update={"gradient_checkpointing": checkpointing, "max_steps": 2})
         build_trainer(model, base, examples, settings, folder=tmp_path).train()
@@ -345,4 +354,4 @@ def test_the_best_step_is_published_and_waiting_ends(tiny_base: Path, tmp_path: 
 
 def test_validation_rows_without_evaluations_are_a_fault_of_the_recipe(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data\.validation and train\.evaluate_every go together"):
-        read_split(planted_recipe(tmp_path, tiny_base, train={"evaluate_every": 3}))
+        check_together(planted_recipe(tmp_path, tiny_base, train={"evaluate_every": 3}))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from embedft.base import Base, BaseSpec, compute_dtype, load_base
-from embedft.methods import attach
+from embedft.methods import METHODS, attach
 from embedft.recipe import parse_recipe
 from tests import fixtures_embedding, fixtures_lm
 
@@ -56,12 +56,17 @@ def tensors_of(model: Any) -> "Counter[str]":
     )
 
 
+def small(method: str, r: int = 4) -> dict[str, Any]:
+    """`adapter` of a recipe: of that rank, where the method has one."""
+    return {"method": method} | ({"r": r} if method not in METHODS or METHODS[method].rank else {})
+
+
 def cell(folder: Path, base: Path, task: str, method: str, quantization: str, **settings: Any) -> Cell:
     """The adapter attached and its trainer made; nothing trained yet. Raises what `attach` raises."""
     loaded = load_base(BaseSpec(str(base), quantization), task=task)  # type: ignore[arg-type]
     make = _lm if task == "causal_lm" else _embedding
     options = settings.pop("options", {})
-    adapter = {"method": method, "r": 4, "options": options} | settings.pop("adapter", {})
+    adapter = small(method) | {"options": options} | settings.pop("adapter", {})
     train = {"batch": 12, "lr": RATES.get(method, 0.02), "max_length": 48, "max_steps": STEPS, "warmup": 0.0, "schedule": "constant"}
     torch.manual_seed(7)
     return make(folder, loaded, adapter, train | settings)

@@ -6,7 +6,7 @@ from typing import Any
 from embedft.adapters.store import AdapterStore
 from embedft.causal_lm.train import train
 from embedft.recipe import parse_recipe
-from tests.embedft.methods.cells import RATES
+from tests.embedft.methods.cells import RATES, small
 from tests.fixtures_lm import planted_rows, write_jsonl
 
 
@@ -29,7 +29,7 @@ def published(
         "task": "causal_lm",
         "name": name or method.replace("_", "-"),
         "base": {"model": str(base), "quantization": quantization},
-        "adapter": {"method": method, "r": r, "targets": targets},
+        "adapter": small(method, r) | {"targets": targets},
         "data": data,
         "train": train_settings,
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from embedft.adapters.card import model_card
 from embedft.adapters.passport import read_passport
 from embedft.adapters.probes import read_probes
 from embedft.adapters.store import AdapterStore
@@ -50,6 +51,8 @@ def test_what_is_published_passes_its_probes_and_without_a_part_of_it_does_not(a
     assert config["peft_type"] == "LORA" or not METHODS[method].vllm
     if config["peft_type"] == "LORA":
         assert passport.r == config["r"]
+    assert (passport.r > 0, passport.alpha > 0) == (METHODS[method].rank, METHODS[method].alpha)
+    assert (" r=" in model_card(passport)) == METHODS[method].rank
 
 
 @pytest.mark.parametrize("method", CHOSEN)

@@ -9,7 +9,7 @@ from embedft.adapters.store import AdapterStore
 from embedft.embedding.train import train
 from embedft.recipe import parse_recipe
 from embedft.verify import verify
-from tests.embedft.methods.cells import RATES
+from tests.embedft.methods.cells import RATES, small
 from tests.fixtures_embedding import planted_rows, write_rows
 
 
@@ -19,7 +19,7 @@ def test_an_embedding_adapter_of_any_method_is_published_with_probes_that_pass(b
         "task": "embedding",
         "name": "e",
         "base": {"model": str(bases["embedding"])},
-        "adapter": {"method": method, "r": 4},
+        "adapter": small(method),
         "data": {"train": write_rows(tmp_path / "rows.jsonl", planted_rows(96))},
         "train": {"batch": 12, "lr": RATES.get(method, 0.02), "max_length": 24, "max_steps": 6},
         "eval": {"queries": 8},
@@ -38,5 +38,5 @@ def test_packed_training_is_for_what_it_computes_rightly(bases: dict[str, Path],
     from embedft.recipe import AdapterSection
 
     base = load_base(BaseSpec(str(bases["embedding"])), task="embedding")
-    model = attach(base, AdapterSection(method=method, r=4), task="embedding")
+    model = attach(base, AdapterSection(**small(method)), task="embedding")
     assert (unpackable(model) is None) == (method in {"lora", "rslora"})

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from embedft.methods import METHODS, attach
-from tests.embedft.methods.cells import cell
+from tests.embedft.methods.cells import cell, small
 
 
 def test_an_unknown_option_or_method_is_named(llama: Path, tmp_path: Path) -> None:
@@ -56,23 +56,28 @@ def test_a_decoder_without_linear_layers_is_known_for_one_and_refused_with_what_
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.quantizations[0] == "none"])
-def test_dropout_targets_and_alpha_are_there_or_refused_as_the_table_says(llama: Path, method: str) -> None:
+def test_rank_dropout_targets_and_alpha_are_there_or_refused_as_the_table_says(llama: Path, method: str) -> None:
     """The table's columns against what PEFT then holds."""
     from dataclasses import replace
 
     from embedft.base import BaseSpec, load_base
     from embedft.errors import MethodUnsupported
-    from embedft.recipe import AdapterSection
+    from embedft.recipe import AdapterSection, EmbeddingAdapterSection
 
     row, base = METHODS[method], load_base(BaseSpec(str(llama)), task="causal_lm")
-    plain = AdapterSection(method=method, r=4)
+    plain = AdapterSection(**small(method))
     batch = [{"input_ids": torch_ids(), "attention_mask": torch_ids().ne(-1)}]
+    if not row.rank:
+        with pytest.raises(MethodUnsupported, match=r"leave adapter\.r out"):
+            attach(base, plain.model_copy(update={"r": 4}), task="causal_lm")
     if not row.dropout:
         with pytest.raises(MethodUnsupported, match=r"set adapter\.dropout=0"):
             attach(base, plain.model_copy(update={"dropout": 0.25}), task="causal_lm")
     if not row.targets:
         with pytest.raises(MethodUnsupported, match=r"leave adapter\.targets out"):
             attach(base, plain.model_copy(update={"targets": ("q_proj",)}), task="causal_lm")
+        with pytest.raises(MethodUnsupported, match=r"leave adapter\.layers out"):
+            attach(base, EmbeddingAdapterSection(method=method, layers=1), task="causal_lm")
     if not row.alpha:
         with pytest.raises(MethodUnsupported, match=r"leave adapter\.alpha out"):
             attach(base, plain.model_copy(update={"alpha": 12}), task="causal_lm")
