@@ -104,15 +104,21 @@ def evaluate_adapter(
     AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
     """
     from embedft.embedding.data import load_retrieval, reduce_to
+    from embedft.embedding.sets import kept_back
     from embedft.embedding.through_mteb import expect_mteb, through_mteb
+    from embedft.training.progress import note
     from embedft.training.statistics import paired_bootstrap
 
     if against is not None:
         ranking_adapter(against, store)  # its faults are told before the time that an evaluation takes
     if mteb:
         expect_mteb()
-    retrieval = reduce_to(load_retrieval(data), queries=queries, documents=documents)
+    own = kept_back(data, *ranking_adapter(name, store))
+    retrieval = reduce_to(own or load_retrieval(data), queries=queries, documents=documents)
     model, folder, passport = open_adapter(name, store, base=base)
+    if own:
+        said = f"it was trained on the rest of {Path(data).name}: only the {len(own.queries)} queries that were kept back are asked"
+        note(f"{passport.name}: {said}")
     settings, metric = _settings(passport), metric or str(passport.metrics.get("metric", "ndcg@10"))
     towers = compare_towers(model, folder, settings, retrieval, side=passport.side, batch_size=batch_size, progress=progress)
     report = comparison(towers, retrieval, metric=metric) | {"side": passport.side}

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedft.base import BaseSpec, config_folder, source_folder
-from embedft.embedding.data import load_data, split_dev
 from embedft.embedding.losses import MINI_BATCH, Loss, loss_named
+from embedft.embedding.sets import read_sets
 from embedft.embedding.train import (
     batch_plan,
     check_batches,
     check_dimensions,
-    check_negatives,
     text_length,
     used_negatives,
 )
@@ -57,10 +56,7 @@ def largest_batch(recipe: EmbeddingRecipe, *, packed: bool = False) -> Batch:
         tokens, length = float(2 * settings.batch * settings.max_length), settings.max_length
         step = _packed_step(recipe, loss, [[length] * settings.batch] * 2, _Frozen([], [])) if packed else None
         return Batch(settings.batch, (length, length), 0, settings.max_steps, tokens, step)
-    examples, retrieval = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
-    check_negatives(examples, loss)
-    if settings.evaluate_every is not None:
-        examples, _ = split_dev(examples, retrieval, recipe.data.dev)
+    examples = read_sets(recipe).examples
     folder = folder if (folder / "tokenizer.json").is_file() else source_folder(spec)
     length = text_length(recipe, *lengths_of(folder, config))
     prompts = recipe.data.prompts.over(published(folder, decoder=False).prompts)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from embedft.base import Base, BaseSpec, load_base
 from embedft.embedding.batches import WINDOW, BatchPlan
-from embedft.embedding.data import Examples, RetrievalSet, data_hash, load_data, reduce_to, split_dev
+from embedft.embedding.data import Examples, RetrievalSet
 from embedft.embedding.evaluate import compare_towers, evaluate_retrieval
 from embedft.embedding.guard import forgetting, general_set
 from embedft.embedding.losses import Loss, loss_named
 from embedft.embedding.proof import comparison, per_query
+from embedft.embedding.sets import read_sets
 from embedft.embedding.sided import SidedEncoder
 from embedft.embedding.start import start_batches
 from embedft.encode import EncodeSettings, Progress, TextPreparer, check_tokenizer
@@ -55,14 +56,9 @@ def train(
     from embedft.training.trackers import tracked
 
     check_together(recipe)
-    loss = loss_named(recipe.loss.name)
-    examples, retrieval = load_data(recipe.data, recipe.eval, scored=loss.takes == "scored", taught=loss.takes == "distilled")
-    check_negatives(examples, loss)
+    loss, sets = loss_named(recipe.loss.name), read_sets(recipe)
+    examples = sets.examples
     _note_negatives(examples, loss, name=recipe.name)
-    dev = None
-    if recipe.train.evaluate_every is not None:
-        examples, dev = split_dev(examples, retrieval, recipe.data.dev)
-        dev = reduce_to(dev, queries=recipe.eval.queries, documents=recipe.eval.documents)
     _note_left_out(examples, name=recipe.name)
     spec = recipe.eval.guard
     general = general_set(spec, trained={row.query for row in examples.rows}) if spec else None
@@ -83,32 +79,31 @@ def train(
             short_recipe = recipe.model_copy(update={"train": short})
             trainer = make_trainer(model, base, settings, examples, short_recipe, plan=plan, output=Path(folder))
             return rehearse(trainer, recipe.train, name=recipe.name, examples=len(examples), steps_per_epoch=steps)
-    identity = data_hash(examples, retrieval) if dev is None else data_hash(examples, retrieval, dev)
     fingerprint = base.info.fingerprint
-    run = open_run(recipe, root=store.root, data_hash=identity, base_fingerprint=fingerprint, resume=resume, reading=asdict(settings))
+    run = open_run(recipe, root=store.root, data_hash=sets.hash, base_fingerprint=fingerprint, resume=resume, reading=asdict(settings))
     options: Any = {"side": recipe.adapter.side, "batch_size": recipe.eval.batch, "progress": encoded}
     metric = recipe.eval.metric
     with tracked(recipe.train.trackers, name=recipe.name) as tell:
         trainer = make_trainer(model, base, settings, examples, recipe, plan=plan, output=run.folder)
-        best = best_checkpoint(trainer, model, base, settings, recipe, dev, folder=run.folder) if dev else None
+        best = best_checkpoint(trainer, model, base, settings, recipe, sets.dev, folder=run.folder) if sets.dev else None
         with PeakMemory() as peak:
             seconds = fit(trainer, run, name=recipe.name, progress=progress)
         chosen = {"best": best.restore(name=recipe.name)} if best else {}
         model.eval()
-        towers = compare_towers(model, base.folder, settings, retrieval, **options)
+        towers = compare_towers(model, base.folder, settings, sets.judged, **options)
         tell({f"{way}/{metric}": result.metrics[metric] for way, result in towers.results.items()})
     guard = forgetting(model, base.folder, settings, spec, data=general, metric=metric, **options) if spec and general else None
     held = bool(guard and guard["held"] and not force)
     published = Published(
-        metrics=comparison(towers, retrieval, metric=metric) | chosen | ({"guard": guard} if guard else {}),
+        metrics=comparison(towers, sets.judged, metric=metric) | chosen | ({"guard": guard} if guard else {}),
         held=held,
-        data_hash=identity,
+        data_hash=sets.hash,
         max_length=settings.max_length,
         seconds=seconds,
         peak_bytes=peak.bytes,
         settings=settings,
         dimensions=(base.info.hidden_size, *sorted(set(recipe.loss.dimensions), reverse=True)),
-        rows=per_query(towers.results, retrieval.queries if recipe.eval.keep_texts else None),
+        rows=per_query(towers.results, sets.judged.queries if recipe.eval.keep_texts else None),
     )
     with run.ending():
         result = publish(model, base, recipe, store=store, published=published)
@@ -265,17 +260,6 @@ def training_columns(examples: Examples, loss: Loss) -> dict[str, list[Any]]:
 
 def used_negatives(examples: Examples, loss: Loss) -> int:
     return examples.negatives if loss.most is None else min(loss.most, examples.negatives)
-
-
-def check_negatives(examples: Examples, loss: Loss) -> None:
-    if loss.takes in {"triplets", "distilled"} and examples.negatives == 0:
-        bare = [row.query for row in examples.rows if not row.negatives]
-        raise DataError(
-            [
-                f"loss {loss.name!r} takes triplets, and {len(bare)} of {len(examples)} rows have no negative (the first asks "
-                f"{bare[0][:60]!r}); expected a negative in every row: `embedft data mine` adds them"
-            ]
-        )
 
 
 def _note_left_out(examples: Examples, *, name: str) -> None:

@@ -174,6 +174,22 @@ def test_a_published_adapter_scores_the_same_when_evaluated_again(make: Make, ba
         evaluate_adapter("tiny", recipe.data.train, store, base=bases["cls"])
 
 
+@pytest.mark.parametrize("dev", [{}, {"evaluate_every": 2}], ids=["trained to its end", "best step"])
+def test_of_the_file_that_it_was_trained_on_an_adapter_is_asked_what_was_kept_back(
+    make: Make, root: Path, bases: dict[str, str], store: AdapterStore, capsys: pytest.CaptureFixture[str], dev: dict[str, int]
+) -> None:
+    """Asked the rows that it learnt, it would seem better than it is."""
+    rows = planted_rows(96)
+    file = write_rows(root / "one-file.jsonl", rows)
+    result = trained(make(data={"train": file}, train={"max_steps": 4} | dev), store)
+    again = evaluate_adapter("tiny", file, store, base=bases["mean"])
+    assert again["queries"] == result.metrics["queries"] < 20
+    assert again["adapter"] == pytest.approx(result.metrics["adapter"])
+    assert f"only the {again['queries']} queries that were kept back are asked" in capsys.readouterr().err
+    other = write_rows(root / "another-file.jsonl", rows[1:])
+    assert evaluate_adapter("tiny", other, store, base=bases["mean"])["queries"] == 95
+
+
 def test_the_evaluations_after_the_last_step_say_how_far_they_are(make: Make, root: Path, store: AdapterStore) -> None:
     rows = [{"query": f"why {i}?", "document": f"because of {i}"} for i in range(30)]
     guard = {"data": write_rows(root / "general.jsonl", rows), "drop": 9.0}
