@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
     check = command(actions, "check", _data_check, "what is wrong with retrieval data, with examples; exit 1 where something is")
     check.add_argument("data", metavar="DATA", help="a file of rows, or a BEIR folder (its train split)")
     check.add_argument("--eval", metavar="DATA", help="evaluation data that training must not know (default: a BEIR folder's test split)")
-    check.add_argument("--max-length", type=positive, default=256, help="tokens that the model will read: train.max_length")
+    check.add_argument("--max-length", type=positive, help="tokens that the model will read: train.max_length, and its default")
     check.add_argument("--base", default="minilm", help="whose tokenizer counts")
     check.add_argument("--fix", type=Path, metavar="OUT", help="write a cleaned copy: a .jsonl or .jsonl.gz file, a folder of a folder")
     mine = command(actions, "mine", _data_mine, "add hard negatives to training pairs")
@@ -70,9 +70,11 @@ def _data_pydocs(arguments: argparse.Namespace) -> None:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from embedft.embedding.check import check
+    from embedft.embedding.check import MAX_LENGTH, check
 
-    report = check(arguments.data, eval=arguments.eval, max_length=arguments.max_length, base=arguments.base, fix=arguments.fix)
+    report = check(
+        arguments.data, eval=arguments.eval, max_length=arguments.max_length or MAX_LENGTH, base=arguments.base, fix=arguments.fix
+    )
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report)))
         return 0 if report.clean else 1

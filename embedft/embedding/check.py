@@ -16,10 +16,12 @@ from embedft.embedding.pairs import QUERY, as_list, columns_of, no_text, plays_a
 from embedft.embedding.phrases import phrases_in, without
 from embedft.errors import DataError
 from embedft.files import expect_jsonl, expect_room, staged_folder, write_jsonl
+from embedft.recipe import EmbeddingTrain
 from embedft.records import Record, read_records
 from embedft.words import folded, words
 
 EXAMPLES = 3
+MAX_LENGTH = EmbeddingTrain().max_length  # of a recipe that does not say
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class _State:
             self.findings.append(Finding(kind, len(hits), len(self.pairs), says, remedy, examples))
 
 
-def check(train: str, *, eval: str | None = None, max_length: int = 256, base: str = "minilm", fix: Path | None = None) -> CheckReport:
+def check(
+    train: str, *, eval: str | None = None, max_length: int = MAX_LENGTH, base: str = "minilm", fix: Path | None = None
+) -> CheckReport:
     """Examine training rows, and their likeness to the evaluation's. Raises DataError where nothing can be read, or where `fix`
     would hold no row, or where `eval` asks nothing that can be read.
 

@@ -143,11 +143,13 @@ def test_many_long_queries_are_searched_for_phrases_in_little_memory(tmp_path: P
 
 def test_texts_beyond_the_limit_are_told_and_stay(tmp_path: Path) -> None:
     rows = [*clean_rows(), {"query": "a long one", "document": "word " * 400}]
-    report, kept = fixed(tmp_path, rows, max_length=128)
+    rows.append({"query": "one that the base reads and a run does not", "document": "word " * 150})
+    report, kept = fixed(tmp_path, rows, max_length=256)
     assert found(report, "long_document").count == 1
     assert "402 tokens" in found(report, "long_document").examples[0]
     assert len(kept) == len(rows)
     assert check(str(tmp_path / "rows.jsonl"), max_length=402).clean, "402 tokens are read to their end"
+    assert found(check(str(tmp_path / "rows.jsonl")), "long_document").count == 2, "by default as many are read as in training"
 
 
 def test_a_negative_that_answers_the_query_elsewhere_is_taken_out(tmp_path: Path) -> None:
