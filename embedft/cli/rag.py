@@ -119,6 +119,9 @@ def _index(arguments: argparse.Namespace) -> int:
     counts = f"{report.embedded} embedded, {report.reused} reused"
     print(f"{report.chunks} chunks of {len(reading.documents)} documents by {report.made_by}: {counts}")
     print(f"{report.kind} index {report.version} in {arguments.out}, {report.seconds:.1f} s; lineage {report.lineage[:12]}")
+    if reading.other:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in reading.others.items())
+        print(f"{reading.other} files of other kinds are not in it: {kinds}")
     if report.truncated:
         print(
             f"{report.truncated} chunks are longer than the model reads (an adapter's max_length: `embedft adapters show`), and their ends "

@@ -2,7 +2,9 @@
 
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from stat import S_ISDIR
@@ -25,6 +27,7 @@ FORMATS: dict[str, Format] = {
 MAX_BYTES = 32 << 20
 _PASSED_OVER = {"__pycache__", "node_modules", "site-packages"}
 _SPACES = re.compile(r"\s+")
+_LINE_END = re.compile(r"\r\n?")
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,16 @@ class Document:
 
 @dataclass(frozen=True)
 class Reading:
-    """`skipped`: 'path: reason' of files of a known kind that could not be read. `other`: files of kinds that are not read."""
+    """`skipped`: 'path: reason' of files of a known kind, and of links to folders, that could not be read. `other`: files of kinds that are
+    not read, as `others` counts them by their endings."""
 
     documents: tuple[Document, ...]
     skipped: tuple[str, ...]
-    other: int
+    others: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def other(self) -> int:
+        return sum(self.others.values())
 
 
 class _Unreadable(Exception):
@@ -58,11 +66,11 @@ def read_documents(source: Path, *, max_bytes: int = MAX_BYTES) -> Reading:
     except OSError as error:
         raise DocumentsUnusable([f"{source}: {_why(error)}"]) from None
     root = source if S_ISDIR(mode) else source.parent
-    documents, skipped, other = list[Document](), list[str](), 0
-    for path in _files(source, skipped) if root is source else filter(_is_document, [source]):
+    documents, skipped, others = list[Document](), list[str](), Counter[str]()
+    for path in _files(source, skipped) if root is source else [source]:
         name = path_text(path.relative_to(root))
         if path.suffix.lower() not in FORMATS:
-            other += 1
+            others[path.suffix.lower() or "no ending"] += 1
             if path == source:
                 skipped.append(f"{name}: files of kind {path.suffix or 'none'!r} are not read; these are: {', '.join(FORMATS)}")
             continue
@@ -75,13 +83,13 @@ def read_documents(source: Path, *, max_bytes: int = MAX_BYTES) -> Reading:
     skipped.sort()
     if not documents:
         raise DocumentsUnusable(
-            skipped or [f"{source}: no document in it ({other} other files); these kinds are read: {', '.join(FORMATS)}"]
+            skipped or [f"{source}: no document in it ({others.total()} other files); these kinds are read: {', '.join(FORMATS)}"]
         )
-    return Reading(tuple(documents), tuple(skipped), other)
+    return Reading(tuple(documents), tuple(skipped), dict(others.most_common()))
 
 
 def _files(source: Path, skipped: list[str]) -> list[Path]:
-    """In the order of their paths, without what is hidden; folders that cannot be listed go to `skipped`."""
+    """In the order of their paths, without what is hidden; folders that cannot be listed go to `skipped`, and links to others."""
 
     def closed(error: OSError) -> None:
         skipped.append(f"{path_text(Path(error.filename).relative_to(source))}: {_why(error)}")
@@ -89,20 +97,20 @@ def _files(source: Path, skipped: list[str]) -> list[Path]:
     found = list[Path]()
     for folder, below, names in os.walk(source, onerror=closed):
         below[:] = [name for name in below if not _passed_over(name)]
+        links = [path for name in below if (path := Path(folder, name)).is_symlink() and not _walked(path, source)]
+        skipped += [f"{path_text(path.relative_to(source))}: a link to a folder that is not read from here" for path in links]
         found += [Path(folder, name) for name in names if not _passed_over(name)]
-    return sorted(path for path in found if _is_document(path))
+    return sorted(found)
 
 
 def _passed_over(name: str) -> bool:
     return name.startswith(".") or name in _PASSED_OVER
 
 
-def _is_document(path: Path) -> bool:
-    """A file, or something that does not let us see what it is: reading it says why."""
-    try:
-        return path.is_file()
-    except OSError:
-        return True
+def _walked(link: Path, source: Path) -> bool:
+    """Whether the folder that a link leads to is read where it lies."""
+    place, root = link.resolve(), source.resolve()
+    return place.is_relative_to(root) and not any(map(_passed_over, place.relative_to(root).parts))
 
 
 def _why(error: OSError) -> str:
@@ -110,8 +118,12 @@ def _why(error: OSError) -> str:
 
 
 def _read(path: Path, root: Path, max_bytes: int) -> str:
+    if path.is_symlink() and not path.exists():
+        raise _Unreadable("a link that leads to no file")
     if not path.resolve().is_relative_to(root.resolve()):
         raise _Unreadable("a link that leads out of the folder")
+    if not path.is_file():
+        raise _Unreadable("no plain file")
     size = path.stat().st_size
     if size > max_bytes:
         raise _Unreadable(f"{size / 2**20:.0f} MiB, more than {max_bytes / 2**20:.0f}: split it, or allow more with --max-mib")
@@ -122,7 +134,7 @@ def _read(path: Path, root: Path, max_bytes: int) -> str:
         if b"\0" in content:
             raise _Unreadable("it is binary, not text")
         try:
-            text = content.decode("utf-8-sig")
+            text = _LINE_END.sub("\n", content.decode("utf-8-sig"))  # Markdown's headings and blank lines are known by it
         except UnicodeDecodeError as error:
             raise _Unreadable(f"not UTF-8 (byte {error.start}): convert it") from None
         if FORMATS[path.suffix.lower()] == "html":

@@ -56,9 +56,12 @@ def test_a_disk_without_room_is_told_and_leaves_the_index_as_it_was(run: Run, do
 
 def test_people_get_text_and_a_stream(server: Server, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (docs / "bad.txt").write_bytes(b"\0")
+    for name in ("a.docx", "b.DOCX", "Makefile"):
+        (docs / name).write_bytes(b"x")
     assert main(["rag", "index", str(docs), "--out", str(tmp_path / "i"), "--server", server.url, "--base", "texts"]) == 0
     told = capsys.readouterr()
     assert "chunks of 2 documents by base" in told.out
+    assert "3 files of other kinds are not in it: 2 .docx, 1 no ending" in told.out
     assert "skipped bad.txt: it is binary" in told.err
     ask = ["rag", "ask", "tea", "--index", str(tmp_path / "i"), "--server", server.url, "--base", "texts", "--lm-base", "words"]
     assert main([*ask, "--max-tokens", "3"]) == 0

@@ -52,6 +52,42 @@ def test_a_head_that_is_never_closed_hides_its_title_and_nothing_else(tmp_path: 
     assert html(tmp_path, page) == "# Rice\n\nWash it.\n"
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_a_text_is_the_same_whichever_system_wrote_its_line_ends(tmp_path: Path, end: str) -> None:
+    text = "# Tea\n\nBoil it.\n\n## Green\n\nEighty degrees.\n"
+    (tmp_path / "here.md").write_text(text)
+    (tmp_path / "there.md").write_bytes(text.replace("\n", end).encode())
+    made = list(chunks_of(read_documents(tmp_path).documents, Chunking()))
+    here, there = ([(chunk.text, chunk.metadata) for chunk in made if chunk.document == name] for name in ("here.md", "there.md"))
+    assert here == there
+    assert here[1][1] == {"section": "Tea"}
+
+
+def test_links_that_lead_nowhere_and_out_of_the_folder_are_named_and_those_within_it_are_not(tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    for name in ("docs/green", "docs/.old", "shared"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "tea.md").write_text("Tea.")
+    for name, target in (
+        ("shared", tmp_path / "shared"),
+        ("again", docs / "green"),
+        ("old", docs / ".old"),
+        ("gone.md", docs / "none.md"),
+        ("loop.md", docs / "loop.md"),
+    ):
+        (docs / name).symlink_to(target)
+    os.mkfifo(docs / "pipe.txt")
+    reading = read_documents(docs)
+    assert [document.id for document in reading.documents] == ["green/tea.md"]
+    assert reading.skipped == (
+        "gone.md: a link that leads to no file",
+        "loop.md: a link that leads to no file",
+        "old: a link to a folder that is not read from here",
+        "pipe.txt: no plain file",
+        "shared: a link to a folder that is not read from here",
+    )
+
+
 def python(text: str, *, size: int = 180) -> dict[str | None, str]:
     made = chunks_of([Document("code.py", text, "python")], Chunking(size=size, overlap=0))
     return {chunk.metadata.get("section"): chunk.text for chunk in made}
