@@ -27,7 +27,8 @@ BATCH = 256  # chunks between two points that an interrupted run can go on from
 
 @dataclass(frozen=True)
 class BuildReport:
-    """`reused`: chunks whose vectors came from the version before or from an interrupted run; `truncated`: too long for the adapter."""
+    """`embedded`: texts; `reused`: chunks whose vectors are another chunk's of the same text, or came from the version before or from an
+    interrupted run; `truncated`: texts too long for the adapter."""
 
     version: str
     chunks: int

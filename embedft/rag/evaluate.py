@@ -57,9 +57,9 @@ def load_questions(source: Path, *, limit: int | None = None, training_limit: in
     for found in read_records(str(source), problems):
         row = found.values
         answers, documents = (row.get(f"{name}s", row.get(name, [])) for name in ("answer", "document"))
-        listed: list[list[Any]] = [[value] if isinstance(value, str) else value for value in (answers, documents)]
+        listed: list[list[Any]] = [_listed(value) for value in (answers, documents)]
         asked = row.get("question")
-        if isinstance(asked, str) and asked.strip() and all(isinstance(v, str) for side in listed for v in _list(side)):
+        if isinstance(asked, str) and asked.strip() and all(isinstance(v, str) for side in listed for v in side):
             questions.append(Question(asked, dict.fromkeys(listed[1], 1), tuple(listed[0])))
         else:
             problems.append(f'{found.where}: expected {{"question": text, "answer": text or list, "document": id or list}}')
@@ -68,9 +68,11 @@ def load_questions(source: Path, *, limit: int | None = None, training_limit: in
     return EvaluationSet(tuple(questions[:limit]))
 
 
-def _list(value: Any) -> list[Any]:
-    """What is no list holds something that is no text."""
-    return value if isinstance(value, list) else [None]
+def _listed(value: Any) -> list[Any]:
+    """A CSV's empty field and a Parquet file's null say nothing; what is neither text nor list holds something that is no text."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return []
+    return [value] if isinstance(value, str) else value if isinstance(value, list) else [None]
 
 
 def _beir(folder: Path, limit: int | None, training_limit: int) -> EvaluationSet:
@@ -137,13 +139,13 @@ def evaluate(
             ]
         )
     retrieval, answers, indexes = list[Cell](), list[Cell](), dict[str, Any]()
-    notes: list[str] = []
+    notes = _unscored(data.questions)
     if index is not None:
         opened = VectorIndex.open(index)
         for adapter in adapters:  # before the time that the first ones take
             lineage, made_by = embedder.document_lineage(adapter)
             opened.check(lineage=lineage, made_by=made_by)
-        notes = _missing(data.questions, opened.documents())
+        notes += _missing(data.questions, opened.documents())
     for note in notes:
         tell(note)
     for adapter in adapters:
@@ -168,6 +170,14 @@ def evaluate(
         "retrieval": [cell.figures(retrieval[0]) for cell in retrieval],
         "answers": [cell.figures(answers[0]) for cell in answers],
     }
+
+
+def _unscored(questions: Sequence[Question]) -> list[str]:
+    """A note where retrieval is scored on fewer questions than there are."""
+    named, of = sum(bool(question.relevant) for question in questions), len(questions)
+    if not 0 < named < of:
+        return []
+    return [f"{of - named} of the {of} questions name no document: what is found is scored on the other {named}"]
 
 
 def _missing(questions: Sequence[Question], documents: Sequence[str]) -> list[str]:

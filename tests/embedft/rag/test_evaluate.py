@@ -96,6 +96,19 @@ def test_questions_are_read_as_any_other_rows_are(tmp_path: Path) -> None:
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"qa.jsonl:{line}" for line in (2, 3, 4)]
 
 
+def test_a_field_without_a_value_is_no_document_and_no_answer(tmp_path: Path, server: Server) -> None:
+    (tmp_path / "qa.csv").write_text("question,answer,document\ntea,,tea.md\nbread,flour,\n")
+    write_rows(tmp_path / "qa.jsonl", [{"question": "tea", "answer": None, "document": "tea.md"}, {"question": "bread", "answer": "flour"}])
+    found = load_questions(tmp_path / "qa.csv")
+    assert found.questions == (Question("tea", {"tea.md": 1}), Question("bread", answers=("flour",)))
+    assert load_questions(tmp_path / "qa.jsonl") == found
+    engine = RemoteEngine(server.url)
+    build_index(tmp_path / "i", [Chunk("tea.md#0", "tea.md", "tea")], engine, adapter="a")
+    report = evaluate(found, engine, adapters=["a"], out=tmp_path, index=tmp_path / "i")
+    assert report["notes"] == ["1 of the 2 questions name no document: what is found is scored on the other 1"]
+    assert rows_of(report)["dense"]["hit@1"]["mean"] == 1.0
+
+
 def test_an_index_is_evaluated_with_its_own_adapter_and_base(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     build_index(tmp_path / "i", [Chunk("d", "d", "tea")], RemoteEngine(server.url), adapter="a")
     questions = write_rows(tmp_path / "qa.jsonl", [{"question": "tea", "document": "d"}])
