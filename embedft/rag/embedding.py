@@ -1,6 +1,7 @@
 """AdapterEmbedding: llama-index's BaseEmbedding over a base and its adapters, by URL or in this process."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
@@ -28,6 +29,7 @@ class AdapterEmbedding(BaseEmbedding):
 
     def __init__(self, *, engine: Embedder | None = None, **settings: Any) -> None:
         """`engine`: one that is shared with others; made from the settings where there is none. Raises UsageError."""
+        only_known(settings, {*type(self).model_fields, "lineage"}, of="AdapterEmbedding")  # to_dict's lineage is what it then was
         if settings.get("embeddings_cache") is not None:
             raise UsageError(
                 "llama-index's embeddings_cache knows a vector by its text alone and would mix adapters, and queries with documents: "
@@ -113,6 +115,14 @@ class AdapterEmbedding(BaseEmbedding):
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         return list(Labelled.of(await self.engine.aembed(texts, input_type="document", adapter=self.adapter)))
+
+
+def only_known(settings: Mapping[str, Any], known: Collection[str], *, of: str) -> None:
+    """UsageError for a setting that there is not, which llama-index's classes would take without a word: the base would answer."""
+    for name in settings:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"{of} has no setting {name!r}" + (f": did you mean {nearest[0]!r}?" if nearest else ""))
 
 
 def _mean(made: Vectors, agg_fn: Any) -> Labelled:

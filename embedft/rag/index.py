@@ -157,9 +157,10 @@ class VectorIndex:
         return now.found(now.nearest(now.accept(query, mapped=mapped), k))
 
     def by_words(self, text: str, k: int) -> list[tuple[int, float]]:
-        """(row, BM25 score) of the k best live rows of the last save. UsageError where it was made without BM25, or never saved."""
-        if self.bm25 is None and len(self):
-            why = "was made without BM25: index again with it" if self.version else "is without BM25 until it is saved: save it"
+        """(row, BM25 score) of the k best live rows. UsageError where it was made without BM25, or holds what was not saved yet."""
+        made_without = self._ann is not None and self.bm25 is None
+        if (made_without or self._new) and len(self):
+            why = "was made without BM25: index again with it" if made_without else "has new chunks without BM25 until it is saved: save it"
             raise UsageError(f"index {self.name!r} {why}, or turn the hybrid stage off")
         found = self.bm25.search(text, k + len(self._dead.rows)) if self.bm25 else []
         return [pair for pair in found if pair[0] not in self._dead][:k]

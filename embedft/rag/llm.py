@@ -19,12 +19,14 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.llms.openai_like import OpenAILike
 
 from embedft.errors import EmbedftError, EngineFailed
+from embedft.rag.embedding import only_known
 from embedft.rag.engines import Reader
 from embedft.rag.local import LocalReader, store_at
 from embedft.rag.remote import refusal, server_root, unreachable
 from embedft.rag.transports import LoopTransport, ReaderTransport
 
 Piece = TypeVar("Piece")
+_CLIENTS = ("http_client", "async_http_client", "openai_client", "async_openai_client")  # that OpenAI takes and has no field for
 NO_KEY = "none"  # OpenAI's client wants some key, and would take OPENAI_API_KEY, which is not this server's business
 
 
@@ -44,7 +46,8 @@ class AdapterLLM(OpenAILike):
     _reader: Reader | None = PrivateAttr(default=None)
 
     def __init__(self, *, reader: Reader | None = None, **settings: Any) -> None:
-        """`reader`: one in this process that is shared with others; made from the settings where there is none."""
+        """`reader`: one in this process that is shared with others; made from the settings where there is none. Raises UsageError."""
+        only_known(settings, {*type(self).model_fields, *_CLIENTS}, of="AdapterLLM")
         chosen: dict[str, Any] = {
             "max_tokens": 256,
             "temperature": 0.0,

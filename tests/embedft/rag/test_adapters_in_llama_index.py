@@ -1,6 +1,7 @@
 """AdapterEmbedding and AdapterLLM inside llama-index's own classes, over a real server."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llama_index.llms.openai_like import OpenAILike
 
 from embedft.adapters.store import AdapterStore
 from embedft.errors import AdapterNotFound, EngineFailed, InputInvalid, UsageError
-from embedft.rag import AdapterEmbedding, AdapterLLM
+from embedft.rag import AdapterEmbedding, AdapterEmbeddings, AdapterLLM
 from embedft.rag.engines import Labelled
 from tests.serve.test_choice import expected
 from tests.serve.world import Server, World
@@ -104,6 +105,17 @@ def test_an_ingestion_pipelines_docstore_skips_what_is_known(embedding: AdapterE
 def test_a_cache_that_would_mix_adapters_is_refused(server: Server) -> None:
     with pytest.raises(UsageError, match="would mix adapters"):
         AdapterEmbedding(url=server.url, embeddings_cache=SimpleKVStore())
+
+
+@pytest.mark.parametrize("make", [AdapterEmbedding, AdapterEmbeddings, AdapterLLM])
+def test_a_setting_that_there_is_not_is_refused_for_else_the_base_would_answer(server: Server, make: Callable[..., Any]) -> None:
+    with pytest.raises(UsageError, match="no setting 'adaptr': did you mean 'adapter"):
+        make(url=server.url, adaptr="a")
+
+
+def test_what_is_written_out_is_read_in_again(embedding: AdapterEmbedding, llm: AdapterLLM) -> None:
+    assert AdapterEmbedding.from_dict(embedding.to_dict()).document_lineage() == embedding.document_lineage()
+    assert AdapterLLM.from_dict(llm.to_dict()).complete("hi").text == llm.complete("hi").text
 
 
 def test_chat_and_completion_choose_the_adapter_per_call(llm: AdapterLLM) -> None:

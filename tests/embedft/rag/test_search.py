@@ -53,6 +53,22 @@ def test_each_stage_can_be_left_out(tmp_path: object) -> None:
         search(index, "", label(rows[3]), Stages(k=2, rerank=lambda *_: [1.0], rerank_depth=5))
 
 
+def test_words_are_not_looked_up_in_less_than_the_index_holds(tmp_path: Path) -> None:
+    rows = vectors(3)
+    index = VectorIndex(tmp_path / "i", lineage="L", made_by="base")
+    index.save()
+    assert index.by_words("green", 5) == []
+    for number in range(3):
+        index.add([Chunk(f"c{number}", "d", "green tea")], rows[number : number + 1], lineage="L", made_by="base")
+        with pytest.raises(UsageError, match="has new chunks without BM25 until it is saved: save it"):
+            search(index, "green", label(rows[0]), Stages(fusion="rrf"))
+        index.save(bm25=number < 2)
+        if number < 2:
+            assert len(search(index, "green", None, Stages(fusion="sparse"))) == number + 1
+    with pytest.raises(UsageError, match="was made without BM25"):
+        index.by_words("green", 5)
+
+
 def test_a_question_is_looked_up_in_the_table_once_and_reranked_by_what_was_embedded(tmp_path: Path) -> None:
     rows, asked = vectors(2), list[str]()
     index = VectorIndex(tmp_path / "i", lineage="L", made_by="base")
