@@ -200,8 +200,8 @@ class LineageMismatch(RagError):
         same = "; a base's own vectors are of one lineage where its weights, max_length and prompt are the same"
         super().__init__(
             f"index {index!r} holds vectors of lineage {holds[:12]} (by {holds_by}), and this question's belong to lineage {given[:12]} "
-            f"(by {given_by}): use the adapter that it was built with, index again with this one, or fit a linear map (--map)"
-            f"{same if holds_by == 'base' else ''}"
+            f"(by {given_by}): use the adapter that it was built with, index again with this one, or fit a linear map "
+            f"(`embedft rag ask --map`){same if holds_by == 'base' else ''}"
         )
 
 

@@ -9,14 +9,20 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from embedft.errors import EmbedftError
+from embedft.errors import EmbedftError, TrainingInterrupted, UsageError
 from embedft.lean import EAGER
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = parse(argv)
+    try:
+        arguments = parse(argv)
+    except _Misused as error:
+        if "--json" in (sys.argv if argv is None else argv):
+            _print_error(str(error), code=UsageError.code)
+        raise SystemExit(UsageError.exit_code) from None
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     for name, value in (quiet | EAGER).items():
         os.environ.setdefault(name, value)
@@ -26,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EmbedftError as error:
         return _failed(arguments, str(error), code=error.code, status=error.exit_code)
     except KeyboardInterrupt:
-        print("embedft: stopped", file=sys.stderr)
-        return 130
+        return _failed(arguments, "stopped", code=TrainingInterrupted.code, status=TrainingInterrupted.exit_code)
     except BrokenPipeError:  # the reader went away: `embedft … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -38,9 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(arguments: argparse.Namespace, message: str, *, code: str, status: int) -> int:
     if arguments.json:
-        print(json.dumps({"error": {"code": code, "message": message}}))
+        _print_error(message, code=code)
     print(f"embedft: {message}", file=sys.stderr)
     return status
+
+
+def _print_error(message: str, *, code: str) -> None:
+    print(json.dumps({"error": {"code": code, "message": message}}))
+
+
+class _Misused(SystemExit):
+    """A command line that does not parse, said on stderr already."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """argparse's own, but what is wrong goes on to whoever reads JSON."""
+        self.print_usage(sys.stderr)
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise _Misused(message)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     from embedft import __version__
     from embedft.cli import adapters, data, machine, rag, recipes, serve, train
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="embedft", description="Train adapters for embedding and language models, prove that they help, serve many over one base."
     )
     parser.add_argument("--version", action="version", version=__version__)

@@ -5,6 +5,7 @@ FOLDER/work/<lineage>.sqlite holds vectors by content hash while a build runs; a
 
 import fcntl
 import sqlite3
+import tempfile
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -114,11 +115,12 @@ def _alone(folder: Path) -> Generator[None]:
 
 
 def usable(folder: Path) -> None:
-    """Make `folder` unless it is there. UsageError where it cannot be made or is a file: said before hours of work, not after them."""
+    """Make `folder` unless it is there. UsageError where nothing can be written in it: said before hours of work, not after them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"{folder}: no folder can be made there ({error.strerror}): name another") from None
+        raise UsageError(f"{folder}: no folder can be made or written to there ({error.strerror}): name another") from None
 
 
 def _opened(folder: Path) -> VectorIndex | None:

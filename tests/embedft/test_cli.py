@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from embedft.adapters.store import AdapterStore
 from embedft.cli import _parser, main, parse
 from embedft.cli.show import Progress
 from embedft.doctor import examine
@@ -70,6 +71,36 @@ def test_wrong_usage_exits_2_without_a_traceback(in_folder: Path, capsys: pytest
     with pytest.raises(SystemExit) as stopped:
         main(["train-embed"])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("rag ask --json", "the following arguments are required: QUESTION, --index"),
+        ("data mine a b --negatives 0 --json", "argument --negatives: '0'; expected a whole number of at least 1"),
+        ("adapters list --json --nosuch", "unrecognized arguments: --nosuch"),
+    ],
+)
+def test_machines_are_told_of_wrong_usage_too(capsys: pytest.CaptureFixture[str], command: str, said: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(command.split())
+    told = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert json.loads(told.out) == {"error": {"code": "usage", "message": said}}
+    assert told.err.startswith("usage: ")
+    assert said in told.err
+
+
+def test_machines_are_told_that_a_command_was_stopped(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_: AdapterStore) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AdapterStore, "names", stop)
+    assert main(["adapters", "list", "--adapters", str(in_folder), "--json"]) == 130
+    told = capsys.readouterr()
+    assert (json.loads(told.out)["error"], told.err) == ({"code": "interrupted", "message": "stopped"}, "embedft: stopped\n")
 
 
 ROWS = '{"query": "what is red", "positive": "red is a colour"}\n{"query": "what is two", "positive": "two is a number"}\n'
@@ -151,7 +182,7 @@ def test_settings_may_stand_before_and_after_options(capsys: pytest.CaptureFixtu
     assert (arguments.dry_run, arguments.json, arguments.overrides) == (True, True, ["train.lr=1", "train.seed=2", "data.limit=3"])
     for wrong in (["train-embed", "pydocs-code", "--dry-rum", "a=1"], ["doctor", "a=1"]):
         with pytest.raises(SystemExit) as stopped:
-            parse(wrong)
+            main(wrong)
         assert stopped.value.code == 2
         assert "unrecognized arguments" in capsys.readouterr().err
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from embedft.errors import DocumentsUnusable
+from embedft.errors import DocumentsUnusable, UsageError
+from embedft.rag.build import usable
 from embedft.rag.chunks import Chunking, chunks_of
 from embedft.rag.documents import Document, read_documents
 
@@ -189,3 +190,11 @@ def test_a_file_or_folder_that_may_not_be_read_is_named_and_the_rest_is_read(unp
     )
     for name in ("closed", "listed"):
         (unprivileged / name).chmod(0o755)
+
+
+def test_a_place_that_nothing_can_be_written_to_is_refused_before_the_work(unprivileged: Path) -> None:
+    usable(unprivileged / "new")
+    (unprivileged / "new").chmod(0o555)
+    for folder in (unprivileged / "new", unprivileged / "new" / "below"):
+        with anybody(), pytest.raises(UsageError, match="Permission denied"):
+            usable(folder)

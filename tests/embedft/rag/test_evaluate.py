@@ -56,7 +56,7 @@ def test_an_adapter_of_other_vectors_is_refused_before_the_first_one_is_measured
     engine, told = RemoteEngine(server.url), list[str]()
     build_index(tmp_path / "i", [Chunk("tea.md#0", "tea.md", "tea")], engine, adapter="a")
     data = EvaluationSet((Question("tea", {"tea.md": 1}),))
-    with pytest.raises(LineageMismatch, match="by b@"):
+    with pytest.raises(LineageMismatch, match=r"by b@.*fit a linear map \(`embedft rag ask --map`\)"):
         evaluate(data, engine, adapters=["a", "b"], out=tmp_path, index=tmp_path / "i", tell=told.append)
     assert told == []
 
