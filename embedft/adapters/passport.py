@@ -89,7 +89,8 @@ def read_passport(folder: Path, *, name: str | None = None) -> Passport:
     path = folder / PASSPORT
     called = name or folder.name
     if not path.is_file():
-        raise AdapterInvalid(called, f"{folder.name} holds no {PASSPORT}: it was not written by embedft")
+        plain = ": plain PEFT's is imported with --base, --task and --name" if (folder / CONFIG).is_file() else ""
+        raise AdapterInvalid(called, f"it holds no {PASSPORT}, so it was not written by embedft{plain}")
     try:
         return Passport.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:

@@ -1,10 +1,11 @@
 """Adapters in and out of a store: import and export of folders, push and pull to any fsspec place or the hub, bit for bit."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from embedft.adapters.passport import CONFIG, TEXTS, WEIGHTS, read_passport
+from embedft.adapters.passport import CONFIG, PASSPORT, TEXTS, WEIGHTS, read_passport
 from embedft.adapters.store import AdapterStore, check_folder
 from embedft.errors import AdapterExists, AdapterInvalid, EmbedftError, UsageError
 from embedft.files import HeaderInvalid, not_finite, publish_folder, staged_folder, tensor_table
@@ -20,7 +21,7 @@ def import_folder(store: AdapterStore, source: Path, *, name: str | None = None)
     """Copy an adapter folder into the store, validated first; returns its generation. AdapterInvalid says what is wrong."""
     if not source.is_dir():
         raise UsageError(f"{source} is not a folder")
-    called = name or _name_of(source)
+    called = name or read_passport(source).name
     check_folder(source, called)  # before its bytes are copied
     with store.stage() as stage:
         _copy(source, stage)
@@ -45,25 +46,32 @@ def export_folder(store: AdapterStore, name: str, out: Path, *, keep_texts: bool
 
 def push(store: AdapterStore, name: str, place: str, *, keep_texts: bool = False) -> tuple[str, list[str]]:
     """Upload the current generation of `name` to `place` (a folder, hf://user/repo or any fsspec URL); returns the generation, and
-    the files left out because they carry texts."""
+    the files left out because they carry texts. Those of an earlier push are taken away there."""
     source, generation = store.folder(name), store.current(name)
-    texts = source / "eval" / TEXTS
-    left_out = [f"eval/{TEXTS}"] if texts.is_file() and not keep_texts else []
+    texts = [] if keep_texts else [f"eval/{TEXTS}"]
     try:
         if place.startswith("hf://"):
             _hub().create_repo(place[5:], exist_ok=True)
-            _hub().upload_folder(repo_id=place[5:], folder_path=str(source), ignore_patterns=left_out)
+            _hub().upload_folder(repo_id=place[5:], folder_path=str(source), ignore_patterns=texts, delete_patterns=texts)
         else:
-            files, root = _filesystem(place)
-            for path in sorted(item for item in source.rglob("*") if item.is_file() and not (left_out and item == texts)):
-                target = f"{root}/{path.relative_to(source).as_posix()}"
-                files.makedirs(target.rpartition("/")[0], exist_ok=True)
-                files.put_file(str(path), target)
+            _upload(*_filesystem(place), source, without=texts)
     except EmbedftError:
         raise
     except Exception as error:  # fsspec's backends and the hub raise what they like
         raise TransferFailed(f"pushing {name!r} to {place} failed: {error}") from error
-    return generation, left_out
+    return generation, [path for path in texts if (source / path).is_file()]
+
+
+def _upload(files: Any, root: str, source: Path, *, without: Sequence[str]) -> None:
+    """The passport goes first and comes last: what an upload that was cut off leaves, half of it an older adapter's, is none."""
+    for old in (PASSPORT, *without):
+        if files.exists(f"{root}/{old}"):
+            files.rm_file(f"{root}/{old}")
+    names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
+    for name in sorted(set(names) - set(without), key=lambda name: (name == PASSPORT, name)):
+        target = f"{root}/{name}"
+        files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        files.put_file(str(source / name), target)
 
 
 def pull(store: AdapterStore, place: str, *, name: str | None = None) -> tuple[str, str]:
@@ -81,7 +89,7 @@ def pull(store: AdapterStore, place: str, *, name: str | None = None) -> tuple[s
             raise
         except Exception as error:
             raise TransferFailed(f"pulling from {place} failed: {error}") from error
-        called = name or _name_of(stage)
+        called = name or read_passport(stage, name=place).name
         check_contents(stage, called)
         return called, store.put(stage, called)
 
@@ -108,10 +116,6 @@ def check_weights(folder: Path, name: str) -> None:
             raise AdapterInvalid(name, f"tensor {broken} is not finite: its training diverged (lower train.lr), or the file is damaged")
     except HeaderInvalid as error:
         raise AdapterInvalid(name, str(error)) from None
-
-
-def _name_of(folder: Path) -> str:
-    return read_passport(folder).name
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -122,6 +122,43 @@ def test_what_is_no_folder_is_not_imported(adapter: Path, store: AdapterStore) -
             import_folder(store, path, name="x")
 
 
+def test_a_folder_without_passport_is_named_as_its_owner_calls_it(adapter: Path, store: AdapterStore) -> None:
+    (adapter / PASSPORT).unlink()
+    plain = r"it holds no passport\.json, so it was not written by embedft: plain PEFT's is imported with --base, --task and --name$"
+    for name, called in ((None, adapter.name), ("legal", "legal")):
+        with pytest.raises(AdapterInvalid, match=rf"^adapter '{called}' cannot be used: {plain}"):
+            import_folder(store, adapter, name=name)
+    with pytest.raises(AdapterInvalid, match=f"^adapter '{adapter}' cannot be used: {plain}"):
+        pull(store, str(adapter))
+    assert not store.names()
+
+
+def test_what_an_upload_that_was_cut_off_leaves_is_no_adapter(
+    adapter: Path, store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    put = LocalFileSystem.put_file
+
+    def cut_off(files: LocalFileSystem, source: str, target: str) -> None:
+        if target.endswith("probes.safetensors"):
+            raise OSError("no route to host")
+        put(files, source, target)
+
+    import_folder(store, adapter, name="legal")
+    for place in ("new", "old"):
+        if place == "old":
+            push(store, "legal", str(tmp_path / place))
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalFileSystem, "put_file", cut_off)
+            with pytest.raises(TransferFailed, match="no route to host"):
+                push(store, "legal", str(tmp_path / place))
+        with pytest.raises(AdapterInvalid, match=r"holds no passport\.json"):
+            pull(store, str(tmp_path / place), name="copy")
+        push(store, "legal", str(tmp_path / place))
+        assert pull(store, str(tmp_path / place), name="copy")[1] == store.current("legal")
+
+
 def test_push_and_pull_round_trip_bit_for_bit(adapter: Path, store: AdapterStore, tmp_path: Path) -> None:
     import_folder(store, adapter, name="legal")
     for place in (str(tmp_path / "elsewhere"), "memory://adapters/legal"):
@@ -195,6 +232,8 @@ def test_export_leaves_evaluation_texts_out_and_says_so(adapter: Path, store: Ad
         assert (pushed, left_out) == (store.current("legal"), [] if keep else ["eval/texts.jsonl"])
         assert (tmp_path / f"pushed{number}" / "eval" / "texts.jsonl").exists() == keep
         assert (tmp_path / f"pushed{number}" / "passport.json").is_file()
+    push(store, "legal", str(tmp_path / "pushed1"))
+    assert not (tmp_path / "pushed1" / "eval" / "texts.jsonl").exists()
     assert read_passport(tmp_path / "out").name == "a"
     with pytest.raises(AdapterExists):
         export_folder(store, "legal", tmp_path / "out")
