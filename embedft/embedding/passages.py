@@ -1,6 +1,7 @@
 """A bare corpus → its passages: a BEIR folder, rows with a text, or Markdown and text files by their sections. Asks no model."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def read_passages(corpus: str) -> list[Passage]:
     problems: list[str] = []
     path = Path(corpus)
     if is_beir(corpus) and not any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
-        return _of_files(path)
+        return _of_files(path, sorted(below for below in path.rglob("*") if _is_text(below)))
+    if _is_text(path):
+        return _of_files(path.parent, [path])
     source = next((str(path / name) for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).is_file()), corpus)
     passages: dict[str, Passage] = {}
     bare: set[tuple[str, ...]] = set()  # sets of columns without a text: told once each
@@ -53,11 +56,15 @@ def read_passages(corpus: str) -> list[Passage]:
     return list(passages.values())
 
 
-def _of_files(folder: Path) -> list[Passage]:
-    """Each section of each .md and .txt file; a Markdown heading is its section's title."""
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() in {".md", ".txt"} and path.is_file()
+
+
+def _of_files(folder: Path, paths: Sequence[Path]) -> list[Passage]:
+    """Each section of each of these .md and .txt files; a Markdown heading is its section's title."""
     passages: list[Passage] = []
     problems: list[str] = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in {".md", ".txt"} and p.is_file()):
+    for path in paths:
         title, lines, code = "", list[str](), False
         name = path_text(path.relative_to(folder))
 
@@ -72,7 +79,7 @@ def _of_files(folder: Path) -> list[Passage]:
             continue
         for line in content.splitlines():
             code ^= line.lstrip().startswith(_FENCE)
-            if path.suffix == ".md" and not code and (heading := re.match(r"#{1,6}\s+(.*)", line)):
+            if path.suffix.lower() == ".md" and not code and (heading := re.match(r"#{1,6}\s+(.*)", line)):
                 close(title, lines)
                 title, lines = heading.group(1).strip(" #`*"), []
             else:

@@ -58,6 +58,13 @@ def test_headings_of_markdown_files_are_titles(tmp_path: Path) -> None:
     ]
 
 
+def test_a_text_file_is_read_by_itself_too_and_with_its_ending_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "README.MD").write_text("# Install the tool\nRun it.\n")
+    for source in (tmp_path, tmp_path / "README.MD"):
+        (passage,) = read_passages(str(source))
+        assert (passage.identifier, passage.title, passage.text) == ("README.MD#0", "Install the tool", "Run it.")
+
+
 def test_code_in_markdown_has_no_headings_and_a_byte_order_mark_hides_none(tmp_path: Path) -> None:
     text = "\ufeff# Install the tool\nRun it.\n\n```bash\n# as root\nmake\n```\n\n## Configure it\nWrite a file.\n"
     (tmp_path / os.fsdecode(b"caf\xe9.md")).write_text(text)
