@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,10 +213,13 @@ class VectorIndex:
         return made
 
     def map_from(self, lineage: str) -> LinearMap | None:
-        """The fitted map from another lineage's documents to this one's, if there is one."""
+        """The fitted map from another lineage's documents to this one's, if there is one; a damaged one can be fitted again."""
         path = self.folder / "maps" / f"{lineage[:32]}.npz"
-        found = LinearMap.load(path) if path.is_file() else None
-        return found if found and (found.source, found.target) == (lineage, self.lineage) else None
+        try:
+            found = LinearMap.load(path)
+        except (FileNotFoundError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
+        return found if (found.source, found.target) == (lineage, self.lineage) else None
 
     def save(self, *, bm25: bool = True) -> str:
         """Publish what is in memory as the next version and switch to it in one step. Returns the version's name.

@@ -51,3 +51,16 @@ def test_an_index_too_small_to_hold_texts_back_is_refused_before_anything_is_emb
     assert len(engine.noted["document"]) == 55
     with pytest.raises(UsageError, match="and 0 to measure"):
         fitted(tmp_path / "j", server, ["the same"] * 80)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no map"])
+def test_a_map_whose_file_is_damaged_is_none_and_is_fitted_again(tmp_path: Path, server: Server, content: bytes) -> None:
+    engine, _ = fitted(tmp_path / "i", server, [f"text {i}" for i in range(80)])
+    lineage, _ = engine.document_lineage("b")
+    index = VectorIndex.open(tmp_path / "i")
+    assert index.map_from(lineage)
+    (path,) = (tmp_path / "i" / "maps").iterdir()
+    path.write_bytes(content)
+    assert index.map_from(lineage) is None
+    fit_map(index, engine, "b")
+    assert index.map_from(lineage)
