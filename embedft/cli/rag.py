@@ -124,8 +124,8 @@ def _index(arguments: argparse.Namespace) -> int:
         print(f"{reading.other} files of other kinds are not in it: {kinds}")
     if report.truncated:
         print(
-            f"{report.truncated} chunks are longer than the model reads (an adapter's max_length: `embedft adapters show`), and their ends "
-            f"are not in the vectors: choose a --chunk-size below {arguments.chunk_size}"
+            f"{report.truncated} of the {report.embedded} chunks embedded now are longer than the model reads (an adapter's max_length: "
+            f"`embedft adapters show`), and their ends are not in the vectors: choose a --chunk-size below {arguments.chunk_size}"
         )
     return 0
 

@@ -29,7 +29,7 @@ BATCH = 256  # chunks between two points that an interrupted run can go on from
 @dataclass(frozen=True)
 class BuildReport:
     """`embedded`: texts; `reused`: chunks whose vectors are another chunk's of the same text, or came from the version before or from an
-    interrupted run; `truncated`: texts too long for the adapter."""
+    interrupted run; `truncated`: those of the embedded that are too long for the adapter."""
 
     version: str
     chunks: int
