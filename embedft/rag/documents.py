@@ -153,7 +153,8 @@ def _pdf(path: Path) -> str:
         reader = pypdf.PdfReader(str(path))
         if reader.is_encrypted and not reader.decrypt(""):
             raise _Unreadable("the PDF is encrypted: save it without a password")
-        return "\n\n".join(page.extract_text() or "" for page in reader.pages)
+        text = "\n\n".join(page.extract_text() or "" for page in reader.pages)
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # a font's table may name half a character
     except _Unreadable:
         raise
     except Exception as error:  # pypdf lets many types through

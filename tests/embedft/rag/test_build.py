@@ -216,23 +216,25 @@ def test_nothing_to_index_is_an_error(tmp_path: Path, server: Server) -> None:
         build_index(tmp_path / "i", [], RemoteEngine(server.url), adapter="a")
 
 
-def pdf(path: Path, text: str) -> Path:
-    """One page with one line of text."""
+def pdf(path: Path, text: str, *, characters: str = "") -> Path:
+    """One page with one line of text; `characters`: lines of what its font's table says that its codes stand for, all in hexadecimal."""
+    table = f"begincmap\n1 begincodespacerange\n<00> <FF>\nendcodespacerange\n9 beginbfchar\n{characters}\nendbfchar\nendcmap\n".encode()
     stream = f"BT /F1 18 Tf 20 100 Td ({text}) Tj ET".encode()
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
         b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 200] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
         b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
-        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /ToUnicode 6 0 R >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(table), table),
     ]
     content, places = b"%PDF-1.4\n", list[int]()
     for number, one in enumerate(objects, start=1):
         places.append(len(content))
         content += b"%d 0 obj\n%s\nendobj\n" % (number, one)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    trailer = b"trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % len(content)
-    path.write_bytes(content + b"xref\n0 6\n0000000000 65535 f \n" + table + trailer)
+    cross = b"".join(b"%010d 00000 n \n" % place for place in places)
+    trailer = b"trailer\n<< /Size 7 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % len(content)
+    path.write_bytes(content + b"xref\n0 7\n0000000000 65535 f \n" + cross + trailer)
     return path
 
 
@@ -258,6 +260,13 @@ def test_pdfs_are_read_unless_a_password_scan_or_damage_keeps_the_text_from_us(t
     assert reasons["closed.pdf"] == "the PDF is encrypted: save it without a password"
     assert "damaged" in reasons["cut.pdf"]
     assert "OCR" in reasons["scan.pdf"]
+
+
+def test_half_a_character_of_a_pdf_is_none_and_two_halves_are_one(tmp_path: Path, server: Server) -> None:
+    pdf(tmp_path / "odd.pdf", "Tea X wants Y.", characters="<58> <D835>\n<59> <D83DDE00>")
+    chunks = [Chunk(document.id, document.id, document.text) for document in read_documents(tmp_path).documents]
+    assert [chunk.text for chunk in chunks] == ["Tea \ufffd wants \U0001f600."]
+    assert build_index(tmp_path / "i", chunks, RemoteEngine(server.url), adapter="a").chunks == 1
 
 
 def test_a_document_of_100_mb_is_refused_unread_and_read_where_it_is_allowed(tmp_path: Path) -> None:
