@@ -4,6 +4,7 @@ Exit status: 0 done, 1 it failed and says what to do, 2 wrong usage. `--json` pr
 """
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from embedft.lean import EAGER
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character, or a byte of a name, that it does not know is no reason to end
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = parse(argv)
     except _Misused as error:

@@ -73,6 +73,14 @@ def test_wrong_usage_exits_2_without_a_traceback(in_folder: Path, capsys: pytest
     assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize(("encoding", "said"), [("utf-8", "caf\\udce9 grün"), ("ascii", "caf\\udce9 gr\\xfcn")])
+def test_what_a_terminal_cannot_show_is_written_out(tmp_path: Path, encoding: str, said: str) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 gr\xc3\xbcn")
+    command = [sys.executable, "-m", "embedft", "adapters", "list", "--adapters", folder]
+    done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert f"{said}; train one" in done.stdout.decode(encoding)
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
