@@ -207,6 +207,10 @@ class LocalReader:
 
         if unknown := sorted(set(options) - OPTIONS):
             raise InputInvalid("option_unsupported", f"{unknown[0]} is not for a model in this process: leave it out, or serve", unknown[0])
+        try:
+            "".join(message["content"] for message in messages).encode()
+        except UnicodeEncodeError:
+            raise InputInvalid("input_invalid", "an input holds half a character (a lone surrogate)", "input") from None
         template = template_with_hash(self._tokenizer, adapter.passport.template_hash if adapter else None)
         if template.source is None:
             ids = self._tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]

@@ -67,6 +67,11 @@ def test_an_answer_of_no_length_or_beyond_the_model_is_refused_by_its_length(see
         seed_reader.chat(ASKED, adapter=None, max_tokens=count)
 
 
+def test_a_question_with_half_a_character_is_refused(seed_reader: LocalReader) -> None:
+    with pytest.raises(InputInvalid, match="half a character"):
+        seed_reader.chat([{"role": "user", "content": "green \udce9"}], adapter=None, max_tokens=2)
+
+
 def in_time_error(reader: LocalReader) -> None:
     """What goes wrong in the worker is raised to the reader, and the base is free again."""
     list(reader.stream(ASKED, adapter=None, top_p=0.5))
