@@ -33,6 +33,12 @@ def test_top_p_counts_what_top_k_left() -> None:
     assert {choose(logits, Sampling(1, top_k=2, top_p=0.6), generator) for _ in range(200)} == {0, 1}
 
 
+@pytest.mark.parametrize("top_p", [5e-324, 1e-300, 1e-9])
+def test_the_likeliest_token_reaches_any_top_p(top_p: float) -> None:
+    logits, generator = torch.log(torch.tensor([0.3, 0.5, 0.2])), torch.Generator().manual_seed(0)
+    assert {choose(logits, Sampling(1, top_p=top_p), generator) for _ in range(20)} == {1}
+
+
 def test_the_coldest_temperature_is_the_likeliest_token() -> None:
     for temperature in (1e-45, 1e-40, 1e-5):
         assert choose(torch.tensor([3.0, 9.0, 1.0]), Sampling(1, temperature=temperature), torch.Generator()) == 1

@@ -94,8 +94,10 @@ def choose(logits: "Tensor", sampling: Sampling, generator: "torch.Generator | N
     if sampling.top_k > 0:
         order = order[: sampling.top_k]
     probabilities = torch.softmax(scaled[order], dim=-1)
-    if sampling.top_p < 1:  # of what top_k left; the first token over the mark stays in
-        probabilities *= probabilities.cumsum(-1) - probabilities < sampling.top_p
+    if sampling.top_p < 1:  # of what top_k left; the first token over the mark stays in, and the likeliest however low that is
+        kept = probabilities.cumsum(-1) - probabilities < sampling.top_p
+        kept[0] = True
+        probabilities *= kept
     picked = torch.multinomial(probabilities.cpu(), 1, generator=generator)
     return int(order[picked])
 
