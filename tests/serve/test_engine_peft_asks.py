@@ -147,6 +147,26 @@ def test_an_answer_keeps_to_its_schema_and_its_neighbours_do_not(server: EngineP
     assert not free["text"].startswith("{")
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {}, "minItems": 10**9},
+        {"type": "array", "items": {"type": "integer"}, "maxItems": 10**7},
+        {"type": "object", "patternProperties": {f"^a{number}x.*y": {} for number in range(1500)}},
+        {"type": "string", "allOf": [{"pattern": f"(.*x){{{number}}}"} for number in range(40)]},
+        {"$ref": "#"},
+    ],
+    ids=["items", "choices", "patterns", "allOf", "itself"],
+)
+def test_a_schema_that_would_take_all_memory_or_time_is_a_400_and_the_engine_lives(server: EngineProcess, schema: dict[str, Any]) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "huge", "schema": schema}}
+    for _ in range(2):
+        answer = server.post("/v1/completions", model="base", prompt="red", response_format=wanted)
+        assert (answer.status_code, code(answer)) == (400, "schema_invalid"), answer.text
+        assert "\n" not in answer.json()["error"]["message"]
+    assert server.post("/v1/completions", model="base", prompt="red", max_tokens=2).status_code == 200
+
+
 def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(server: EngineProcess) -> None:
     plain = server.post("/v1/chat/completions", model="a", messages=TURN, max_tokens=4, temperature=0).json()
     body = {"model": "a", "messages": TURN, "tools": [LOOK, WAIT], "max_tokens": 80, "temperature": 0}

@@ -211,7 +211,7 @@ class Batch:
     @staticmethod
     def _choose(row: Row, logits: "Tensor", likeliest: int | None) -> tuple[int, bool]:
         """(token, whether the row's structure is complete with it). EngineFailed: `likeliest` is None, as of weights that are not
-        finite; a grammar too large."""
+        finite. InputInvalid: a grammar too large."""
         if likeliest is None:
             raise EngineFailed(NOT_FINITE)
         if row.sampling.plain and row.structure is None and len(row.tokens) >= row.sampling.min_tokens:

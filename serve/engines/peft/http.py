@@ -183,7 +183,7 @@ class Routes:
         schema = body.structure()
         if schema is not None and body.min_tokens:
             raise InputInvalid("unsupported_parameter", "min_tokens: not together with an answer that must have a form", "min_tokens")
-        structure = await asyncio.to_thread(self.grammars.compile, schema) if schema is not None else None
+        structure = await self.grammars.structure(schema) if schema is not None else None
         generation = Request(
             self.worker, body, prompts=ids, adapter=adapter, max_tokens=room, logprobs=logprobs, eos=self.eos, structure=structure
         )
