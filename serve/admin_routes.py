@@ -80,7 +80,7 @@ def admin_routes(gateway: Gateway) -> APIRouter:
         if len({lifecycle.get(variant).engine.name for variant in body.variants}) > 1:
             raise InputInvalid("alias_invalid", "the variants are of different bases", "variants")
         await asyncio.to_thread(gateway.aliases.put, name, body.variants)
-        return _json({"name": name, "variants": gateway.aliases.all[name]})
+        return _json({"name": name, "variants": body.variants})
 
     @router.delete("/v1/aliases/{name}", dependencies=only_admin, summary="Forget an alias")
     async def delete_alias(name: str) -> Response:

@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence, Set
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import cached_property
 
 from fastapi import Request
 
 from embedft.errors import AdapterNotFound, InputInvalid
 from serve.access import Record
 from serve.admission import Budget, Ticket
+from serve.aliases import Table, pick
 from serve.engine import Engine
 from serve.errors import QueueFull
 from serve.gateway import Gateway
@@ -42,7 +44,12 @@ class Visible:
 
     @property
     def aliases(self) -> dict[str, dict[str, int]]:
-        return {name: variants for name, variants in self.gateway.aliases.all.items() if self.may_use(name)}
+        return {name: variants for name, variants in self._aliases.items() if self.may_use(name)}
+
+    @cached_property
+    def _aliases(self) -> Table:
+        """Looked up once a request, which would otherwise see a change in its midst."""
+        return self.gateway.aliases.all
 
     def may_use(self, name: str) -> bool:
         """A mix belongs to the tenant that asked for it, whatever the patterns say."""
@@ -53,7 +60,7 @@ class Visible:
     def knows(self, model: str) -> bool:
         """Whether `model` names an adapter or an alias."""
         plain = model.partition("@")[0]
-        return self.may_use(plain) and (plain in self._lifecycle.live or model in self.gateway.aliases.all)
+        return self.may_use(plain) and (plain in self._lifecycle.live or model in self._aliases)
 
     def get(self, name: str) -> Resident:
         """The generation that `name` means. AdapterNotFound, in the same words whether it is unknown or another's."""
@@ -75,8 +82,8 @@ class Visible:
 
     def _meant(self, name: str) -> str:
         """An alias' variant: drawn once a request."""
-        if name in self.gateway.aliases.all and name not in self._picked:
-            self._picked[name] = self.gateway.aliases.pick(name, self._key and f"{self.tenant.name}/{self._key}")
+        if name in self._aliases and name not in self._picked:
+            self._picked[name] = pick(name, self._aliases[name], self._key and f"{self.tenant.name}/{self._key}")
             self.record.tell(alias=name)
         return self._picked.get(name, name)
 

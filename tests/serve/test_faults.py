@@ -26,7 +26,7 @@ from tests.serve.test_choice import refused
 from tests.serve.world import Start, World, fill_adapter, put_adapter, wait_for
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"x": 5}', '{"x": {"a": "much"}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"x": 5}', '{"x": {"a": "much"}}', '{"x": {}}', '{"x": {"a": 2, "b": -2}}'])
 def test_aliases_that_cannot_be_read_are_none_until_one_is_put(tmp_path: Path, content: str) -> None:
     (tmp_path / "aliases.json").write_text(content)
     aliases = Aliases(tmp_path)
