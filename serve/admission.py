@@ -82,7 +82,7 @@ class Admission:
         self, budget: Budget, engine: Engine, adapter: str | None, *, route: str, cost: int, record: Record
     ) -> AsyncGenerator[Ticket]:
         """A place at `engine` inside the block; counted under `adapter`, and told to `record`. Raises RateLimited, QueueFull, NotReady."""
-        record.tell(tenant=budget.tenant.name, base=engine.name, adapter=adapter)
+        record.tell(base=engine.name, adapter=adapter)
         engine.supervisor.require_ready()  # those that wait for it to come back were asking it when it died: no others join them
         ticket, began = Ticket(engine, adapter, self._meters, budget), time.perf_counter()
         flow = await self._place(budget.tenant, engine, adapter, cost)

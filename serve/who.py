@@ -14,7 +14,8 @@ def known(gateway: Gateway) -> Callable[[Request], Coroutine[Any, Any, None]]:
     """Puts the tenant into `request.state.tenant`. NotAuthorized."""
 
     async def known_tenant(request: Request) -> None:
-        request.state.tenant = gateway.tenants.identify(request.headers.get("authorization", ""))
+        tenant = request.state.tenant = gateway.tenants.identify(request.headers.get("authorization", ""))
+        request.state.record.tell(tenant=tenant.name)  # that of a request that is refused, too
 
     return known_tenant
 
@@ -25,6 +26,7 @@ def admin_only(gateway: Gateway) -> list[Any]:
     async def admin(request: Request) -> None:
         given = request.headers.get("authorization", "")
         tenant = gateway.tenants.identify(given)
+        request.state.record.tell(tenant=tenant.name)
         if gateway.tenants.is_admin(given, tenant):
             return
         if gateway.tenants.keyed:

@@ -247,6 +247,22 @@ def test_a_line_a_request_is_logged_without_its_text(keyed: Server) -> None:
     assert "secret" not in keyed.log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/completions", {"model": "nobodys", "prompt": "x"}),
+        ("POST", "/v1/embeddings", {"input": "x", "typo": 1}),
+        ("PUT", "/v1/adapters/t", {"source": "nobodys"}),
+        ("GET", "/v1/models", None),
+    ],
+)
+def test_the_log_says_whose_request_was_refused_or_changed_something(keyed: Server, method: str, path: str, body: Any) -> None:
+    identity = f"whose-{method}{path.replace('/', '.')}"
+    keyed.client.request(method, path, json=body, headers={**header("bert"), "x-request-id": identity})
+    time.sleep(0.1)
+    assert keyed.logged(identity)["tenant"] == "bert"
+
+
 def test_with_keys_any_host_may_be_named_and_other_interfaces_bound(keyed: Server, tmp_path: Path, world: World) -> None:
     assert keyed.client.get("/v1/models", headers={**header("anna"), "host": "models.example"}).status_code == 200
     keys = write_keys(tmp_path)
