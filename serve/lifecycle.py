@@ -85,9 +85,11 @@ class Lifecycle:
                         return known
                     folder = self.store.folder(identity)
                     passport = read_passport(folder, name=live.name)
-                    resident = Resident(live.name, identity, folder, passport, live.engine, earlier=True)
+                    engine = engine_for(live.name, passport, self.engines.values())  # the name may have come from another base
+                    check_fit(live.name, passport, engine)
+                    resident = Resident(live.name, identity, folder, passport, engine, earlier=True)
                     self._held[resident.id] = resident
-                    self._trim(live.engine)
+                    self._trim(engine)
                     return resident
         return None
 
