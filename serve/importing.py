@@ -1,6 +1,7 @@
 """What a PUT names by `source` and is not in the store yet: fetched, checked, proven where nobody has, and then in the store."""
 
 import asyncio
+import contextlib
 import shutil
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 from embedft.adapters.passport import PASSPORT
 from embedft.adapters.store import AdapterStore, check_folder
 from embedft.adapters.transfer import check_contents, check_weights
-from embedft.errors import AdapterInvalid, InputInvalid
+from embedft.errors import AdapterInvalid, EmbedftError, InputInvalid
 from serve.engine import Engine
 from serve.errors import ModelNotFound
 from serve.foreign import take
@@ -31,7 +32,7 @@ class Importer:
 
         `base` names the base of an adapter without passport. Raises InputInvalid, AdapterInvalid, ModelNotFound.
         """
-        if source in (None, "store") and base is not None:
+        if base is not None and (source in (None, "store") or await asyncio.to_thread(self._has, source)):
             raise InputInvalid("invalid_parameter", "what the store has knows its base: leave `base` out, or name another `source`", "base")
         if source is None or ("://" not in source and base is None):
             yield source
@@ -42,6 +43,11 @@ class Importer:
         except BaseException:
             await asyncio.shield(asyncio.to_thread(self._store.discard, identity))
             raise
+
+    def _has(self, source: str) -> bool:
+        with contextlib.suppress(EmbedftError, OSError):
+            return self._store.folder(source).is_dir()
+        return False
 
     async def _imported(self, name: str, source: str, *, base: str | None) -> str:
         if base is not None and base not in self._engines:

@@ -207,8 +207,8 @@ def test_a_folder_without_passport_is_told_that_it_wants_a_base(world: World, se
 
 
 def test_a_base_is_not_named_for_what_knows_its_own(world: World, server: Server) -> None:
-    served(server, world, "knows", seed=79)
-    for source in ({}, {"source": "store"}):
+    generation = served(server, world, "knows", seed=79)
+    for source in ({}, {"source": "store"}, {"source": "knows"}, {"source": generation[:12]}):
         refused(server.put("knows", {**source, "base": "words"}), 400, "invalid_parameter")
 
 
@@ -226,6 +226,17 @@ def test_delete_drains_and_unloads_and_put_brings_it_back(world: World, server: 
     assert server.put("off").status_code == 200
     assert server.post("/v1/embeddings", {"input": "x", "adapter": "off"}).status_code == 200
     assert server.client.post("/v1/adapters/off/verify", headers=ADMIN).json()["probe"]["passed"] is True
+
+
+def test_an_earlier_generation_of_another_base_is_asked_at_its_own(world: World, server: Server) -> None:
+    wrote = served(server, world, "moved", seed=170, task="causal_lm")
+    served(server, world, "moved", seed=171)
+    named = f"moved@{wrote[:12]}"
+    assert server.client.get(f"/v1/adapters/{named}").json()["base"] == "words"
+    answer = server.post("/v1/completions", {"model": named, "prompt": "x", "max_tokens": 2})
+    assert (answer.status_code, answer.headers["x-embedft-adapter"]) == (200, named), answer.text
+    refused(server.post("/v1/embeddings", {"model": named, "input": "x"}), 400, "wrong_task")
+    assert server.post("/v1/embeddings", {"model": "moved", "input": "x"}).status_code == 200
 
 
 def test_of_earlier_generations_that_were_asked_for_only_the_last_few_stay_loaded(world: World, server: Server) -> None:
