@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from embedft.adapters.passport import CONFIG, PASSPORT, TEXTS, WEIGHTS, read_passport
+from embedft.adapters.patterns import check_config
 from embedft.adapters.store import AdapterStore, check_folder
 from embedft.errors import AdapterExists, AdapterInvalid, EmbedftError, UsageError
 from embedft.files import HeaderInvalid, not_finite, publish_folder, staged_folder, tensor_table
@@ -102,12 +103,13 @@ def check_contents(folder: Path, name: str) -> None:
 
 
 def check_weights(folder: Path, name: str) -> None:
-    """PEFT's two files, with tensors that can be read and hold nothing but numbers. AdapterInvalid."""
+    """PEFT's two files: a config whose patterns end, and tensors that can be read and hold nothing but numbers. AdapterInvalid."""
     for required in (CONFIG, WEIGHTS):
         if not (folder / required).is_file():
             below = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{required}"))
             hint = f": {', '.join(below[:3])} in it has one; name that folder" if below else ""
             raise AdapterInvalid(name, f"its folder lacks {required}{hint}")
+    check_config(folder, name)
     try:
         table = tensor_table(folder / WEIGHTS)
         if not table:

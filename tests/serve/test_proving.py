@@ -47,7 +47,7 @@ def imported(folder: Path, llama: Path, changes: dict[str, Any], **features: Any
         ({"r": "8"}, "'found' cannot be used: plain PEFT cannot load it"),
         ({"r": 0}, "'found' cannot be used: plain PEFT cannot load it"),
         ({"lora_alpha": float("nan")}, "not finite"),
-        ({"target_modules": "(q_proj"}, "'found' cannot be used: plain PEFT cannot load it"),
+        ({"target_modules": "(q_proj"}, "'found' cannot be used: target_modules .* is no regular expression"),
         ({"target_modules": ["k_proj"]}, "'found' cannot be used: tensor .*k_proj"),
         (
             {"init_lora_weights": "pissa"},
