@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncGenerator
+import sys
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from embedft.adapters.passport import PASSPORT
 from embedft.adapters.store import AdapterStore, check_folder
@@ -37,34 +40,42 @@ class Importer:
         if source is None or ("://" not in source and base is None):
             yield source
             return
-        identity = await self._imported(name, source, base=base)
-        try:
-            yield identity
-        except BaseException:
-            await asyncio.shield(asyncio.to_thread(self._store.discard, identity))
-            raise
+        if base is not None and base not in self._engines:
+            raise ModelNotFound(base, list(self._engines))
+        with self._store.stage() as stage:
+            proven = await self._brought(name, source, stage, base=base)
+            trial = self._store.trial(stage, renew=proven)
+            identity = await asyncio.to_thread(trial.__enter__)
+            try:
+                yield identity
+            except BaseException:
+                await asyncio.shield(asyncio.to_thread(self._undone, identity, partial(trial.__exit__, *sys.exc_info())))
+                raise
+            await asyncio.to_thread(trial.__exit__, None, None, None)
+
+    def _undone(self, identity: str, leave: Callable[[], Any]) -> None:
+        leave()
+        self._store.discard(identity)
 
     def _has(self, source: str) -> bool:
         with contextlib.suppress(EmbedftError, OSError):
             return self._store.folder(source).is_dir()
         return False
 
-    async def _imported(self, name: str, source: str, *, base: str | None) -> str:
-        if base is not None and base not in self._engines:
-            raise ModelNotFound(base, list(self._engines))
-        with self._store.stage() as stage:
-            if "://" in source:
-                await fetched(source, stage, self._rules, name=name)
-                await asyncio.to_thread(check_fetched, stage, name)
-            else:
-                await asyncio.to_thread(_copied, contained(self._store.root, source), stage, name)
-            proven = (stage / PASSPORT).is_file()
-            if not proven:
-                if base is None:
-                    raise AdapterInvalid(name, NO_PASSPORT)
-                await self._prover.prove("import", stage, name=name, engine=self._engines[base])
-            await asyncio.to_thread(check_contents, stage, name)
-            return await asyncio.to_thread(self._store.add, stage, renew=proven)
+    async def _brought(self, name: str, source: str, stage: Path, *, base: str | None) -> bool:
+        """The adapter into `stage`, proven; whether it was so before."""
+        if "://" in source:
+            await fetched(source, stage, self._rules, name=name)
+            await asyncio.to_thread(check_fetched, stage, name)
+        else:
+            await asyncio.to_thread(_copied, contained(self._store.root, source), stage, name)
+        proven = (stage / PASSPORT).is_file()
+        if not proven:
+            if base is None:
+                raise AdapterInvalid(name, NO_PASSPORT)
+            await self._prover.prove("import", stage, name=name, engine=self._engines[base])
+        await asyncio.to_thread(check_contents, stage, name)
+        return proven
 
 
 def check_fetched(stage: Path, name: str) -> None:

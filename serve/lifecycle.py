@@ -7,10 +7,11 @@ step, the old one drains and is unloaded. A refusal leaves what was serving unto
 import asyncio
 import contextlib
 import functools
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 from embedft.adapters.passport import read_passport
 from embedft.adapters.probes import ProbeReport
@@ -24,6 +25,7 @@ from serve.probing import probe
 from serve.resident import Resident
 from serve.sources import Found, find
 
+BASE_NAMED = "a base has that name: choose another"
 KEPT_EARLIER = 4  # earlier generations that stay loaded though no request asks for them
 
 
@@ -136,7 +138,7 @@ class Lifecycle:
         """
         check_name(name)
         if name in self.engines:
-            raise AdapterInvalid(name, "a base has that name: choose another")
+            raise AdapterInvalid(name, BASE_NAMED)
         async with self._names.setdefault(name, asyncio.Lock()):
             current = self.live.get(name)
             if expected is not None and (current is None or not current.generation.startswith(expected) or len(expected) < 12):
@@ -149,12 +151,21 @@ class Lifecycle:
 
     @asynccontextmanager
     async def _found(self, name: str, source: str | None) -> AsyncGenerator[Found]:
-        """What `source` means. A copy that was taken of it goes again where nothing came of it."""
-        found = await asyncio.to_thread(find, self.store, name, source)
+        """What `source` means. A copy that was taken of it goes again where nothing came of it, and what it replaced is there again."""
+        kept = ExitStack()
+        try:
+            found = await asyncio.to_thread(find, self.store, name, source, kept)
+        except BaseException:
+            await asyncio.to_thread(kept.__exit__, *sys.exc_info())
+            raise
         self._puts[found.generation] += 1
         try:
             yield found
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(kept.__exit__, *sys.exc_info()))
+            raise
         finally:
+            await asyncio.to_thread(kept.close)
             self._puts -= Counter([found.generation])
             if found.copied and found.generation not in self._puts and not self.holds(found.generation):
                 with contextlib.suppress(EmbedftError, OSError):  # then it stays until somebody tidies up
@@ -243,9 +254,12 @@ class Lifecycle:
 
     async def _from_store(self, engine: Engine) -> None:
         for name in await asyncio.to_thread(self.store.names):
+            if name in self.engines:
+                self.refused[name] = BASE_NAMED
+                continue
             for identity in reversed(await asyncio.to_thread(self.store.history, name)):
                 try:
-                    found = await asyncio.to_thread(find, self.store, name, identity)
+                    found = await asyncio.to_thread(find, self.store, name, identity, ExitStack())  # a generation is never copied
                     passport = read_passport(found.folder, name=name)
                     if home_of(passport, self.engines.values()) is engine and name not in self.live:
                         self.live[name] = await self._load(name, found, engine=engine)

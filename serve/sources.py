@@ -1,6 +1,7 @@
 """Where an adapter may come from: the store's own names and generations, and folders under its root. Nothing else."""
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,11 @@ class Found:
     copied: bool = False
 
 
-def find(store: AdapterStore, name: str, source: str | None) -> Found:
+def find(store: AdapterStore, name: str, source: str | None, kept: ExitStack) -> Found:
     """Resolve `source` for `name`: None or 'store', a name, a generation (12 to 64 hex digits), a folder under the store's root.
 
-    A folder is copied into the store first, without a name. Raises AdapterNotFound, AdapterInvalid, InputInvalid source_refused.
+    A folder is copied into the store first, without a name; what it took the place of there comes back where `kept` is left by an error.
+    Raises AdapterNotFound, AdapterInvalid, InputInvalid source_refused.
     """
     wanted = name if source in (None, "store") else str(source)
     try:
@@ -41,10 +43,10 @@ def find(store: AdapterStore, name: str, source: str | None) -> Found:
     if not (folder / PASSPORT).is_file():
         raise AdapterInvalid(name, NO_PASSPORT)
     check_folder(folder, name)
-    with store.stage() as stage:
-        shutil.copytree(folder, stage, dirs_exist_ok=True)
-        check_contents(stage, name)
-        identity = store.add(stage)
+    stage = kept.enter_context(store.stage())
+    shutil.copytree(folder, stage, dirs_exist_ok=True)
+    check_contents(stage, name)
+    identity = kept.enter_context(store.trial(stage))
     return Found(identity, store.folder(identity), copied=True)
 
 

@@ -80,6 +80,20 @@ class AdapterStore:
             self._take(staged, identity, renew=renew)
         return identity
 
+    @contextmanager
+    def trial(self, staged: Path, *, renew: bool = True) -> Generator[str]:
+        """As `add`. Where the block fails, what `staged` took the place of is there again (on Linux; elsewhere it is gone)."""
+        identity = generation(staged)
+        with self._locked():
+            replaced = self._take(staged, identity, renew=renew)
+        try:
+            yield identity
+        except BaseException:
+            if replaced and staged.is_dir():  # they have changed places
+                with self._locked():
+                    replace_folder(staged, self._objects / identity)
+            raise
+
     def hold(self, staged: Path, name: str) -> str:
         """Keep a staged folder that was made for `name` without moving the name to it; the last one held is kept. Its generation."""
         check_name(name)
@@ -221,12 +235,16 @@ class AdapterStore:
             restore_folders(self._objects)
             yield
 
-    def _take(self, staged: Path, identity: str, *, renew: bool) -> None:
+    def _take(self, staged: Path, identity: str, *, renew: bool) -> bool:
+        """Whether it took the place of another. What is not whole takes none of what is."""
         there = self._objects / identity
         if not there.is_dir():
             publish_folder(staged, there)
-        elif not (_alike(there, staged) if renew else _whole(there, identity)):
-            replace_folder(staged, there)
+            return False
+        if (renew and _alike(there, staged)) or (_whole(there, identity) and not (renew and _whole(staged, identity))):
+            return False
+        replace_folder(staged, there)
+        return True
 
     def _point(self, name: str, identity: str, *, expected: str | None) -> None:
         self._names.mkdir(parents=True, exist_ok=True)

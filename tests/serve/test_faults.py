@@ -180,3 +180,14 @@ def test_an_engine_that_hangs_up_as_it_is_asked_is_an_engine_that_is_away(tmp_pa
         asyncio.run(run())
     listening.shutdown(socket.SHUT_RDWR)
     listening.close()
+
+
+def test_an_adapter_of_a_bases_name_is_listed_with_the_reason_and_never_mistaken_for_it(world: World, start: Start) -> None:
+    put_adapter(world.store, "texts", world.texts, seed=195)
+    server = start()
+    listed = {row["name"]: row for row in server.client.get("/v1/adapters").json()["data"]}
+    assert (listed["texts"]["state"], "a base has that name" in listed["texts"]["reason"]) == ("unserved", True)
+    assert [row["id"] for row in server.client.get("/v1/models").json()["data"]].count("texts") == 1
+    answer = server.post("/v1/embeddings", {"input": "x", "adapter": "texts"})
+    refused(answer, 404, "adapter_not_found")
+    assert server.post("/v1/embeddings", {"input": "x", "model": "texts"}).headers["x-embedft-adapter"] == "base"

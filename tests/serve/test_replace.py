@@ -3,6 +3,7 @@
 One server for all; each test has adapters of its own names.
 """
 
+import json
 import shutil
 import threading
 import time
@@ -199,6 +200,30 @@ def test_the_copy_of_a_folder_that_is_refused_does_not_stay_in_the_store(world: 
     assert objects() == before | {kept}, "what another name serves stays"
 
 
+@pytest.mark.parametrize("damage", ["none", "half", "others", "asked"])
+def test_a_copy_that_is_refused_leaves_the_stores_own_files_as_they_were(world: World, server: Server, damage: str) -> None:
+    name = f"kept-{damage}"
+    generation = served(server, world, name, seed=180)
+    mine = world.store.folder(name)
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    copy = world.store.root / f"copy-{damage}"
+    shutil.copytree(mine, copy)
+    if damage == "none":
+        (copy / "probes.safetensors").unlink()
+    elif damage == "half":
+        (copy / "probes.safetensors").write_bytes(before["probes.safetensors"][:50])
+    else:
+        recorded = read_probes(copy)
+        write_probes(copy, replace(recorded, effect=tuple(-effect for effect in recorded.effect)))
+    expected = {"generation": "0" * 12} if damage == "asked" else {}
+    for other in (name, f"other-{damage}")[: 1 if damage == "others" else 2]:  # under a new name the fake engine does as these probes say
+        answer = server.put(other, {"source": copy.name, **expected})
+        assert answer.status_code == {"others": 422, "asked": 409}.get(damage, 200), answer.text
+        assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+    assert server.client.post(f"/v1/adapters/{name}/verify", headers=ADMIN).json()["probe"]["passed"] is True
+    assert world.store.current(name) == generation
+
+
 def test_a_folder_without_passport_is_told_that_it_wants_a_base(world: World, server: Server) -> None:
     (world.store.root / "by-peft").mkdir()
     answer = server.put("by-peft", {"source": "by-peft"})
@@ -332,6 +357,16 @@ def test_names_that_are_none_are_refused(world: World, server: Server) -> None:
         refused(server.client.put(f"/v1/adapters/{name}", json={"source": "a"}, headers=ADMIN), 422, "adapter_invalid")
     refused(server.put("texts", {"source": "a"}), 422, "adapter_invalid")
     refused(server.put("nix"), 404, "adapter_not_found")
+
+
+def test_a_pattern_that_would_be_matched_for_ever_is_refused_before_the_engine_hears_of_it(world: World, server: Server) -> None:
+    folder = world.store.root / "endless"
+    folder.mkdir()
+    fill_adapter(folder, "endless", world.texts, seed=190, scale=1.0, task="embedding")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": "(.*.*)*x"}))
+    refused(server.put("endless", {"source": "endless"}), 422, "adapter_invalid")
+    assert not [row for row in server.events("load") if row["adapter"].startswith("endless")]
 
 
 def test_an_object_whose_content_was_changed_is_refused(world: World, server: Server) -> None:
