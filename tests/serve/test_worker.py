@@ -220,6 +220,37 @@ def test_texts_that_nobody_waits_for_any_more_are_not_embedded(tmp_path: Path) -
     assert encoder.batches == [1, 2]
 
 
+def test_a_short_request_waits_for_one_pass_of_a_long_one_and_no_more(tmp_path: Path) -> None:
+    base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
+    encoder = Held(base.model, base.folder, EncodeSettings("mean", True, 16))
+    worker = Worker(base, encoder)
+    texts = [[1, *[5 + row % 20] * (row % 9), 2] for row in range(300)]
+    alone = Encoder(base.model, base.folder, EncodeSettings("mean", True, 16)).encode_ids(texts)
+
+    async def run() -> None:
+        long = asyncio.create_task(worker.embed(None, texts))
+        while not encoder.batches:
+            await asyncio.sleep(0.01)
+        short = asyncio.create_task(worker.embed(None, texts[:2]))
+        await asyncio.sleep(0.05)
+        encoder.gate.set()
+        np.testing.assert_allclose(await short, alone[:2], atol=1e-5)
+        assert not long.done()
+        np.testing.assert_allclose(await long, alone, atol=1e-5)
+
+    asyncio.run(run())
+    assert encoder.batches == [64, 64, 64, 64, 46]
+
+
+def test_a_pass_over_texts_is_as_short_as_its_longest_text_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.engines.peft.worker.PASS_TOKENS", 20)
+    base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
+    encoder = Held(base.model, base.folder, EncodeSettings("mean", True, 64))
+    encoder.gate.set()
+    assert len(asyncio.run(Worker(base, encoder).embed(None, [[5] * 30, [5] * 8, [5] * 8, [5] * 25]))) == 4
+    assert encoder.batches == [2, 1, 1]
+
+
 def test_the_model_goes_on_while_an_adapter_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base(BaseSpec(str(tiny_encoder(tmp_path / "base", pooling="mean"))), task="embedding")
     folder = random_adapter(tmp_path / "a", base.folder, "embedding", seed=0)

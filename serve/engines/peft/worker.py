@@ -24,16 +24,34 @@ if TYPE_CHECKING:
     from embedft.encode import Encoder
 
 GATHER_SHARE = 0.5  # of the last pass: how long embedding requests wait until they are as many again
-FULL_INPUTS = 64  # of so many nobody waits for more
+FULL_INPUTS = 64  # of so many nobody waits for more, and no pass has more
+PASS_TOKENS = 8192  # of one pass over texts: bounds how long a short request waits for a long one's
 MAX_WAITING = 1024
 
 
 @dataclass(eq=False)
 class _Embed:
+    """`order`: its texts by their length; of them `at` have their vectors, in `found`."""
+
     adapter: str | None
     ids: list[list[int]]
+    order: list[int] = field(init=False)
+    at: int = 0
+    found: "np.ndarray | None" = None
     done: "Callable[[np.ndarray | Exception], None]" = field(init=False)
     cancelled: bool = False  # nobody waits for it any more
+
+    def __post_init__(self) -> None:
+        self.order = sorted(range(len(self.ids)), key=lambda place: len(self.ids[place]))
+
+    def take(self, places: list[int], vectors: "np.ndarray") -> None:
+        """The vectors of the next texts."""
+        import numpy as np
+
+        if self.found is None:
+            self.found = np.empty((len(self.ids), vectors.shape[1]), dtype=vectors.dtype)
+        self.found[places] = vectors
+        self.at += len(places)
 
 
 @dataclass(eq=False)
@@ -192,25 +210,51 @@ class Worker:
             self._embed_group(group, members, here=len(requests))
 
     def _embed_group(self, group: Group, requests: list[_Embed], *, here: int) -> None:
+        """One pass over some texts of each request. Those that have more of them come again, behind those that had none in it."""
         import numpy as np
 
         assert self.encoder is not None
-        began = time.monotonic()
-        ids = [row for request in requests for row in request.ids]
-        adapters = [request.adapter for request in requests for _ in request.ids]
+        began, shares = time.monotonic(), _shares(requests)
+        ids = [request.ids[place] for request, places in zip(requests, shares, strict=True) for place in places]
+        adapters = [request.adapter for request, places in zip(requests, shares, strict=True) for _ in places]
         encoder = copy.copy(self.encoder)
         encoder.model = self.bank.model_of(group)
+        vectors: np.ndarray | EngineFailed
         try:
             with self.bank.threads.of("embed", sum(map(len, ids))):
                 vectors = encoder.encode_ids(ids, **self.bank.rows(adapters))
         except Exception as error:
-            for request in requests:
-                request.done(EngineFailed(f"the model failed: {error}"))
-            return
+            vectors = EngineFailed(f"the model failed: {error}")
         self._pass_seconds = time.monotonic() - began
         self._company = max(self._company, here + self._inbox.qsize())  # before anyone is answered, who may ask again
         start = 0
-        for request in requests:
-            own = vectors[start : start + len(request.ids)]
-            request.done(own if np.isfinite(own).all() else EngineFailed(NOT_FINITE))
-            start += len(request.ids)
+        for request in (request for request, places in zip(requests, shares, strict=True) if not places):
+            self._inbox.put(request)
+        for request, places in zip(requests, shares, strict=True):
+            if not places:
+                continue
+            if isinstance(vectors, EngineFailed):
+                request.done(vectors)
+                continue
+            request.take(places, vectors[start : start + len(places)])
+            start += len(places)
+            if request.found is None or request.at < len(request.ids):
+                self._inbox.put(request)
+            else:
+                request.done(request.found if np.isfinite(request.found).all() else EngineFailed(NOT_FINITE))
+
+
+def _shares(requests: list[_Embed]) -> list[list[int]]:
+    """Which texts of each request are in the next pass: in turn one of each, until it is full."""
+    shares: list[list[int]] = [[] for _ in requests]
+    rows = tokens = 0
+    for turn in range(max(len(request.ids) - request.at for request in requests)):
+        for request, share in zip(requests, shares, strict=True):
+            if request.at + turn >= len(request.ids):
+                continue
+            place = request.order[request.at + turn]
+            rows, tokens = rows + 1, tokens + len(request.ids[place])
+            if rows > 1 and (rows > FULL_INPUTS or tokens > PASS_TOKENS):
+                return shares
+            share.append(place)
+    return shares
