@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 
@@ -165,6 +167,20 @@ def test_a_schema_that_would_take_all_memory_or_time_is_a_400_and_the_engine_liv
         assert (answer.status_code, code(answer)) == (400, "schema_invalid"), answer.text
         assert "\n" not in answer.json()["error"]["message"]
     assert server.post("/v1/completions", model="base", prompt="red", max_tokens=2).status_code == 200
+
+
+def test_a_known_schema_does_not_wait_for_the_trial_of_anothers(server: EngineProcess) -> None:
+    def ask(schema: dict[str, Any]) -> httpx.Response:
+        wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return server.post("/v1/completions", model="base", prompt="red", response_format=wanted, max_tokens=2)
+
+    assert ask({"type": "integer"}).status_code == 200
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(ask, {"type": "object", "patternProperties": {f"^a{number}y.*z": {} for number in range(1500)}})
+        time.sleep(0.3)
+        assert ask({"type": "integer"}).status_code == 200
+        assert not slow.done()
+        assert slow.result().status_code == 400
 
 
 def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(server: EngineProcess) -> None:

@@ -89,15 +89,19 @@ class Grammars:
         return Structure(matcher)
 
     async def _try(self, grammar: str) -> None:
-        """A grammar that was not seen yet, one at a time: nobody's takes more than TRIAL_SECONDS of one core, and no memory here."""
+        """A grammar that was not seen yet, one at a time: nobody's takes more than TRIAL_SECONDS of one core, and no memory here. One
+        that was waits for none."""
         key = hashlib.sha256(grammar.encode()).digest()
-        async with self._trial:
-            if key not in self._tried:
-                self._tried[key] = await _tried(grammar)
-                while len(self._tried) > KEPT_TRIALS:
-                    self._tried.popitem(last=False)
-            self._tried.move_to_end(key)
-        if reason := self._tried[key]:
+        reason = self._tried.get(key)
+        if reason is None:
+            async with self._trial:
+                if (reason := self._tried.get(key)) is None:
+                    reason = await _tried(grammar)
+        self._tried[key] = reason
+        self._tried.move_to_end(key)
+        if len(self._tried) > KEPT_TRIALS:
+            self._tried.popitem(last=False)
+        if reason:
             raise _refused(reason)
 
     def _tokens(self) -> "LLTokenizer":
