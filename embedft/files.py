@@ -171,6 +171,14 @@ def _settle(stage: Path) -> None:
     _fsync(stage)
 
 
+_NOT_MEANT = {"__pycache__", "node_modules", "site-packages"}
+
+
+def passed_over(name: str) -> bool:
+    """Whether a file or folder of that name is no part of what somebody means by the folder it is in."""
+    return name.startswith(".") or name in _NOT_MEANT
+
+
 def path_text(path: Path) -> str:
     """With slashes, in characters that any file and database takes: a byte that is not UTF-8 is written out, as \\xe9."""
     return os.fsencode(path.as_posix()).decode(errors="backslashreplace")

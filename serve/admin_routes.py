@@ -77,6 +77,8 @@ def admin_routes(gateway: Gateway) -> APIRouter:
         body = await read_body(request, PutAlias, limit=ADMIN_BODY)
         if name in lifecycle.live or name in lifecycle.engines or name.startswith(MIX):
             raise AdapterInvalid(name, "an adapter or a base has that name: choose another")
+        if name in await asyncio.to_thread(lifecycle.store.names):  # it would be served beside the alias from the next start on
+            raise AdapterInvalid(name, "the store has an adapter of that name: embedft adapters remove it, or choose another")
         if len({lifecycle.get(variant).engine.name for variant in body.variants}) > 1:
             raise InputInvalid("alias_invalid", "the variants are of different bases", "variants")
         await asyncio.to_thread(gateway.aliases.put, name, body.variants)

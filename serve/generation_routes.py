@@ -185,7 +185,11 @@ def _characters(body: ChatRequest | CompletionRequest) -> int:
 
 
 def check_caps(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
-    """InputInvalid where a request asks for more than one may."""
+    """InputInvalid where a request asks for more than one may, or for what goes only with something else."""
+    if body.stream_options and not body.stream:
+        raise InputInvalid("invalid_parameter", "stream_options: only with stream true", "stream_options")
+    if isinstance(body, ChatRequest) and body.top_logprobs and not body.logprobs:
+        raise InputInvalid("invalid_parameter", "top_logprobs: only with logprobs true", "top_logprobs")
     prompts, n = len(_prompts(body)), body.n or 1
     if prompts > limits.prompts:
         raise InputInvalid("too_many_inputs", f"{prompts} prompts: at most {limits.prompts} in one request", "prompt")

@@ -1,5 +1,6 @@
 """Which base and which adapter a request means: `model`, `adapter` and `?adapter=` say it once, or say the same."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Choice:
 
 def asked(request: Request, *, given: Named, is_set: bool) -> tuple[str | None, bool]:
     """(adapter, whether one was named at all) out of the body's `adapter` and the query string's. 400 where they differ."""
-    in_query = request.query_params.getlist("adapter") if request.scope["query_string"] else []
+    in_query = _in_query(request) if request.scope["query_string"] else []
     if len(set(in_query)) > 1:
         raise InputInvalid("adapter_conflict", "?adapter= is there more than once", "adapter")
     if in_query and in_query[0] == "":
@@ -33,6 +34,14 @@ def asked(request: Request, *, given: Named, is_set: bool) -> tuple[str | None, 
         raise InputInvalid("adapter_conflict", f"the body says adapter {given!r}, the query string {in_query[0]!r}", "adapter")
     assert not isinstance(given, list)  # embeddings take lists apart themselves
     return (in_query[0], True) if in_query else (given, is_set)
+
+
+def _in_query(request: Request) -> list[str]:
+    """Every ?adapter=. InputInvalid for what is nearly one: the base would answer. Other parameters are for whoever put them there."""
+    for name in request.query_params:
+        if name != "adapter" and difflib.get_close_matches(name.lower(), ["adapter"], cutoff=0.75):
+            raise InputInvalid("unknown_parameter", f"?{name[:80]}=: did you mean ?adapter=", name[:80])
+    return request.query_params.getlist("adapter")
 
 
 def choose_each(seen: Visible, adapters: Sequence[str | None], *, task: Task, model: str | None, is_set: bool) -> dict[str | None, Choice]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from embedft.embedding.beir import is_beir
 from embedft.embedding.pairs import no_text
 from embedft.errors import DataError
-from embedft.files import path_text
+from embedft.files import passed_over, path_text
 from embedft.records import read_records
 
 _FENCE = ("```", "~~~")
@@ -28,7 +28,8 @@ def read_passages(corpus: str) -> list[Passage]:
     problems: list[str] = []
     path = Path(corpus)
     if is_beir(corpus) and not any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
-        return _of_files(path, sorted(below for below in path.rglob("*") if _is_text(below)))
+        meant = (below for below in path.rglob("*") if not any(map(passed_over, below.relative_to(path).parts)))
+        return _of_files(path, sorted(below for below in meant if _is_text(below)))
     if _is_text(path):
         return _of_files(path.parent, [path])
     source = next((str(path / name) for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).is_file()), corpus)

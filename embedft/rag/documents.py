@@ -11,7 +11,7 @@ from stat import S_ISDIR
 from typing import Literal
 
 from embedft.errors import DocumentsUnusable
-from embedft.files import path_text
+from embedft.files import passed_over, path_text
 
 Format = Literal["markdown", "text", "html", "pdf", "python"]
 FORMATS: dict[str, Format] = {
@@ -25,7 +25,6 @@ FORMATS: dict[str, Format] = {
     ".py": "python",
 }
 MAX_BYTES = 32 << 20
-_PASSED_OVER = {"__pycache__", "node_modules", "site-packages"}
 _SPACES = re.compile(r"\s+")
 _LINE_END = re.compile(r"\r\n?")
 
@@ -96,21 +95,17 @@ def _files(source: Path, skipped: list[str]) -> list[Path]:
 
     found = list[Path]()
     for folder, below, names in os.walk(source, onerror=closed):
-        below[:] = [name for name in below if not _passed_over(name)]
+        below[:] = [name for name in below if not passed_over(name)]
         links = [path for name in below if (path := Path(folder, name)).is_symlink() and not _walked(path, source)]
         skipped += [f"{path_text(path.relative_to(source))}: a link to a folder that is not read from here" for path in links]
-        found += [Path(folder, name) for name in names if not _passed_over(name)]
+        found += [Path(folder, name) for name in names if not passed_over(name)]
     return sorted(found)
-
-
-def _passed_over(name: str) -> bool:
-    return name.startswith(".") or name in _PASSED_OVER
 
 
 def _walked(link: Path, source: Path) -> bool:
     """Whether the folder that a link leads to is read where it lies."""
     place, root = link.resolve(), source.resolve()
-    return place.is_relative_to(root) and not any(map(_passed_over, place.relative_to(root).parts))
+    return place.is_relative_to(root) and not any(map(passed_over, place.relative_to(root).parts))
 
 
 def _why(error: OSError) -> str:

@@ -78,10 +78,17 @@ def test_duplicate_keys_deep_inside_are_found() -> None:
         ({"prompt": ["x"] * 10, "n": 2}, "n_too_large"),
         ({"temperature": 3}, "invalid_parameter"),
         ({"best_of": 5}, "unknown_parameter"),
+        ({"stream_options": {"include_usage": True}}, "invalid_parameter"),
     ],
 )
 def test_what_one_request_may_ask_for_is_capped(shared: Server, body: dict[str, object], code: str) -> None:
     refused(shared.post("/v1/completions", {"model": "words", "prompt": "x", **body}), 400, code)
+
+
+def test_likely_tokens_without_log_probabilities_are_a_400(shared: Server) -> None:
+    body = {"model": "words", "messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}
+    refused(shared.post("/v1/chat/completions", body), 400, "invalid_parameter")
+    assert shared.post("/v1/chat/completions", {**body, "logprobs": True}).status_code == 200
 
 
 def test_too_large_a_body_is_a_413(shared: Server) -> None:

@@ -78,6 +78,12 @@ def test_conflicting_names_are_a_400(shared: Server, body: dict[str, Any], query
     refused(shared.post(f"/v1/embeddings{query}", {**body, "input": inputs}), 400, "adapter_conflict")
 
 
+@pytest.mark.parametrize("query", ["?adaptor=a", "?Adapter=a", "?adapters=a"])
+def test_a_misspelt_adapter_in_the_query_string_is_a_400_and_never_the_bases_answer(shared: Server, query: str) -> None:
+    refused(shared.post(f"/v1/embeddings{query}", {"input": "x", "model": "texts"}), 400, "unknown_parameter")
+    assert shared.post("/v1/embeddings?api-version=1", {"input": "x", "model": "texts"}).status_code == 200
+
+
 @pytest.mark.parametrize("name", ["nix", "A", "a@000000000000", "a@", "ａ", "../a", "a\u0000", "base"])
 def test_an_unknown_adapter_is_a_404_and_never_the_bases_answer(shared: Server, name: str) -> None:
     refused(shared.post("/v1/embeddings", {"input": "x", "adapter": name}), 404, "adapter_not_found")

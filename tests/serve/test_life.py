@@ -252,6 +252,7 @@ def test_an_alias_names_the_variant_that_is_not_served(server: Server, world: Wo
     answer = ask(server, "onward")
     refused(answer, 404, "adapter_not_found")
     assert answer.json()["error"]["message"].startswith("adapter 'going' is not served: ")
+    refused(server.client.put("/v1/aliases/going", json={"variants": {"x0": 1}}, headers=ADMIN), 422, "adapter_invalid")
     assert server.client.delete("/v1/aliases/onward", headers=ADMIN).status_code == 200
 
 

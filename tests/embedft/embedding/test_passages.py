@@ -51,6 +51,9 @@ def test_headings_of_markdown_files_are_titles(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.md").write_text("# Install the tool\nRun it.\n\n## Configure it\nWrite a file.\n")
     (tmp_path / "docs" / "b.txt").write_text("Plain text here.")
+    for folder in (".git", "node_modules"):
+        (tmp_path / "docs" / folder).mkdir()
+        (tmp_path / "docs" / folder / "README.md").write_text("# Nobody's\nNot meant.")
     assert [(p.title, p.text) for p in read_passages(str(tmp_path / "docs"))] == [
         ("Install the tool", "Run it."),
         ("Configure it", "Write a file."),
