@@ -32,12 +32,13 @@ def check_config(folder: Path, name: str) -> None:
     found = [*_patterns(config)]
     if len(found) > MAX_PATTERNS:
         raise AdapterInvalid(name, f"its {CONFIG} has {len(found)} patterns: at most {MAX_PATTERNS}")
+    total = 0
     for option, pattern in found:
         try:
-            ways = ways_of(pattern)
+            total += ways_of(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise AdapterInvalid(name, f"{option} {pattern[:80]!r} in its {CONFIG} is no regular expression: {error}") from None
-        if ways > MAX_WAYS:
+        if total > MAX_WAYS:  # all together: each is matched with every layer's name
             why = f"{option} {pattern[:80]!r} in its {CONFIG} may take hours to be matched: it repeats what repeats, or too much"
             raise AdapterInvalid(name, f"{why}; write the names of the layers")
 

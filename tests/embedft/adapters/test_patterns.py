@@ -65,9 +65,10 @@ def test_patterns_that_could_be_matched_for_ever_are_refused(tmp_path: Path, pat
         (json.dumps({"target_modules": "("}), "is no regular expression"),
         (json.dumps({"rank_pattern": {"(a+)+b": 8}}), "may take hours"),
         (json.dumps({"alpha_pattern": {f"layer{number}": 1 for number in range(5000)}}), "5000 patterns"),
+        (json.dumps({"rank_pattern": {f"{number}.*.*.*b": 8 for number in range(100)}}), "may take hours"),
         (json.dumps({"x": "y" * MAX_BYTES}), "bytes: at most"),
     ],
-    ids=["deep", "list", "open", "rank", "many", "large"],
+    ids=["deep", "list", "open", "rank", "many", "many together", "large"],
 )
 def test_a_config_that_is_none_is_refused(tmp_path: Path, content: str, said: str) -> None:
     write(tmp_path, content)
