@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from embedft.errors import DataError
+from embedft.files import publish_folder, staged_folder
 from embedft.installed import STDLIB, Function, functions, package_root, sections
 
 DEFAULT_PACKAGES = (STDLIB, "numpy", "pandas", "scipy", "sklearn", "networkx", "matplotlib")  # what the library itself brings along
@@ -37,7 +38,7 @@ class PydocsReport:
 
 
 def make_pydocs(out: Path, *, seed: int = 7, limit: int | None = None, packages: Sequence[str] | None = None) -> PydocsReport:
-    """Write `code/` and `readme/` (BEIR folders) and `lm_package/` and `lm_argument/` (prompt/completion JSONL) under `out`.
+    """Write `code/` and `readme/` (BEIR folders) and `lm_package/` and `lm_argument/` (prompt/completion JSONL) under `out`, or nothing.
 
     limit: at most so many pairs in each retrieval set and rows in each LM task (train and test together).
     packages: top-level import names to read, "stdlib" for the standard library; without it, those of DEFAULT_PACKAGES that are installed.
@@ -52,9 +53,11 @@ def make_pydocs(out: Path, *, seed: int = 7, limit: int | None = None, packages:
     found = _distinct(f for package in chosen for f in functions(package))
     if len(found) < 20:
         raise DataError([f"{', '.join(chosen)}: {len(found)} documented functions, expected 20 or more; name more packages"])
-    code = _write_beir(out / "code", [(f.summary, f.code[:MAX_CODE]) for f in found], seed=seed, limit=limit)
-    readme = _write_beir(out / "readme", _readme_pairs(), seed=seed, limit=limit)
-    lm_packages, lm = _write_lm(out, found, seed=seed, limit=limit)
+    with staged_folder(out.resolve().parent) as stage:
+        code = _write_beir(stage / "code", [(f.summary, f.code[:MAX_CODE]) for f in found], seed=seed, limit=limit)
+        readme = _write_beir(stage / "readme", _readme_pairs(), seed=seed, limit=limit)
+        lm_packages, lm = _write_lm(stage, found, seed=seed, limit=limit)
+        publish_folder(stage, out.resolve())
     return PydocsReport(packages=chosen, lm_packages=lm_packages, code=code, readme=readme, lm=lm)
 
 

@@ -3,6 +3,7 @@
 import json
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,17 @@ PACKAGES = ("accelerate", "fsspec")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PydocsReport]:
     out = tmp_path_factory.mktemp("made") / "pydocs"
     return out, make_pydocs(out, limit=300, packages=PACKAGES)
+
+
+def test_what_is_cut_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: Any, **__: Any) -> None:
+        assert [*tmp_path.rglob("corpus.jsonl")]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("embedft.pydocs._write_lm", cut)
+    with pytest.raises(KeyboardInterrupt):
+        make_pydocs(tmp_path / "out", limit=30, packages=PACKAGES)
+    assert not [*tmp_path.iterdir()]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
