@@ -72,7 +72,7 @@ def merge(folder: Path, out: Path, *, scheme: str | None = None, base: Path | No
         if not scheme:
             publish_folder(stage, out)
             return Merged(str(out), error)
-        quantize(stage, out, scheme=scheme)
+        quantize(stage, out, scheme=scheme, called=f"{source.name}+{passport.name}")
     packed = outputs(load_model(out, task=passport.task, dtype=exact_dtype()), recorded.probes, folder=source, settings=settings)
     return Merged(str(out), error, compare(recorded, base=plain, adapted=packed, base_again=plain).error)
 

@@ -33,11 +33,12 @@ _COPIED = (
 )
 
 
-def quantize(source: Path, out: Path, *, scheme: str, calibration: Path | None = None) -> Path:
+def quantize(source: Path, out: Path, *, scheme: str, calibration: Path | None = None, called: str | None = None) -> Path:
     """Write `source` quantized to `out` (whole or not at all) and return `out`.
 
     nf4: bitsandbytes NormalFloat-4 with double quantization (QLoRA, arXiv 2305.14314); int8: LLM.int8() (arXiv 2208.07339);
     w4a16 and w8a8: compressed-tensors. `calibration`: a text file, by whose lines w4a16 is rounded (GPTQ, arXiv 2210.17323).
+    `called`: what `out` names as its source (default: the folder's name).
     Raises QuantizationUnsupported for another scheme, an already quantized source or an `out` that holds files.
     """
     if scheme not in SCHEMES:
@@ -52,7 +53,7 @@ def quantize(source: Path, out: Path, *, scheme: str, calibration: Path | None =
     with staged_folder(out.parent) as stage:
         _write_compressed(source, stage, scheme, calibration) if scheme in BITS else _write_weights(source, stage, scheme)
         copy_rest(source, stage)
-        record = {"scheme": scheme, "parent": fingerprint(source), "source": source.name}
+        record = {"scheme": scheme, "parent": fingerprint(source), "source": called or source.name}
         (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         try:
             publish_folder(stage, out)

@@ -159,11 +159,12 @@ def test_an_adapted_head_is_merged_beside_the_input_embedding_that_it_shared(bas
 
 
 def test_a_merged_model_can_be_quantized_and_holds_its_tokenizer(adapter: Any, bases: dict[str, Path], tmp_path: Path) -> None:
-    from embedft.model_folder import describe
+    from embedft.model_folder import RECORD, describe, read_json
 
     folder, _ = adapter("lora")
     merge(folder, tmp_path / "out", base=bases["causal_lm"], scheme="nf4")
     assert describe(tmp_path / "out").quantization == "nf4"
+    assert read_json(tmp_path / "out" / RECORD)["source"] == f"{bases['causal_lm'].name}+{read_passport(folder).name}"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     with pytest.raises(UsageError, match="not empty"):
         merge(folder, tmp_path / "out", base=bases["causal_lm"])
