@@ -104,7 +104,7 @@ def evaluate_adapter(
     AdapterNotFound, AdapterInvalid, BaseNotFound and BaseMismatch.
     """
     from embedft.embedding.data import load_retrieval, reduce_to
-    from embedft.embedding.sets import kept_back
+    from embedft.embedding.sets import of_run
     from embedft.embedding.through_mteb import expect_mteb, through_mteb
     from embedft.training.progress import note
     from embedft.training.statistics import paired_bootstrap
@@ -113,12 +113,15 @@ def evaluate_adapter(
         ranking_adapter(against, store)  # its faults are told before the time that an evaluation takes
     if mteb:
         expect_mteb()
-    own = kept_back(data, *ranking_adapter(name, store))
+    run = of_run(data, *ranking_adapter(name, store))
+    own = run[1].judged if run and run[0].data.eval is None else None
     retrieval = reduce_to(own or load_retrieval(data), queries=queries, documents=documents)
     model, folder, passport = open_adapter(name, store, base=base)
     if own:
         said = f"it was trained on the rest of {Path(data).name}: only the {len(own.queries)} queries that were kept back are asked"
         note(f"{passport.name}: {said}")
+    elif run:
+        note(f"{passport.name}: it was trained on {Path(data).name}: this shows what it learnt, and not how it ranks for other queries")
     settings, metric = _settings(passport), metric or str(passport.metrics.get("metric", "ndcg@10"))
     towers = compare_towers(model, folder, settings, retrieval, side=passport.side, batch_size=batch_size, progress=progress)
     report = comparison(towers, retrieval, metric=metric) | {"side": passport.side}

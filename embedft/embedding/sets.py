@@ -28,7 +28,11 @@ class Sets:
     @property
     def hash(self) -> str:
         """64 hex digits, for a passport."""
-        return data_hash(self.examples, self.judged, *([self.dev] if self.dev else []))
+        return self.hash_with(None)
+
+    def hash_with(self, general: RetrievalSet | None) -> str:
+        """And a general set that was given: 64 hex digits of all that a run reads."""
+        return data_hash(self.examples, self.judged, *(given for given in (self.dev, general) if given))
 
 
 def read_sets(recipe: EmbeddingRecipe) -> Sets:
@@ -53,16 +57,24 @@ def check_negatives(examples: Examples, loss: Loss) -> None:
         )
 
 
-def kept_back(source: str, folder: Path, passport: "Passport") -> RetrievalSet | None:
-    """The queries that judged the adapter in `folder`, where its run kept them back of `source` and learnt from the others; else None."""
+def of_run(source: str, folder: Path, passport: "Passport") -> tuple[EmbeddingRecipe, Sets] | None:
+    """What the run of the adapter in `folder` read, where the file `source` is what it learnt from; else None.
+
+    Without the recipe's data.eval a part of `source` was kept back to judge it. None, too, where data.eval is neither where it was nor
+    beside `source`.
+    """
     path = folder / "recipe.yaml"
     if is_beir(source) or not path.is_file():
         return None
     try:
         recipe = parse_recipe(read_yaml(path.read_text(encoding="utf-8")), where=str(path))
-        if not isinstance(recipe, EmbeddingRecipe) or recipe.data.eval is not None:
+        if not isinstance(recipe, EmbeddingRecipe):
             return None
-        sets = read_sets(recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": source})}))
+        judged_by = recipe.data.eval
+        if judged_by and not Path(judged_by).exists():  # of a path of another machine the name is left
+            judged_by = str(Path(source).with_name(Path(judged_by).name))
+        data = recipe.data.model_copy(update={"train": source, "eval": judged_by})
+        sets = read_sets(recipe.model_copy(update={"data": data}))
     except (RecipeError, DataError, yaml.YAMLError):
         return None
-    return sets.judged if sets.hash == passport.data_hash else None
+    return (recipe, sets) if sets.hash == passport.data_hash else None

@@ -80,7 +80,8 @@ def train(
             trainer = make_trainer(model, base, settings, examples, short_recipe, plan=plan, output=Path(folder))
             return rehearse(trainer, recipe.train, name=recipe.name, examples=len(examples), steps_per_epoch=steps)
     fingerprint = base.info.fingerprint
-    run = open_run(recipe, root=store.root, data_hash=sets.hash, base_fingerprint=fingerprint, resume=resume, reading=asdict(settings))
+    identity = sets.hash_with(general if spec and spec.data != "pydocs" else None)
+    run = open_run(recipe, root=store.root, data_hash=identity, base_fingerprint=fingerprint, resume=resume, reading=asdict(settings))
     options: Any = {"side": recipe.adapter.side, "batch_size": recipe.eval.batch, "progress": encoded}
     metric = recipe.eval.metric
     with tracked(recipe.train.trackers, name=recipe.name) as tell:

@@ -16,7 +16,7 @@ from embedft.errors import AdapterInvalid, ResumeRefused, TrainingInterrupted
 from embedft.recipe import EmbeddingRecipe
 from embedft.recipe_file import load_recipe
 from tests.embedft.embedding.runs import PACKED, PADDED, PART, Make, trained, weights
-from tests.fixtures_embedding import tiny_encoder
+from tests.fixtures_embedding import tiny_encoder, write_rows
 
 RESUMED: list[tuple[str, dict[str, Any], int, dict[str, Any]]] = [
     *((q, adapter, stop, {}) for q in ("none", "nf4") for adapter, stop in ((PADDED, 5), (PACKED, 5), (PART, 17), ({"side": "query"}, 14))),
@@ -186,6 +186,23 @@ def test_a_run_does_not_go_on_under_other_prompts_that_its_base_was_given_meanwh
         trained(make(str(base), train={"max_steps": 4}, data={"prompts": {"query": "find: "}}), store, resume=True)
     prompts.write_text(before)
     trained(recipe, store, resume=True)
+
+
+def test_a_run_does_not_go_on_with_another_general_set(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedft.training.interrupt import InterruptGuard
+
+    general = write_rows(tmp_path / "general.jsonl", [{"query": f"why {i}?", "document": f"because of {i}"} for i in range(30)])
+    recipe, store = make(train={"max_steps": 4}, eval={"guard": {"data": general, "drop": 9.0}}), AdapterStore(tmp_path / "store")
+    with monkeypatch.context() as patched:
+        patched.setattr(InterruptGuard, "on_step_begin", lambda self, *_, **__: self.stop(), raising=False)
+        with pytest.raises(TrainingInterrupted):
+            trained(recipe, store)
+    before = Path(general).read_text()
+    write_rows(Path(general), [{"query": f"where {i}?", "document": f"here, at {i}"} for i in range(30)])
+    with pytest.raises(ResumeRefused, match="the data changed"):
+        trained(recipe, store, resume=True)
+    Path(general).write_text(before)
+    assert trained(recipe, store, resume=True).metrics["guard"]["queries"] == 30
 
 
 KILLED = """

@@ -188,6 +188,11 @@ def test_of_the_file_that_it_was_trained_on_an_adapter_is_asked_what_was_kept_ba
     assert f"only the {again['queries']} queries that were kept back are asked" in capsys.readouterr().err
     other = write_rows(root / "another-file.jsonl", rows[1:])
     assert evaluate_adapter("tiny", other, store, base=bases["mean"])["queries"] == 95
+    assert "trained on" not in capsys.readouterr().err
+    apart = write_rows(root / "judged.jsonl", planted_rows(10))
+    trained(make(data={"train": file, "eval": apart}, train={"max_steps": 4} | dev), store)
+    assert evaluate_adapter("tiny", file, store, base=bases["mean"])["queries"] == 96
+    assert "it was trained on one-file.jsonl: this shows what it learnt" in capsys.readouterr().err
 
 
 def test_the_evaluations_after_the_last_step_say_how_far_they_are(make: Make, root: Path, store: AdapterStore) -> None:
